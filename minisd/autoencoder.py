@@ -1,0 +1,173 @@
+"""The autoencoder: pictures to latents, 48 times fewer numbers, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from minisd.attention import Attention
+from minisd.blocks import Downsample, ResBlock, Upsample
+from minisd.config import AutoencoderConfig
+
+EPS = 1e-6  # of every norm in the autoencoder; the UNet's residual blocks have 1e-5
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """What the encoder says of a picture: for each latent a mean and a log-variance, both (n, 4, h/8, w/8).
+
+    Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", section 3 and appendix B.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Return mean + std · noise, for unit Gaussian noise of the same shape."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def kl(self) -> Tensor:
+        """Return the divergence from the unit Gaussian, in nats, summed over each picture's latents: (n,)."""
+        # KL = ½ Σ (μ² + σ² − 1 − log σ²)
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
+
+
+class PixelAttention(Attention):
+    """Single-head self-attention over all pixels of a feature map, added to its input. (n, c, h, w) -> (n, c, h, w)."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        tokens = rearrange(self.group_norm(x), "n c h w -> n (h w) c")
+        return x + rearrange(super().forward(tokens), "n (h w) c -> n c h w", h=x.shape[-2])
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution. (n, c, h, w) -> (n, c, h, w)."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
+        self.resnets = nn.ModuleList([ResBlock(channels, channels, groups, EPS) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class EncoderBlock(nn.Module):
+    """Residual blocks, then half the size unless this is the last level."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: bool) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList([ResBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:], strict=False)])
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample(out_channels, padding=0)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.resnets, *getattr(self, "downsamplers", ())):
+            x = block(x)
+        return x
+
+
+class DecoderBlock(nn.Module):
+    """Residual blocks, then twice the size unless this is the last level."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, upsample: bool) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList([ResBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:], strict=False)])
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.resnets, *getattr(self, "upsamplers", ())):
+            x = block(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pictures (n, 3, h, w) to the mean and log-variance of their latents, stacked: (n, 8, h/8, w/8)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            EncoderBlock(a, b, config.layers_per_block, groups, downsample=i < len(widths) - 1)
+            for i, (a, b) in enumerate(zip((widths[0], *widths), widths, strict=False))
+        )
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(images)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (n, 4, h/8, w/8) to pictures (n, 3, h, w)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths: Sequence[int] = config.block_out_channels[::-1]
+        groups = config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups)
+        self.up_blocks = nn.ModuleList(
+            DecoderBlock(a, b, config.layers_per_block + 1, groups, upsample=i < len(widths) - 1)
+            for i, (a, b) in enumerate(zip((widths[0], *widths), widths, strict=False))
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(latents))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """The KL autoencoder of Stable Diffusion, with the parameter names of diffusers' `AutoencoderKL`.
+
+    Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.1.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, images: Tensor) -> Gaussian:
+        """Images (n, 3, h, w) in [-1, 1] to a Gaussian over latents (n, 4, h/8, w/8), not yet scaled.
+
+        Raises ValueError when height or width is not a multiple of 8.
+        """
+        height, width = images.shape[-2:]
+        if height % self.config.downscale or width % self.config.downscale:
+            raise ValueError(f"image is {width}×{height}; both sides must be multiples of {self.config.downscale}")
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return Gaussian(mean, logvar.clamp(-30, 20))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (n, 4, h/8, w/8), not scaled, to images (n, 3, h, w), about [-1, 1] and not clipped."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Gaussian]:
+        """Encode, take the mean (or a sample, when unit Gaussian noise is given), decode: (reconstruction, posterior)."""
+        posterior = self.encode(images)
+        return self.decode(posterior.mean if noise is None else posterior.sample(noise)), posterior

@@ -1,0 +1,63 @@
+"""The convolutional pieces that the autoencoder and the UNet share: residual block, downsampling, upsampling."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, 3×3 convolution, twice, added to the input; in the UNet the time embedding is added in between.
+
+    x (n, in_channels, h, w), time (n, time_dim) or None -> (n, out_channels, h, w).
+    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks", figure 1(b); Ho et al. 2020, appendix B.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int, eps: float, time_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if time_dim is not None:
+            self.time_emb_proj = nn.Linear(time_dim, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if time is not None:
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a convolution of stride 2. (n, c, h, w) -> (n, c, h/2, w/2).
+
+    The UNet pads one pixel on every side. The autoencoder's encoder pads only right and below (`padding=0`): with the
+    wrong one every shape is kept, and every picture shifts.
+    """
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Repeat pixels to the given height and width, by default twice the input's, then convolve.
+
+    (n, c, h, w) -> (n, c, *size).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, size=size or (2 * x.shape[-2], 2 * x.shape[-1]), mode="nearest"))
