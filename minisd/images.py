@@ -1,0 +1,60 @@
+"""Pictures in and out: PIL images, pixels, and the tensors the networks see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def to_images(pixels: np.ndarray) -> Tensor:
+    """Pixels (n, h, w, 3) uint8 to images (n, 3, h, w) float32 in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Images (n, 3, h, w) in [-1, 1], clipped to that range, to pixels (n, h, w, 3) uint8."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images (n, 3, h, w) in [-1, 1] to n PIL pictures."""
+    return [Image.fromarray(pixels) for pixels in to_pixels(images)]
+
+
+def from_pil(picture: Image.Image) -> Tensor:
+    """A PIL picture of any mode to an image (1, 3, h, w) in [-1, 1].
+
+    The camera's rotation (EXIF) is applied, and transparency is laid over white.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    elif picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture, dtype=np.float32)
+        scale = 65535 if picture.mode.startswith("I") else max(float(values.max()), 1.0)
+        picture = Image.fromarray((values / scale * 255).clip(0, 255).round().astype(np.uint8))
+    return to_images(np.array(picture.convert("RGB"))[None])
+
+
+def grid(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Lay pictures of one size side by side, by default in a shape that is as square as it gets.
+
+    Raises ValueError when there is no picture or the sizes differ.
+    """
+    if not pictures:
+        raise ValueError("a grid needs at least one picture")
+    sizes = {picture.size for picture in pictures}
+    if len(sizes) > 1:
+        raise ValueError(f"pictures of one size make a grid; these have {sorted(sizes)}")
+    columns = columns or int(np.ceil(np.sqrt(len(pictures))))
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for place, picture in enumerate(pictures):
+        sheet.paste(picture, (place % columns * width, place // columns * height))
+    return sheet

@@ -1,0 +1,169 @@
+"""Training the autoencoder: squeeze a picture 48 times, and get it back.
+
+Stable Diffusion's autoencoder was trained with an L1 loss, a tiny KL term, a perceptual loss (LPIPS) and a
+discriminator. The last two need a pretrained network and a long second phase; in their place the L1 loss here is taken
+at three scales and on differences of neighbouring pixels, which rewards edges in their place, at no extra network.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minisd.autoencoder import Autoencoder
+from minisd.config import AutoencoderConfig
+from minisd.images import to_images, to_pixels
+from minisd.training.data import Scenes
+from minisd.training.loop import Shuffled, generator, save_atomically
+from minisd.training.scenes import render, scene
+
+HELD_OUT_SEED = 1_000_003
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the terms of the loss, beside 1 for L1 at full size."""
+
+    half: float = 0.5
+    quarter: float = 0.25
+    edges: float = 0.5
+    kl: float = 1e-4
+    equivariance: float = 0.25
+
+
+def reconstruction_loss(output: Tensor, target: Tensor, weights: Weights) -> Tensor:
+    """L1 at full, half and quarter size, and L1 of the differences between neighbouring pixels."""
+    error = output - target
+    loss = error.abs().mean()
+    loss = loss + weights.half * F.avg_pool2d(error, 2).abs().mean()
+    loss = loss + weights.quarter * F.avg_pool2d(error, 4).abs().mean()
+    return loss + weights.edges * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
+
+
+class AutoencoderTask:
+    """What `loop.train` needs to train the autoencoder on rendered scenes.
+
+    crop: side of the random crops of most of the run; from `whole_from` of the run on, whole pictures are used, a
+    quarter as many, since normalisation sees whole pictures in use. decoder_only freezes the encoder, so that latents
+    cached from it stay valid while the decoder gets sharper. model: train this one further.
+    """
+
+    def __init__(
+        self,
+        scenes: Scenes,
+        config: AutoencoderConfig,
+        seed: int = 0,
+        crop: int = 64,
+        whole_from: float = 0.75,
+        weights: Weights | None = None,
+        decoder_only: bool = False,
+        model: Autoencoder | None = None,
+    ) -> None:
+        self.scenes, self.seed, self.crop, self.whole_from = scenes, seed, crop, whole_from
+        self.weights = weights or Weights()
+        self.decoder_only = decoder_only
+        torch.manual_seed(seed)
+        model = (model or start(Autoencoder(config))).to(memory_format=torch.channels_last).requires_grad_()
+        if decoder_only:
+            for part in (model.encoder, model.quant_conv):
+                part.requires_grad_(False)
+        self.model: nn.Module = model
+        self.order = Shuffled(len(scenes), seed)
+
+    def loss(self, step: int, positions: range, local: slice, progress: float) -> tuple[Tensor, dict[str, float]]:
+        assert isinstance(self.model, Autoencoder)
+        rng = generator(self.seed, step)
+        whole = progress >= self.whole_from
+        images = self.scenes.images(self.order(positions[local]))
+        if whole:
+            images = images[::4]
+        else:
+            places = torch.randint(0, images.shape[-1] - self.crop + 1, (len(positions), 2), generator=rng)[local]
+            flips = torch.rand(len(positions), generator=rng)[local] < 0.5
+            images = _crop(images, places, flips, self.crop)
+        side = images.shape[-1] // self.model.config.downscale
+        noise = torch.randn(len(positions), 4, side, side, generator=rng)[local][: len(images)]
+        images = images.contiguous(memory_format=torch.channels_last)
+        output, posterior = self.model(images, noise)
+        reconstruction = reconstruction_loss(output, images, self.weights)
+        loss = reconstruction + self.weights.kl * posterior.kl().mean() / posterior.mean[0].numel()
+        if self.weights.equivariance and not self.decoder_only:
+            # shrunken latents should decode to the shrunken picture: latents that behave like a picture diffuse well
+            shrunk = self.model.decode(F.avg_pool2d(posterior.sample(noise), 2))
+            loss = loss + self.weights.equivariance * F.l1_loss(shrunk, F.avg_pool2d(images, 2))
+        error = (output.detach().clamp(-1, 1) - images).square().mean() / 4
+        return loss, {"psnr": float(-10 * error.log10()), "std": float(posterior.mean.detach().std())}
+
+    @torch.no_grad()
+    def sheet(self, model: nn.Module) -> Image.Image:
+        """Held-out pictures above their reconstructions."""
+        pixels = np.stack([render(scene(HELD_OUT_SEED, i)) for i in range(8)])
+        output, _ = model(to_images(pixels))
+        again = to_pixels(output)
+        return Image.fromarray(np.vstack([np.hstack(list(pixels)), np.hstack(list(again))]))
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Normalise the latents' channels, and write `vae/` as diffusers does."""
+        assert isinstance(model, Autoencoder)
+        finished = model if self.decoder_only else normalised(model, self.scenes)
+        save_autoencoder(finished, folder / "vae")
+
+
+def start(model: Autoencoder) -> Autoencoder:
+    """Let the log-variance begin at −6 for every picture: a little noise, so that the mean can be learned first."""
+    channels = model.config.latent_channels
+    with torch.no_grad():
+        model.quant_conv.weight[channels:].zero_()
+        assert model.quant_conv.bias is not None
+        model.quant_conv.bias[channels:].fill_(-6.0)
+    return model
+
+
+def _crop(images: Tensor, places: Tensor, flips: Tensor, size: int) -> Tensor:
+    crops = []
+    for image, (y, x), flip in zip(images, places.tolist(), flips.tolist(), strict=True):
+        crop = image[:, y : y + size, x : x + size]
+        crops.append(crop.flip(-1) if flip else crop)
+    return torch.stack(crops)
+
+
+@torch.no_grad()
+def normalised(model: Autoencoder, scenes: Scenes, count: int = 512) -> Autoencoder:
+    """Return a copy whose latents have mean 0 and equal spread in each channel, and whose scaling factor is 1/spread.
+
+    The change is folded into the 1×1 convolutions on both sides of the latents, so pictures decode as before. This is
+    where Stable Diffusion's 0.18215 comes from: one over the standard deviation of the latents of its training set.
+    """
+    model.eval()
+    batches = torch.arange(min(count, len(scenes))).split(16)
+    means = torch.cat([model.encode(scenes.images(batch.tolist())).mean for batch in batches])
+    mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    overall = float(std.square().mean().sqrt())
+    copy = Autoencoder(replace(model.config, scaling_factor=round(1 / overall, 5)))
+    copy.load_state_dict(model.state_dict())
+    channels = model.config.latent_channels
+    before, after = copy.quant_conv, copy.post_quant_conv
+    assert before.bias is not None and after.bias is not None
+    ratio = overall / std
+    before.weight[:channels] *= ratio[:, None, None, None]
+    before.bias[:channels] = (before.bias[:channels] - mean) * ratio
+    before.bias[channels:] += 2 * ratio.log()
+    after.bias += (after.weight[:, :, 0, 0] @ mean)
+    after.weight /= ratio[None, :, None, None]
+    return copy.eval()
+
+
+def save_autoencoder(model: Autoencoder, folder: Path) -> None:
+    """Write config.json and the weights, float32, under diffusers' names."""
+    config = {"_class_name": "AutoencoderKL", **model.config.to_dict()}
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_atomically(lambda path: save_file(weights, path), folder / "diffusion_pytorch_model.safetensors")
+    save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), folder / "config.json")

@@ -1,0 +1,137 @@
+"""`minisd train …`: the commands that make the tiny model, in the order in which they are run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Train the parts of the tiny model, one after the other.")
+
+SceneFolder = Annotated[Path, typer.Option("--scenes", help="Folder of rendered scenes (minisd train scenes).")]
+Output = Annotated[Path, typer.Option("--output", help="Where checkpoints, curves and sheets go.")]
+Steps = Annotated[int | None, typer.Option(help="Length of the whole run, in steps.")]
+Minutes = Annotated[float | None, typer.Option(help="Stop and save after so many minutes.")]
+Batch = Annotated[int, typer.Option(help="Global batch, over all processes.")]
+Rate = Annotated[float, typer.Option("--lr", help="Highest learning rate.")]
+Seed = Annotated[int, typer.Option(help="Of the data's order, the noise and the first weights.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")]
+From = Annotated[Path | None, typer.Option("--from", help="Start from the weights of this model folder.")]
+Model = Annotated[Path, typer.Option("--model", help="Folder with the parts that are already trained.")]
+
+
+@app.command()
+def scenes(
+    folder: Path,
+    count: Annotated[int, typer.Option(help="How many pictures (49 KB each).")] = 40_000,
+    seed: Annotated[int, typer.Option(help="Names the endless stream of scenes.")] = 0,
+) -> None:
+    """Render captioned scenes into FOLDER, about 300 a second on one core."""
+    from minisd.training.data import render_scenes
+
+    render_scenes(folder, count, seed)
+
+
+@app.command()
+def autoencoder(
+    scenes: SceneFolder = Path("runs/scenes"),
+    output: Output = Path("runs/autoencoder"),
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch: Batch = 8,
+    lr: Rate = 5e-4,
+    seed: Seed = 0,
+    resume: Resume = False,
+    start: From = None,
+    decoder_only: Annotated[bool, typer.Option(help="Keep the encoder, so that cached latents stay valid.")] = False,
+    whole_from: Annotated[float, typer.Option(help="From this share of the run on, whole pictures, not crops.")] = 0.75,
+) -> None:
+    """Train the autoencoder on crops, then on whole pictures."""
+    from minisd.checkpoint import load_autoencoder
+    from minisd.config import TINY
+    from minisd.training.autoencoder import AutoencoderTask
+    from minisd.training.data import Scenes
+
+    model = None if start is None else load_autoencoder(start / "vae")
+    config = TINY.autoencoder if model is None else model.config
+    task = AutoencoderTask(
+        Scenes(scenes), config, seed=seed, whole_from=whole_from, decoder_only=decoder_only, model=model
+    )
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
+
+
+@app.command()
+def clip(
+    scenes: SceneFolder = Path("runs/scenes"),
+    output: Output = Path("runs/clip"),
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch: Batch = 128,
+    lr: Rate = 1e-3,
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Train the two towers of CLIP; the text tower becomes the model's text encoder."""
+    from minisd.config import TINY
+    from minisd.training.clip import CLIPTask
+    from minisd.training.data import Scenes
+    from minisd.training.scenes import vocabulary
+
+    task = CLIPTask(Scenes(scenes), vocabulary(), TINY.text_encoder, seed=seed)
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
+
+
+@app.command()
+def latents(scenes: SceneFolder = Path("runs/scenes"), model: Model = Path("runs/autoencoder/export")) -> None:
+    """Encode every scene once, for the training of the UNet."""
+    from minisd.checkpoint import load_autoencoder
+    from minisd.training.data import Scenes
+    from minisd.training.unet import cache_latents
+
+    cache_latents(load_autoencoder(model / "vae"), Scenes(scenes), scenes / "latents.safetensors")
+
+
+@app.command()
+def unet(
+    scenes: SceneFolder = Path("runs/scenes"),
+    output: Output = Path("runs/unet"),
+    vae: Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")] = Path("runs/autoencoder/export"),
+    text: Annotated[Path, typer.Option("--clip", help="Folder that holds text_encoder/.")] = Path("runs/clip/export"),
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch: Batch = 32,
+    lr: Rate = 8e-4,
+    seed: Seed = 0,
+    resume: Resume = False,
+    start: From = None,
+) -> None:
+    """Train the denoiser on cached latents; under torchrun on several processes."""
+    from minisd.checkpoint import load_autoencoder, load_text_encoder, load_unet
+    from minisd.config import TINY
+    from minisd.training.data import Scenes
+    from minisd.training.unet import UNetTask
+
+    task = UNetTask(
+        scenes / "latents.safetensors",
+        Scenes(scenes).captions,
+        load_autoencoder(vae / "vae"),
+        load_text_encoder(text / "text_encoder"),
+        TINY,
+        seed=seed,
+        model=None if start is None else load_unet(start / "unet"),
+    )
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
+
+
+def _train(task: Any, output: Path, **choices: Any) -> None:
+    from minisd.training.loop import Options, train
+
+    try:
+        train(task, Options(folder=output, **choices))
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,50 @@
+"""Scenes rendered once and kept in a memory-mapped file, so that the trainings spend their time on training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from minisd.images import to_images
+from minisd.training.loop import save_atomically
+from minisd.training.scenes import SIZE, render, scene
+
+
+def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> None:
+    """Render scenes 0…count−1 of the stream `seed` into `folder`: scenes.npy (count, 128, 128, 3) and scenes.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = [scene(seed, index, **choices) for index in range(count)]
+
+    def write_pixels(path: Path) -> None:
+        pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, SIZE, SIZE, 3))
+        for index, one in enumerate(tqdm(scenes, unit="scene", mininterval=5)):
+            pixels[index] = render(one)
+        pixels.flush()
+
+    save_atomically(write_pixels, folder / "scenes.npy")
+    lines = "".join(json.dumps(asdict(one)) + "\n" for one in scenes)
+    save_atomically(lambda path: path.write_text(lines), folder / "scenes.jsonl")
+
+
+class Scenes:
+    """Rendered scenes: `pixels` (count, 128, 128, 3) uint8, memory-mapped, and for each the description it came from."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "scenes.jsonl").exists():
+            raise FileNotFoundError(f"no rendered scenes in {folder}; make them with: minisd train scenes {folder}")
+        self.pixels: np.ndarray = np.load(folder / "scenes.npy", mmap_mode="r")
+        self.descriptions = [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
+        self.captions: list[str] = [description["caption"] for description in self.descriptions]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def images(self, indices: list[int]) -> Tensor:
+        """Pictures (n, 3, 128, 128) in [-1, 1], channels last in memory."""
+        return to_images(self.pixels[indices])

@@ -1,0 +1,138 @@
+"""Training the denoiser on cached latents: noise a picture, and let the UNet say what the noise was.
+
+Source: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", algorithm 1; Salimans and Ho 2022, "Progressive
+Distillation", section 4 (v-prediction); Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minisd.autoencoder import Autoencoder
+from minisd.config import ModelConfig
+from minisd.images import grid
+from minisd.pipeline import StableDiffusion
+from minisd.schedule import Schedule
+from minisd.text_encoder import TextEncoder
+from minisd.tokenizer import Tokenizer
+from minisd.training.data import Scenes
+from minisd.training.loop import Shuffled, generator, save_atomically
+from minisd.unet import UNet
+
+PROMPTS = (
+    "a fox in a meadow",
+    "a panda in the snow at night",
+    "a red car on the beach",
+    "a rocket in space",
+    "a penguin in the snow",
+    "a dolphin under the sea",
+    "a castle in the mountains at sunset",
+    "a blue balloon on a yellow background",
+    "a frog on a pink background",
+    "a green robot on a white background",
+    "a cat in a meadow",
+    "an octopus under the sea",
+    "a purple gift on a white background",
+    "an elephant in the desert",
+    "a cactus in the desert at sunset",
+    "a hamburger on a blue background",
+)
+
+
+@torch.no_grad()
+def cache_latents(autoencoder: Autoencoder, scenes: Scenes, path: Path, batch: int = 16) -> None:
+    """Encode every scene once: the scaled means, float32 (count, 4, 16, 16), into one safetensors file."""
+    autoencoder = autoencoder.eval().to(memory_format=torch.channels_last)
+    parts = [
+        autoencoder.encode(scenes.images(indices.tolist()).contiguous(memory_format=torch.channels_last)).mean
+        for indices in tqdm(torch.arange(len(scenes)).split(batch), unit="batch", mininterval=10)
+    ]
+    latents = torch.cat(parts) * autoencoder.config.scaling_factor
+    save_atomically(lambda target: save_file({"latents": latents.contiguous()}, target), path)
+
+
+class UNetTask:
+    """What `loop.train` needs to train the UNet on cached latents, with the frozen text encoder's context.
+
+    dropout: the share of captions replaced by the empty one, which is what guidance needs.
+    model: train this one further.
+    """
+
+    def __init__(
+        self,
+        latents: Path,
+        captions: Sequence[str],
+        autoencoder: Autoencoder,
+        text_encoder: TextEncoder,
+        config: ModelConfig,
+        seed: int = 0,
+        dropout: float = 0.1,
+        model: UNet | None = None,
+    ) -> None:
+        self.latents = load_file(latents)["latents"]
+        if len(self.latents) != len(captions):
+            raise ValueError(f"{latents} holds {len(self.latents)} latents for {len(captions)} captions; encode again")
+        self.seed, self.dropout, self.config = seed, dropout, config
+        self.autoencoder, self.text_encoder = autoencoder.eval(), text_encoder.eval()
+        self.tokenizer = Tokenizer.from_pretrained()
+        self.schedule = Schedule(config.schedule)
+        self.ids = self.tokenizer([*captions, ""])
+        torch.manual_seed(seed)
+        model = (model or start(UNet(config.unet))).requires_grad_()
+        self.model: nn.Module = model.to(memory_format=torch.channels_last)
+        self.order = Shuffled(len(captions), seed)
+
+    def loss(self, step: int, positions: range, local: slice, progress: float) -> tuple[Tensor, dict[str, float]]:
+        rng = generator(self.seed, step)
+        count = len(positions)
+        # one timestep from each of `count` equal slices of the schedule: every step sees all noise levels
+        slices = (torch.arange(count) + torch.rand(count, generator=rng)) / count
+        timesteps = (slices * self.config.schedule.num_train_timesteps).long()[torch.randperm(count, generator=rng)]
+        dropped = torch.rand(count, generator=rng) < self.dropout
+        noise = torch.randn(count, *self.latents.shape[1:], generator=rng)[local]
+        indices = torch.tensor(self.order(positions))[local]
+        latents, timesteps = self.latents[indices], timesteps[local]
+        with torch.no_grad():
+            context = self.text_encoder(self.ids[torch.where(dropped[local], len(self.ids) - 1, indices)])
+        noisy = self.schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        prediction = self.model(noisy, timesteps, context)
+        error = (prediction - self.schedule.target(latents, noise, timesteps)).square().mean((1, 2, 3))
+        # w = min(SNR + 1, 5) / (SNR + 1): full weight where layout is decided, little where only grain is left
+        above = self.schedule.snr(timesteps).float() + 1
+        weight = above.clamp(max=5) / above
+        return (weight * error).mean(), {"mse": float(error.detach().mean())}
+
+    @torch.no_grad()
+    def sheet(self, model: nn.Module) -> Image.Image:
+        """The fixed prompts, drawn with seed 0."""
+        assert isinstance(model, UNet)
+        sd = StableDiffusion(
+            self.config, self.tokenizer, self.text_encoder, model, self.autoencoder, defaults={"guidance_scale": 4.0}
+        )
+        return grid(sd(list(PROMPTS), seed=[0] * len(PROMPTS), num_inference_steps=20, progress=False), columns=8)
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write `unet/` as diffusers does."""
+        assert isinstance(model, UNet)
+        config = {"_class_name": "UNet2DConditionModel", **model.config.to_dict()}
+        weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+        target = folder / "unet"
+        save_atomically(lambda path: save_file(weights, path), target / "diffusion_pytorch_model.safetensors")
+        save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), target / "config.json")
+
+
+def start(unet: UNet) -> UNet:
+    """Let every attention and the last convolution begin at zero, so that the network begins as a small one."""
+    for name, module in unet.named_modules():
+        if name.endswith("proj_out") or name == "conv_out":
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+    return unet
