@@ -57,7 +57,8 @@ def land(name: str, time: str, rng: np.random.Generator) -> np.ndarray:
         for _ in range(rng.integers(1, 3)):
             cloud(picture, rng)
     if time == "sunset":
-        blend(picture, (255, 224, 140), disc(rng.uniform(16, 112), HORIZON - rng.uniform(3, 9), 12, softness=2))
+        sun = disc(rng.uniform(16, 112), HORIZON - rng.uniform(3, 9), 12, softness=2)
+        blend(picture, (255, 224, 140), sun)
     if time == "night":
         stars(picture, rng, count=9, bottom=HORIZON - 22)
     light = np.array(LIGHT[time], dtype=np.float32)
@@ -93,10 +94,10 @@ def mountains(picture: np.ndarray, light: np.ndarray, rng: np.random.Generator) 
 def sea(rng: np.random.Generator) -> np.ndarray:
     """Draw the sea from below: water, a sandy floor, a few bubbles."""
     picture = gradient((30, 150, 196), (8, 60, 120))
+    rows, columns = grid()
     for x in rng.uniform(0, SIZE, 2):
-        rows, columns = grid()
-        ray = np.clip(1 - np.abs(columns - x - (rows - 30) * 0.35) / (6 + rows * 0.1), 0, 1) * np.clip(1 - rows / 90, 0, 1)
-        blend(picture, (170, 230, 240), 0.35 * ray)
+        ray = np.clip(1 - np.abs(columns - x - (rows - 30) * 0.35) / (6 + rows * 0.1), 0, 1)
+        blend(picture, (170, 230, 240), 0.35 * ray * np.clip(1 - rows / 90, 0, 1))
     blend(picture, (196, 178, 128), below(waves(rng, 112, 4, 1)))
     for x, y in scattered(rng, 6, bottom=104):
         radius = rng.uniform(2, 4)
@@ -120,7 +121,8 @@ def cloud(picture: np.ndarray, rng: np.random.Generator) -> None:
     x, y, size = rng.uniform(12, 116), rng.uniform(10, 38), rng.uniform(7, 10)
     mask = np.zeros((SIZE, SIZE), dtype=np.float32)
     for offset, radius in ((-1.1, 0.65), (0, 1), (1.2, 0.7)):
-        mask = np.maximum(mask, disc(x + offset * size, y + (1 - radius) * size, radius * size, softness=3, squash=0.7))
+        puff = disc(x + offset * size, y + (1 - radius) * size, radius * size, softness=3, squash=0.7)
+        mask = np.maximum(mask, puff)
     blend(picture, (255, 255, 255), 0.8 * mask)
 
 
@@ -162,7 +164,7 @@ def below(skyline: np.ndarray) -> np.ndarray:
 
 
 def disc(x: float, y: float, radius: float, softness: float = 1, squash: float = 1) -> np.ndarray:
-    """A mask of a disc, or of an ellipse `squash` times as high as wide, with an edge `softness` pixels wide."""
+    """A mask (128, 128) of an ellipse, `squash` times as high as wide, its edge `softness` pixels wide."""
     rows, columns = grid()
     distance = np.sqrt((columns - x) ** 2 + ((rows - y) / squash) ** 2)
     return np.clip((radius - distance) / softness + 0.5, 0, 1)

@@ -31,9 +31,9 @@ def rasterise(icons: dict, name: str) -> Image.Image:
     import resvg_py
 
     body, view = icons["icons"][name]["body"], icons["width"]
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" ' \
-          f'viewBox="0 0 {view} {view}">{body}</svg>'
-    drawn = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg, width=CELL * OVERSAMPLING)))).convert("RGBA")
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {view} {view}">{body}</svg>'
+    png = bytes(resvg_py.svg_to_bytes(svg, width=CELL * OVERSAMPLING))
+    drawn = Image.open(io.BytesIO(png)).convert("RGBA")
     visible = Image.fromarray((np.asarray(drawn)[..., 3] > 24).astype(np.uint8) * 255)
     cut = drawn.crop(visible.getbbox()).convert("RGBa")  # premultiplied, so that edges stay clean when shrunk
     scale = (CELL - 2) / max(cut.size)
@@ -44,7 +44,7 @@ def rasterise(icons: dict, name: str) -> Image.Image:
 
 
 def build(icons_path: Path, target: Path = ATLAS) -> None:
-    """Write the atlas: the catalogue's sprites in its order, row by row, as one WebP picture with transparency."""
+    """Write the atlas: the catalogue's sprites in order, row by row, as one transparent WebP picture."""
     icons = json.loads(icons_path.read_text())
     rows = math.ceil(len(CATALOGUE) / COLUMNS)
     atlas = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))

@@ -10,20 +10,21 @@ PLACE_PHRASES = {
     "meadow": "in a meadow", "desert": "in the desert", "beach": "on the beach", "snow": "in the snow",
     "mountains": "in the mountains", "sea": "under the sea", "space": "in space",
 }
-OTHER_PLACE_PHRASES = {"meadow": "on a meadow", "beach": "at the beach", "desert": "in a desert", "sea": "underwater"}
+OTHER_PLACE_PHRASES = {"meadow": "on a meadow", "beach": "at the beach", "desert": "in a desert",
+                       "sea": "underwater"}
 TIME_PHRASES = {"sunset": "at sunset", "night": "at night"}
 RELATION_PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "next": "next to"}
 NUMBERS = {2: "two", 3: "three"}
 LOOSE = 0.2  # the share of captions that depart from the canonical form
 
 
-def caption(nouns: list[tuple[str | None, Entry]], background: str, place: bool, time: str, relation: str | None,
-            count: int, rng: np.random.Generator | None = None) -> str:
+def caption(nouns: list[tuple[str | None, Entry]], background: str, place: bool, time: str,
+            relation: str | None, count: int, rng: np.random.Generator | None = None) -> str:
     """Say in words what a scene shows.
 
     `nouns` are one or two (tint or None, catalogue entry). Without `rng` the caption is canonical, as in
-    "a red car to the left of a fox in a meadow at night"; with it, a fifth take a looser form that people type too:
-    a synonym, no article, the time first, "and" for "next to", another way to name the place, or no background.
+    "a red car to the left of a fox in a meadow at night"; with it, a fifth take a looser form that people type
+    too: a synonym, no article, the time first, "and" for "next to", another name of the place, no place.
     """
     looser = LOOSER[rng.integers(len(LOOSER))] if rng is not None and rng.random() < LOOSE else None
     phrases = [_noun_phrase(color, entry, count, looser) for color, entry in nouns]

@@ -9,7 +9,7 @@ PLACES = (*LAND, "sea", "space")
 
 @dataclass(frozen=True)
 class Paint:
-    """The pixels of a sprite that take a colour: ranges of hue in degrees (may wrap), saturation and value in [0, 1]."""
+    """Pixels that take a colour: ranges of hue in degrees (may wrap), saturation and value in [0, 1]."""
 
     hue: tuple[float, float] = (0, 360)
     saturation: tuple[float, float] = (0.3, 1)
@@ -64,7 +64,8 @@ CATALOGUE = (
     Entry("pig", "pig", ("pink",)),
     Entry("dolphin", "dolphin", ("blue",), ("sea",), flies=True),
     Entry("octopus", "octopus", ("orange", "pink"), ("sea", "space"), flies=True, plural="octopuses",
-          paint=Paint(hue=(285, 60), saturation=(0.15, 1)), colors=("red", "yellow", "green", "blue", "purple", "pink")),
+          paint=Paint(hue=(285, 60), saturation=(0.15, 1)),
+          colors=("red", "yellow", "green", "blue", "purple", "pink")),
     Entry("whale", "spouting-whale", ("blue",), ("sea",), flies=True),
     Entry("crab", "crab", ("pink", "red"), ("beach", "sea", "desert"), paint=REDS, colors=RAINBOW),
     Entry("fish", "fish", ("blue",), ("sea",), flies=True, plural="fish",
@@ -93,7 +94,8 @@ CATALOGUE = (
           paint=Paint(hue=(10, 60), saturation=(0.4, 1), value=(0.5, 1)), colors=RAINBOW),
     Entry("rocket", "rocket", ("white",), (*LAND, "space"), flies=True, paint=PALE, colors=RAINBOW),
     Entry("airplane", "airplane", ("blue", "gray"), AIR, flies=True, synonym="plane"),
-    Entry("balloon", "balloon", ("red",), AIR, flies=True, paint=Paint(hue=(255, 30), saturation=(0.1, 1)), colors=ANY),
+    Entry("balloon", "balloon", ("red",), AIR, flies=True,
+          paint=Paint(hue=(255, 30), saturation=(0.1, 1)), colors=ANY),
     Entry("house", "house", ("orange",), paint=Paint(hue=(0, 45), saturation=(0.25, 1), value=(0.6, 1)),
           colors=(*RAINBOW, "white")),
     Entry("castle", "castle", ("gray", "pink")),
@@ -103,9 +105,9 @@ CATALOGUE = (
     Entry("gift", "wrapped-gift", ("yellow", "orange"), (*LAND, "space"), synonym="present",
           paint=Paint(hue=(22, 62), saturation=(0.4, 1), value=(0.5, 1)),
           colors=("orange", "yellow", "green", "blue", "purple", "pink", "white", "black")),
-    Entry("guitar", "guitar", ("pink", "red"), (*LAND, "space"), paint=Paint(hue=(320, 10), saturation=(0.4, 1)),
-          colors=ANY),
+    Entry("guitar", "guitar", ("pink", "red"), (*LAND, "space"),
+          paint=Paint(hue=(320, 10), saturation=(0.4, 1)), colors=ANY),
     Entry("umbrella", "umbrella", ("purple",), paint=Paint(hue=(240, 300), saturation=(0.25, 1)), colors=ANY),
-    Entry("heart", "red-heart", ("red", "pink"), (*AIR, "space"), flies=True, paint=Paint(saturation=(0.2, 1)),
-          colors=ANY),
+    Entry("heart", "red-heart", ("red", "pink"), (*AIR, "space"), flies=True,
+          paint=Paint(saturation=(0.2, 1)), colors=ANY),
 )

@@ -1,8 +1,8 @@
 """Captioned 128 × 128 scenes, composed from sprites: what the tiny model learns from.
 
-A scene is first described (`sample_scene`: cheap, no pixels) and then drawn (`render`). Both are deterministic.
-About a tenth of the (colour, object) and (object, place) pairs are held out: training never sees them, evaluation
-asks for nothing else.
+A scene is first described (`sample_scene`, cheap) and then drawn (`render`), both deterministically.
+About a tenth of the (colour, object) and (object, place) pairs are held out: training never sees them,
+evaluation asks for nothing else.
 """
 
 import hashlib
@@ -20,15 +20,16 @@ from minisd.training.sprites import COLORS, entries, extent, sprite
 RELATIONS = ("left", "right", "above", "next")
 HELD_OUT_PERCENT = 10
 HELD_OUT_SALT = 2974  # spreads the held-out pairs evenly over objects, colours and places
-KEPT = {  # pairs that examples need
-    ("fox", "snow"), ("panda", "snow"), ("penguin", "snow"), ("red", "car"), ("car", "beach"), ("rocket", "space"),
-    ("blue", "balloon"), ("dolphin", "sea"), *(("castle", place) for place in PLACES),
-}
+KEPT = frozenset({  # pairs that examples need
+    ("fox", "snow"), ("panda", "snow"), ("penguin", "snow"), ("red", "car"), ("car", "beach"),
+    ("rocket", "space"), ("blue", "balloon"), ("dolphin", "sea"), ("fish", "sea"), ("cat", "beach"),
+    *(("castle", place) for place in PLACES),
+})
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object in a scene: its noun, its tint or None, its centre, longer side in pixels, and whether it is mirrored."""
+    """An object in a scene: noun, tint or None, centre and longer side in pixels, whether it is mirrored."""
 
     noun: str
     color: str | None
@@ -42,9 +43,10 @@ class Thing:
 class Scene:
     """A described picture.
 
-    `background` is a plain colour, or with `place` a place of the catalogue; `time` is day, sunset or night (day where
-    time does not show). `relation` says where the first thing is, seen from the second: left, right, above, next, or
-    None. `count` is how many of a kind there are (1 with a relation). `seed` varies the background's details.
+    `background` is a plain colour, or with `place` a place of the catalogue; `time` is day, sunset or night
+    (day where time does not show). `relation` says where the first thing is, seen from the second: left, right,
+    above, next, or None. `count` is how many of a kind there are (1 with a relation). `seed` varies the background's
+    details; `mirrored` turns the whole picture around, after drawing.
     """
 
     caption: str
@@ -60,22 +62,28 @@ class Scene:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Relative weights of the three kinds of scene: one object, two objects in a relation, several of a kind."""
+    """Relative weights of the kinds of scene: one object, two objects in a relation, several of a kind."""
 
     single: float = 0.6
     relation: float = 0.25
     count: float = 0.15
+
+    def __post_init__(self) -> None:
+        weights = (self.single, self.relation, self.count)
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"mixture weights must be ≥ 0 and not all zero, got {weights}")
 
 
 DEFAULT_MIXTURE = Mixture()
 
 
 def scene(seed: int, index: int, *, held_out: bool = False, mixture: Mixture = DEFAULT_MIXTURE) -> Scene:
-    """The index-th scene of the endless stream that a seed names: random access, so a resumed run sees the same."""
+    """The index-th scene of the endless stream that a seed names: random access, so runs can resume."""
     return sample_scene(np.random.default_rng((seed, index)), held_out=held_out, mixture=mixture)
 
 
-def sample_scene(rng: np.random.Generator, *, held_out: bool = False, mixture: Mixture = DEFAULT_MIXTURE) -> Scene:
+def sample_scene(rng: np.random.Generator, *, held_out: bool = False,
+                 mixture: Mixture = DEFAULT_MIXTURE) -> Scene:
     """Describe a random scene: one without any held-out pair, or with `held_out` one that has at least one.
 
     Held-out scenes always carry the canonical caption; others sometimes a looser one.
@@ -89,10 +97,10 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False, mixture: M
 def render(scene: Scene) -> np.ndarray:
     """Draw a scene; (128, 128, 3) uint8, the same pixels for the same scene."""
     if scene.mirrored:
-        return render(flipped(scene))[:, ::-1]
+        return np.ascontiguousarray(render(flipped(scene))[:, ::-1])
     picture = backgrounds.background(scene.background, scene.time, scene.seed)
     for thing in scene.things:
-        if scene.place and scene.background != "space" and not _floats(entries()[thing.noun], scene.background):
+        if scene.place and not _floats(entries()[thing.noun], scene.background):
             _cast_shadow(picture, thing)
         _paste(picture, thing)
     return picture.clip(0, 255).round().astype(np.uint8)
@@ -158,7 +166,7 @@ def vocabulary() -> list[str]:
 
 
 def _describe(rng: np.random.Generator, held_out: bool, mixture: Mixture) -> Scene:
-    """Describe a scene of a random kind; without `held_out`, steer clear of held-out pairs where that is cheap."""
+    """Describe a scene of a random kind; without `held_out`, avoid held-out pairs where that is cheap."""
     avoid = frozenset() if held_out else held_out_pairs()
     weights = np.array([mixture.single, mixture.relation, mixture.count])
     kind = ("single", "relation", "count")[rng.choice(3, p=weights / weights.sum())]
@@ -174,9 +182,10 @@ def _describe(rng: np.random.Generator, held_out: bool, mixture: Mixture) -> Sce
     background = place or _choose_plain(rng, chosen, tints)
 
     things = _arrange(rng, chosen, tints, place, relation, count)
-    nouns = [(color, entry) for color, entry in zip(tints, chosen, strict=True)]
-    caption = captions.caption(nouns, background, place is not None, time, relation, count, None if held_out else rng)
-    return Scene(caption, things, background, place is not None, time, relation, count, int(rng.integers(2**31)))
+    nouns = list(zip(tints, chosen, strict=True))
+    in_place = place is not None
+    caption = captions.caption(nouns, background, in_place, time, relation, count, None if held_out else rng)
+    return Scene(caption, things, background, in_place, time, relation, count, seed=int(rng.integers(2**31)))
 
 
 def _choose_place(rng: np.random.Generator, chosen: list[Entry], relation: str | None,
@@ -204,7 +213,8 @@ def _choose_color(rng: np.random.Generator, entry: Entry, place: str | None, tim
 
 def _choose_plain(rng: np.random.Generator, chosen: list[Entry], tints: list[str | None]) -> str:
     """A plain colour that none of the objects has."""
-    taken = {color for entry, tint in zip(chosen, tints, strict=True) for color in ((tint,) if tint else entry.own)}
+    shown = [(tint,) if tint else entry.own for entry, tint in zip(chosen, tints, strict=True)]
+    taken = {color for colors in shown for color in colors}
     options = [color for color in PLAIN if color not in taken]
     return options[rng.integers(len(options))]
 
@@ -228,10 +238,12 @@ def _arrange(rng: np.random.Generator, chosen: list[Entry], tints: list[str | No
     jitter = (SIZE - size) / 2 - 4 if count == 1 else (3 if count == 2 else 1.5)
     flip = bool(rng.random() < 0.5)
     base = _height(rng, chosen[0], size, place)
-    return tuple(
-        Thing(chosen[0].noun, tints[0], _pixel(x + rng.uniform(-jitter, jitter)),
-              _pixel(_keep_inside(base + (rng.uniform(-5, 5) if count > 1 else 0), chosen[0], size)), size, flip)
-        for x in centres)
+    things = []
+    for centre in centres:
+        x = centre + rng.uniform(-jitter, jitter)
+        y = _keep_inside(base + (rng.uniform(-5, 5) if count > 1 else 0), chosen[0], size)
+        things.append(Thing(chosen[0].noun, tints[0], _pixel(x), _pixel(y), size, flip))
+    return tuple(things)
 
 
 def _arrange_pair(rng: np.random.Generator, order: list[tuple[Entry, str | None]], place: str | None,
@@ -256,14 +268,15 @@ def _arrange_pair(rng: np.random.Generator, order: list[tuple[Entry, str | None]
 
 
 def _height(rng: np.random.Generator, entry: Entry, size: float, place: str | None) -> float:
-    """The row of an object's centre: anywhere if it floats, in the sky if it flies, else with its foot on the ground."""
+    """The row of an object's centre: anywhere if it floats, in the sky if it flies, else on the ground."""
     height = extent(entry.noun, size)[1]
     if place is None or place == "space" or (place == "sea" and _floats(entry, place)):
         room = min((SIZE - height) / 2 - 4, 24)
         return 64 + rng.uniform(-room, room)
     if entry.flies:
         return rng.uniform(height / 2 + 4, max(HORIZON - 6, height / 2 + 8))
-    return rng.uniform(HORIZON + 26, 121) - height / 2 if place != "sea" else rng.uniform(112, 122) - height / 2
+    foot = rng.uniform(112, 122) if place == "sea" else rng.uniform(HORIZON + 26, 121)
+    return foot - height / 2
 
 
 def _keep_inside(y: float, entry: Entry, size: float) -> float:
@@ -293,5 +306,6 @@ def _paste(picture: np.ndarray, thing: Thing) -> None:
 def _cast_shadow(picture: np.ndarray, thing: Thing) -> None:
     """Darken the ground beneath a standing thing, in place."""
     width, height = extent(thing.noun, thing.size)
-    shade = backgrounds.disc(thing.x, thing.y + height / 2 - 2, width * 0.46, softness=width * 0.2, squash=0.16)
+    foot = thing.y + height / 2 - 2
+    shade = backgrounds.disc(thing.x, foot, width * 0.46, softness=width * 0.2, squash=0.16)
     picture *= 1 - 0.35 * shade[..., None]

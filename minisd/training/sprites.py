@@ -65,7 +65,7 @@ def sprite(noun: str, color: str | None) -> Image.Image:
 
 
 def tint(picture: Image.Image, paint: Paint, color: tuple[int, int, int]) -> Image.Image:
-    """Give the painted pixels of an RGBA picture another colour, keeping its light and shade and all other pixels."""
+    """Give the painted pixels of an RGBA picture another colour, keeping their light and shade."""
     rgba = np.asarray(picture, dtype=np.float32)
     rgb, alpha = rgba[..., :3] / 255, rgba[..., 3:] / 255
     mask = paint_mask(rgb, paint)[..., None]
@@ -78,11 +78,12 @@ def tint(picture: Image.Image, paint: Paint, color: tuple[int, int, int]) -> Ima
     gleam = np.clip(0.55 * (ratio - 1), 0, 0.45)[..., None]
     painted = target * shade + (1 - target) * gleam
     mixed = rgb * (1 - mask) + painted * mask
-    return Image.fromarray(np.concatenate([mixed * 255, rgba[..., 3:]], -1).clip(0, 255).round().astype(np.uint8))
+    whole = np.concatenate([mixed * 255, rgba[..., 3:]], -1)
+    return Image.fromarray(whole.clip(0, 255).round().astype(np.uint8))
 
 
 def paint_mask(rgb: np.ndarray, paint: Paint) -> np.ndarray:
-    """How far each pixel of (h, w, 3) in [0, 1] belongs to the paint, in [0, 1], with soft edges; shape (h, w)."""
+    """How far each pixel of (h, w, 3) in [0, 1] belongs to the paint, in [0, 1], edges soft; shape (h, w)."""
     value = rgb.max(-1)
     chroma = value - rgb.min(-1)
     red, green, blue = np.moveaxis(rgb, -1, 0)
