@@ -62,7 +62,8 @@ def land(name: str, time: str, rng: np.random.Generator) -> np.ndarray:
     if time == "night":
         stars(picture, rng, count=9, bottom=HORIZON - 22)
     light = np.array(LIGHT[time], dtype=np.float32)
-    far, near = light * GROUND[name][0], light * GROUND[name][1]
+    shine = np.maximum(light, (0.44, 0.5, 0.64)) if name == "snow" else light  # snow is pale even at night
+    far, near = shine * GROUND[name][0], shine * GROUND[name][1]
     if name == "mountains":
         mountains(picture, light, rng)
     if name == "beach":

@@ -44,9 +44,9 @@ class Scene:
     """A described picture.
 
     `background` is a plain colour, or with `place` a place of the catalogue; `time` is day, sunset or night
-    (day where time does not show). `relation` says where the first thing is, seen from the second: left, right,
-    above, next, or None. `count` is how many of a kind there are (1 with a relation). `seed` varies the background's
-    details; `mirrored` turns the whole picture around, after drawing.
+    (day where time does not show). `relation` says where the first thing is, seen from the second: left,
+    right, above, next, or None. `count` is how many of a kind there are (1 with a relation). `seed` varies
+    the background's details; `mirrored` turns the whole picture around, after drawing.
     """
 
     caption: str
@@ -255,7 +255,7 @@ def _arrange_pair(rng: np.random.Generator, order: list[tuple[Entry, str | None]
         xs = [middle + rng.uniform(-8, 8) for _ in order]
         ys = [33 + rng.uniform(-3, 3), 95 + rng.uniform(-3, 3)]
         if place and not _floats(order[1][0], place):
-            ys[1] = _height(rng, order[1][0], size[1], place)
+            ys[1] = max(ys[1], _height(rng, order[1][0], size[1], place))
     else:
         first_left = relation == "left" or (relation == "next" and rng.random() < 0.5)
         xs = [x + rng.uniform(-3, 3) for x in ((34, 94) if first_left else (94, 34))]
