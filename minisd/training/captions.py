@@ -23,8 +23,8 @@ def caption(nouns: list[tuple[str | None, Entry]], background: str, place: bool,
     """Say in words what a scene shows.
 
     `nouns` are one or two (tint or None, catalogue entry). Without `rng` the caption is canonical, as in
-    "a red car to the left of a fox in a meadow at night"; with it, a fifth take a looser form that people type
-    too: a synonym, no article, the time first, "and" for "next to", another place name, none.
+    "a red car to the left of a fox in a meadow at night"; with it, a fifth take a looser form that people
+    type too: a synonym, no article, the time first, "and" for "next to", another name for the place, or none.
     """
     looser = LOOSER[rng.integers(len(LOOSER))] if rng is not None and rng.random() < LOOSE else None
     phrases = [_noun_phrase(color, entry, count, looser) for color, entry in nouns]
