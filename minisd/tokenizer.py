@@ -3,10 +3,10 @@
 The steps: normalise the text, split it into words, write each word as symbols that stand for its UTF-8 bytes,
 then join neighbouring symbols, always the pair that ranks first in a list of merges learned from captions.
 
-Sources: Sennrich et al. 2016 (arXiv 1508.07909) (method), Radford et al. 2021 (arXiv 2103.00020; CLIP).
+Sources: Sennrich et al. 2016 (arXiv 1508.07909) for the method; Radford et al. 2021 (arXiv 2103.00020), CLIP.
 It behaves as `transformers.CLIPTokenizer` does. The shipped merges are lines 2 to 48,895 of OpenAI CLIP's
 bpe_simple_vocab_16e6.txt (MIT, assets/licenses/CLIP-MIT.txt), from the PyPI package clip-anytorch. They fix
-the vocabulary: 256 byte symbols, the same at the end of a word, a token for each merge, start and end of text.
+the vocabulary: 256 byte symbols, the same at the end of a word, a token for each merge, start and end.
 """
 
 import heapq

@@ -42,8 +42,8 @@ a\x00b a\x1cb a\x1db a\x1eb a\x1fb a\x7fb a\x85b a\xa0b a\u2028b a\u3000b a\tb\v
 <|endoftext|> a<|endoftext|>b <|ENDOFTEXT|> <|endoftext|>\u0338 <|endoftext|
 a</w>b </w> Ġhello Ã© [PAD] <pad> #version: 0.2 # # ## http://example.com/a?b=c&d=e#f user@example.org"""
 
-# Differences from transformers, each with its reason. One more has no example here, as it depends on the Python
-# in use: a character newer than `unicodedata.unidata_version` counts as neither letter nor number.
+# Differences from transformers, each with its reason. One more has no example here, as it depends on the
+# Python in use: a character newer than `unicodedata.unidata_version` counts as neither letter nor number.
 KNOWN_DIFFERENCES = {
     # transformers' pattern takes an end token in capitals for one word, then cuts it in three; here its "|>"
     # joins punctuation that follows directly. Typed in lower case, the end token is the same in both.
