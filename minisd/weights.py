@@ -1,0 +1,170 @@
+"""Tensors in files: safetensors and pickles are opened as memory maps, and nothing in a file can run code."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SAFE_TORCH = (2, 10)  # before it, weights_only=True could be made to run code: CVE-2025-32434, CVE-2026-24747
+CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # pickled in the original sd-v1-4.ckpt
+BATCH_BYTES = 2**28
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says what was wrong, what was expected and what to do."""
+
+
+class TensorInfo(NamedTuple):
+    """What a file says of a tensor before it is read: its shape and the name of its dtype, such as "float32"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (getattr(torch, self.dtype).itemsize if hasattr(torch, self.dtype) else 1)
+
+
+class _Inert:
+    """Stands in for the Lightning callback in old checkpoints: it can be named and built, and does nothing."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Shape and dtype of every tensor in a .safetensors, .ckpt, .bin or .pt file, without reading the tensors.
+
+    Raises CheckpointError when the file is damaged, is not what its name says, or would run code.
+    """
+    _check_start(path)
+    if path.suffix != ".safetensors":
+        tensors = _load_pickle(path)
+        return {key: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in tensors.items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is not a mapping)
+            return {
+                key: TensorInfo(tuple(item.get_shape()), SAFETENSORS_DTYPES.get(item.get_dtype(), item.get_dtype()))
+                for key, item in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or incomplete ({error}); fetch it again") from error
+
+
+def read_tensors(
+    path: Path, header: Mapping[str, TensorInfo], device: torch.device | str, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file named in `header`, on the device and in the dtype asked for.
+
+    A tensor that needs no conversion stays a private, lazy map of the file: no second copy in memory, and writing to
+    it does not write to the file. The others are converted a few at a time, the map being closed in between.
+    """
+    copies = torch.device(device).type != "cpu" or any(getattr(torch, info.dtype) != dtype for info in header.values())
+    # An old pickle, not a zip archive, can only be read as a whole.
+    batches = _batches(header) if copies and (path.suffix == ".safetensors" or zipfile.is_zipfile(path)) else [list(header)]
+    for batch in batches:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for key in batch:
+                    yield key, file.get_tensor(key).to(device, dtype)
+        else:
+            tensors = _load_pickle(path)
+            for key in batch:
+                yield key, tensors.pop(key).to(device, dtype)
+
+
+def pick_weights(names: Collection[str], stem: str, variant: str | None = None) -> list[str]:
+    """Of the file names in a part's folder, those to read: one file, or an index of shards and the shards.
+
+    The variant asked for comes first, then plain files, then fp16; safetensors before pickles. `stem` is "model" for
+    the text encoder and "diffusion_pytorch_model" for the others. Empty when the folder holds no weights.
+    """
+    for wanted in (f".{variant}" if variant else "", "", ".fp16"):
+        for first, suffix in ((stem, ".safetensors"), ("pytorch_model" if stem == "model" else stem, ".bin")):
+            if (name := f"{first}{wanted}{suffix}") in names:
+                return [name]
+            index = f"{first}{suffix}.index{wanted}.json"
+            if index in names:
+                shard = re.compile(rf"{first}({re.escape(wanted)})?-\d+-of-\d+({re.escape(wanted)})?{suffix}")
+                return [index, *sorted(filter(shard.fullmatch, names))]
+    return []
+
+
+def shards(index: Path) -> list[Path]:
+    """The files named by an index of shards, which must lie beside it; CheckpointError where they do not."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files; fetch it again")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name) is None:
+            raise CheckpointError(f"{index} names the file {name!r}; shards must lie beside their index. Do not trust it")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is missing; fetch it")
+    return [index.parent / name for name in names]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError when it is missing or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; fetch the whole folder") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object. Fetch it again")
+    return value
+
+
+def _batches(header: Mapping[str, TensorInfo]) -> Iterable[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for key, info in header.items():
+        batch.append(key)
+        size += info.nbytes
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _check_start(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(200)
+    if not start:
+        raise CheckpointError(f"{path} is empty; fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(f"{path} is a web page, not weights; fetch it again, from the download link")
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    release = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if release < SAFE_TORCH:
+        raise CheckpointError(
+            f"{path} is a pickle, and torch {torch.__version__} cannot read pickles safely; "
+            "install torch 2.10 or newer, or use the .safetensors file"
+        )
+    try:
+        with torch.serialization.safe_globals([(_Inert, CALLBACK)]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a hostile or damaged pickle provokes
+        refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*|GLOBAL [\w.]+", str(error))
+        reason = f"asks for code and was refused ({refused[0]})" if refused else f"is damaged or incomplete ({error})"
+        raise CheckpointError(f"{path} {reason}; fetch it again from a source you trust, best as .safetensors") from error
+    nested = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a dictionary of tensors")
+    return {str(key): value for key, value in nested.items() if isinstance(value, Tensor) and value.layout == torch.strided}
