@@ -24,16 +24,16 @@ from minisd.blocks import Downsample, ResBlock
 from minisd.config import TextEncoderConfig
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
-from minisd.training.data import Scenes
-from minisd.training.loop import Shuffled, processes, save_atomically
+from minisd.training.data import Scenes, mirrored
+from minisd.training.loop import Shuffled, generator, processes, save_atomically
 
 
 @dataclass(frozen=True)
 class ImageEncoderConfig:
     """The image tower: a strided first convolution, then residual levels, then one vector for the whole picture."""
 
-    widths: tuple[int, ...] = (48, 96, 192)
-    patch: int = 4
+    widths: tuple[int, ...] = (64, 128, 192)
+    patch: int = 8
     groups: int = 16
     pooled: int = 4
     projection_dim: int = 128
@@ -110,18 +110,26 @@ class CLIP(nn.Module):
         return model.eval()
 
 
-def contrastive_loss(text: Tensor, image: Tensor, scale: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+def contrastive_loss(
+    text: Tensor, image: Tensor, scale: Tensor, rows: Tensor, lies: Tensor | None = None, lie_rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of finding the picture for each caption and the caption for each picture; and the accuracy.
 
-    text and image (n, d) unit vectors; `same` (n, n) is true where two captions are equal, which then do not compete.
+    text and image (n, d) unit vectors, rows (n, tokens) the captions: equal ones do not compete. `lies` (n, d) are
+    captions that no picture has, told apart from a caption only by left and right: a batch rarely holds such a pair by
+    chance, and without one nothing would teach the towers where things are.
     """
     # L = ½ (H(softmax(s · I Tᵀ)) + H(softmax(s · T Iᵀ)))
-    logits = scale * image @ text.T
-    rivals = same & ~torch.eye(len(text), dtype=torch.bool)
-    logits = logits.masked_fill(rivals, -torch.inf)
+    choices, choice_rows = text, rows
+    if lies is not None and lie_rows is not None:
+        choices, choice_rows = torch.cat([text, lies]), torch.cat([rows, lie_rows])
     target = torch.arange(len(text))
-    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    return loss, (logits.argmax(1) == target).float().mean()
+    rivals = (rows[:, None] == choice_rows[None]).all(-1)
+    rivals[target, target] = False
+    logits = (scale * image @ choices.T).masked_fill(rivals, -torch.inf)
+    pictures = logits[:, : len(text)]
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(pictures.T, target)) / 2
+    return loss, (pictures.argmax(1) == target).float().mean()
 
 
 class CLIPTask:
@@ -141,12 +149,14 @@ class CLIPTask:
     ) -> None:
         self.scenes, self.full, self.seed = scenes, text, seed
         tokenizer = Tokenizer.from_pretrained()
-        encoded = [[tokenizer.bos_token_id, *tokenizer.encode(caption), tokenizer.eos_token_id] for caption in scenes.captions]
+        captions = scenes.captions + [mirrored(caption) for caption in scenes.captions]
+        encoded = [[tokenizer.bos_token_id, *tokenizer.encode(c), tokenizer.eos_token_id] for c in captions]
         spoken = {i for ids in encoded for i in ids} | {i for word in words for i in tokenizer.encode(word)}
         self.known = torch.tensor(sorted(spoken))
         length = max(map(len, encoded))
         padded = torch.tensor([ids + [tokenizer.eos_token_id] * (length - len(ids)) for ids in encoded])
-        self.rows = torch.searchsorted(self.known, padded)
+        # (2, count, tokens): the captions as they are, and with left and right exchanged
+        self.rows = torch.searchsorted(self.known, padded).view(2, len(scenes), length)
         torch.manual_seed(seed)
         small = replace(text, vocab_size=len(self.known))
         eos = int(torch.searchsorted(self.known, torch.tensor(tokenizer.eos_token_id)))
@@ -160,14 +170,17 @@ class CLIPTask:
 
     def loss(self, step: int, positions: range, local: slice, progress: float) -> tuple[Tensor, dict[str, float]]:
         assert isinstance(self.model, CLIP)
-        indices = self.order(positions)
-        rows, mine = self.rows[indices], indices[local]
-        images = self.scenes.images(mine).contiguous(memory_format=torch.channels_last)
-        text, image = self.model.encode_text(self.rows[mine]), self.model.encode_image(images)
+        indices = torch.tensor(self.order(positions))
+        flip = (torch.rand(len(positions), generator=generator(self.seed, step)) < 0.5).long()
+        rows, lie_rows = self.rows[flip, indices], self.rows[1 - flip, indices]
+        images = self.scenes.images(indices[local].tolist())
+        images = torch.where(flip[local].bool()[:, None, None, None], images.flip(-1), images)
+        image = self.model.encode_image(images.contiguous(memory_format=torch.channels_last))
+        text, lies = self.model.encode_text(torch.cat([rows[local], lie_rows[local]])).chunk(2)
         if processes() > 1:
-            text, image = torch.cat(dist.all_gather(text)), torch.cat(dist.all_gather(image))
-        same = (rows[:, None] == rows[None]).all(-1)
-        loss, accuracy = contrastive_loss(text, image, self.model.logit_scale.clamp(max=4.6052).exp(), same)
+            text, image, lies = (torch.cat(dist.all_gather(x.contiguous())) for x in (text, image, lies))
+        scale = self.model.logit_scale.clamp(max=4.6052).exp()
+        loss, accuracy = contrastive_loss(text, image, scale, rows, lies, lie_rows)
         return loss, {"accuracy": float(accuracy)}
 
     def sheet(self, model: nn.Module) -> Image.Image | None:

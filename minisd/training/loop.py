@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -144,6 +145,22 @@ def save_atomically(write: Any, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def draw_curves(lines: list[dict[str, float]], path: Path) -> None:
+    """Draw every logged number against the step, as it is and smoothed over a fiftieth of the run."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in (lines[0] if lines else {}) if name != "lr"]
+    figure = Figure(figsize=(4 * max(len(names), 1), 3), layout="constrained")
+    for place, name in enumerate(names):
+        values = np.array([line[name] for line in lines])
+        width = max(len(values) // 50, 1)
+        axes = figure.add_subplot(1, len(names), place + 1)
+        axes.plot(values, color="0.8", linewidth=0.5)
+        axes.plot(np.arange(width - 1, len(values)), np.convolve(values, np.ones(width) / width, "valid"))
+        axes.set(title=name, xlabel="step")
+    figure.savefig(path, format="png", dpi=72)
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the other processes of torchrun, if there are any."""
@@ -190,6 +207,7 @@ class Trainer:
         save_atomically(lambda path: torch.save(state, path), self.checkpoint)
         lines = "".join(json.dumps(line) + "\n" for line in self.losses)
         save_atomically(lambda path: path.write_text(lines), self.options.folder / "losses.jsonl")
+        save_atomically(lambda path: draw_curves(self.losses, path), self.options.folder / "curves.png")
         with self.averaged() as model:
             sheet = self.task.sheet(model)
         if sheet is not None:
