@@ -48,7 +48,7 @@ def autoencoder(
     whole_from: Annotated[float, typer.Option(help="From this share of the run on, whole pictures, not crops.")] = 0.75,
 ) -> None:
     """Train the autoencoder on crops, then on whole pictures."""
-    from minisd.checkpoint import load_autoencoder
+    from minisd.training.parts import load_autoencoder
     from minisd.config import TINY
     from minisd.training.autoencoder import AutoencoderTask
     from minisd.training.data import Scenes
@@ -85,7 +85,7 @@ def clip(
 @app.command()
 def latents(scenes: SceneFolder = Path("runs/scenes"), model: Model = Path("runs/autoencoder/export")) -> None:
     """Encode every scene once, for the training of the UNet."""
-    from minisd.checkpoint import load_autoencoder
+    from minisd.training.parts import load_autoencoder
     from minisd.training.data import Scenes
     from minisd.training.unet import cache_latents
 
@@ -107,7 +107,7 @@ def unet(
     start: From = None,
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
-    from minisd.checkpoint import load_autoencoder, load_text_encoder, load_unet
+    from minisd.training.parts import load_autoencoder, load_text_encoder, load_unet
     from minisd.config import TINY
     from minisd.training.data import Scenes
     from minisd.training.unet import UNetTask

@@ -18,14 +18,18 @@ from tqdm import tqdm
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import ModelConfig
+from minisd.folder import Defaults
 from minisd.images import grid
 from minisd.pipeline import StableDiffusion
+from minisd.samplers import Sampler
 from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.data import Scenes
 from minisd.training.loop import Shuffled, generator, save_atomically
 from minisd.unet import UNet
+
+SAMPLING = Defaults(Sampler("dpmpp_2m", spacing="trailing"), num_inference_steps=20, guidance_scale=4.0)
 
 PROMPTS = (
     "a fox in a meadow",
@@ -115,9 +119,9 @@ class UNetTask:
         """The fixed prompts, drawn with seed 0."""
         assert isinstance(model, UNet)
         sd = StableDiffusion(
-            self.config, self.tokenizer, self.text_encoder, model, self.autoencoder, defaults={"guidance_scale": 4.0}
+            self.config, self.tokenizer, self.text_encoder, model, self.autoencoder, SAMPLING
         )
-        return grid(sd(list(PROMPTS), seed=[0] * len(PROMPTS), num_inference_steps=20, progress=False), columns=8)
+        return grid(sd(list(PROMPTS), seed=[0] * len(PROMPTS), progress=False), columns=8)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write `unet/` as diffusers does."""

@@ -1,0 +1,55 @@
+"""Runs a small training of the named part, for the tests that kill it, resume it, or split it over processes.
+
+    python tests/small_training.py autoencoder|clip|unet SCENES OUTPUT STEPS [--resume]
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from minisd.autoencoder import Autoencoder
+from minisd.config import TINY
+from minisd.text_encoder import TextEncoder
+from minisd.training.autoencoder import AutoencoderTask
+from minisd.training.clip import CLIPTask, ImageEncoderConfig
+from minisd.training.data import Scenes
+from minisd.training.loop import Options, Task, rank, train
+from minisd.training.scenes import vocabulary
+from minisd.training.unet import UNetTask
+
+AUTOENCODER = replace(TINY.autoencoder, block_out_channels=(8, 8, 16, 16), norm_num_groups=4)
+TEXT = replace(TINY.text_encoder, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+UNET = replace(
+    TINY.unet, block_out_channels=(16, 32, 32), norm_num_groups=8, cross_attention_dim=32, attention_head_dim=2
+)
+
+
+def small_task(part: str, folder: Path, output: Path) -> Task:
+    scenes = Scenes(folder)
+    if part == "autoencoder":
+        return AutoencoderTask(scenes, AUTOENCODER, whole_from=0.5)
+    if part == "clip":
+        image = ImageEncoderConfig(widths=(16, 16), patch=16, groups=4, pooled=2, projection_dim=16)
+        return CLIPTask(scenes, vocabulary(), TEXT, image)
+    torch.manual_seed(1)
+    latents = output / f"latents-{rank()}.safetensors"
+    output.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": torch.randn(len(scenes), 4, 16, 16)}, latents)
+    config = replace(TINY, text_encoder=TEXT, autoencoder=AUTOENCODER, unet=UNET)
+    return UNetTask(latents, scenes.captions, Autoencoder(AUTOENCODER), TextEncoder(TEXT), config)
+
+
+def main() -> None:
+    part, scenes, output, steps = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(1)
+    options = Options(
+        folder=output, steps=steps, batch=8, lr=1e-3, warmup=2, save_minutes=0.0, resume="--resume" in sys.argv
+    )
+    train(small_task(part, scenes, output), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The training loop: a killed run that resumes is the run that was never killed, and two processes make one step."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minisd.training.data import Scenes, mirrored, render_scenes
+from minisd.training.loop import Options, Shuffled, learning_rate, save_atomically
+from minisd.training.scenes import flipped, render, scene
+
+SCRIPT = Path(__file__).with_name("small_training.py")
+PARTS = ("autoencoder", "clip", "unet")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    render_scenes(folder, 48, seed=5)
+    return folder
+
+
+def command(part: str, scenes: Path, output: Path, steps: int, *more: str, processes: int = 1) -> list[str]:
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*start, str(SCRIPT), part, str(scenes), str(output), str(steps), *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "losses.jsonl").read_text().splitlines()]
+
+
+def run(*arguments: str) -> None:
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_resume_after_kill_repeats_the_unbroken_run(part: str, scenes: Path, tmp_path: Path) -> None:
+    run(*command(part, scenes, tmp_path / "whole", 12))
+    broken = subprocess.Popen(
+        command(part, scenes, tmp_path / "broken", 12), env=environment(), stderr=subprocess.DEVNULL
+    )
+    curve = tmp_path / "broken" / "losses.jsonl"
+    deadline = time.monotonic() + 120
+    while not (curve.exists() and len(losses(tmp_path / "broken")) >= 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    broken.send_signal(signal.SIGKILL)
+    broken.wait()
+    state = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
+    assert 0 < state["step"] < 12, "the kill came too late to show anything"
+    run(*command(part, scenes, tmp_path / "broken", 12, "--resume"))
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    ends = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("broken", "whole")]
+    for key, value in ends[0]["model"].items():
+        assert torch.equal(value, ends[1]["model"][key]), key
+    for mine, theirs in zip(ends[0]["averages"]["0.999"], ends[1]["averages"]["0.999"], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_two_processes_make_the_step_of_one(part: str, scenes: Path, tmp_path: Path) -> None:
+    run(*command(part, scenes, tmp_path / "one", 20))
+    run(*command(part, scenes, tmp_path / "two", 20, processes=2))
+    one, two = np.array(losses(tmp_path / "one")), np.array(losses(tmp_path / "two"))
+    print(part, "largest difference of the losses", np.abs(one - two).max())
+    assert len(one) == len(two) == 20
+    assert np.abs(one - two).max() <= 1e-4
+    assert one.max() - one.min() > 1e-3, "the loss did not move, so agreeing means nothing"
+
+
+def test_resume_without_checkpoint_says_so(scenes: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("autoencoder", scenes, tmp_path / "none", 2, "--resume"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "nothing to resume" in done.stderr
+
+
+def test_rendered_scenes_are_the_stream(scenes: Path) -> None:
+    data = Scenes(scenes)
+    assert len(data) == 48
+    for index in (0, 17, 47):
+        assert np.array_equal(data.pixels[index], render(scene(5, index)))
+        assert data.captions[index] == scene(5, index).caption
+    images = data.images([3, 4])
+    assert images.shape == (2, 3, 128, 128)
+    assert float(images.min()) >= -1 and float(images.max()) <= 1
+
+
+def test_missing_scenes_name_the_command(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="minisd train scenes"):
+        Scenes(tmp_path)
+
+
+def test_mirrored_caption_is_the_mirrored_scenes() -> None:
+    sided = [one for one in (scene(9, i) for i in range(200)) if one.relation in ("left", "right")]
+    assert len(sided) > 5
+    for one in sided:
+        assert mirrored(one.caption) == flipped(one).caption != one.caption
+        assert mirrored(mirrored(one.caption)) == one.caption
+
+
+def test_shuffled_is_a_permutation_in_every_epoch() -> None:
+    order = Shuffled(10, seed=3)
+    first, second = order(range(10)), order(range(10, 20))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert Shuffled(10, seed=3)([13, 2, 17]) == [second[3], first[2], second[7]]
+
+
+def test_learning_rate_by_hand(tmp_path: Path) -> None:
+    options = Options(folder=tmp_path, steps=100, lr=1.0, warmup=10, decay_from=0.5)
+    assert learning_rate(options, 0, 0.0) == pytest.approx(0.1)
+    assert learning_rate(options, 4, 0.04) == pytest.approx(0.5)
+    assert learning_rate(options, 30, 0.3) == pytest.approx(1.0)
+    assert learning_rate(options, 75, 0.75) == pytest.approx(0.5)
+    assert learning_rate(options, 100, 1.0) == pytest.approx(0.0)
+
+
+def test_options_want_a_length(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="how long to train"):
+        Options(folder=tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "weights"
+    target.write_text("old")
+
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_atomically(fail, target)
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
