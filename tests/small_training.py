@@ -46,7 +46,7 @@ def main() -> None:
     part, scenes, output, steps = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     options = Options(
-        folder=output, steps=steps, batch=8, lr=1e-3, warmup=2, save_minutes=0.0, resume="--resume" in sys.argv
+        folder=output, steps=steps, batch=8, lr=2e-4, warmup=2, save_minutes=0.0, resume="--resume" in sys.argv
     )
     train(small_task(part, scenes, output), options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,13 +125,50 @@ def unet(
     _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
 
 
+@app.command()
+def export(
+    target: Path,
+    vae: Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")] = Path("runs/autoencoder/export"),
+    text: Annotated[Path, typer.Option("--clip", help="Folder that holds text_encoder/ and clip/.")] = Path("runs/clip/export"),
+    denoiser: Annotated[Path, typer.Option("--unet", help="Folder that holds unet/.")] = Path("runs/unet/export"),
+) -> None:
+    """Put the trained parts together into the model folder TARGET, in float16."""
+    from minisd.training.export import assemble
+
+    assemble(vae, text, denoiser, target)
+
+
 def _train(task: Any, output: Path, **choices: Any) -> None:
-    from minisd.training.loop import Options, train
+    """Run the task, and add a line about this sitting to `log.jsonl` in its folder."""
+    from minisd.training.export import Sitting, log_sitting
+    from minisd.training.loop import Options, rank, train
 
     try:
-        train(task, Options(folder=output, **choices))
+        options = Options(folder=output, **choices)
+        began = _state(output) if options.resume else (0, 0.0)
+        trainer = train(task, options)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
+    if rank() == 0:
+        steps, last = trainer.step - began[0], trainer.losses[-100:]
+        log_sitting(
+            output / "log.jsonl",
+            Sitting(
+                part=output.name,
+                command=" ".join(["minisd", *sys.argv[1:]]),
+                minutes=round((trainer.elapsed - began[1]) / 60, 1),
+                steps=steps,
+                samples=steps * options.batch,
+                loss=round(sum(line["loss"] for line in last) / max(len(last), 1), 5),
+            ),
+        )
+
+
+def _state(folder: Path) -> tuple[int, float]:
+    import torch
+
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    return state["step"], state["elapsed"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""Putting the trained parts together: a model folder in float16 that minisd and diffusers load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from minisd.config import TINY
+from minisd.folder import Defaults
+from minisd.pipeline import StableDiffusion
+from minisd.tokenizer import Tokenizer
+from minisd.training.loop import save_atomically
+from minisd.training.parts import load_autoencoder, load_text_encoder, load_unet
+from minisd.training.unet import SAMPLING
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """One line of the training log: what was run, for how long, and where it arrived."""
+
+    part: str
+    command: str
+    minutes: float
+    steps: int
+    samples: int
+    loss: float
+
+
+def assemble(vae: Path, text: Path, unet: Path, target: Path, defaults: Defaults = SAMPLING) -> None:
+    """Read vae/, text_encoder/ and clip/, and unet/ from the given folders; write them, float16, as one model.
+
+    Raises FileExistsError when the target holds something else than a model.
+    """
+    autoencoder, text_encoder = load_autoencoder(vae / "vae"), load_text_encoder(text / "text_encoder")
+    denoiser = load_unet(unet / "unet")
+    config = replace(
+        TINY, text_encoder=text_encoder.config, autoencoder=autoencoder.config, unet=denoiser.config
+    )
+    sd = StableDiffusion(config, Tokenizer.from_pretrained(), text_encoder, denoiser, autoencoder, defaults)
+    sd.save_pretrained(target, torch.float16)
+    tower = {key: value.half() for key, value in load_file(text / "clip/model.safetensors").items()}
+    save_atomically(lambda path: save_file(tower, path), target / "clip/model.safetensors")
+    settings = (text / "clip/config.json").read_text()
+    save_atomically(lambda path: path.write_text(settings), target / "clip/config.json")
+
+
+def log_sitting(path: Path, sitting: Sitting) -> None:
+    """Append one line to the training log."""
+    before = path.read_text() if path.exists() else ""
+    save_atomically(lambda target: target.write_text(before + json.dumps(asdict(sitting)) + "\n"), path)
