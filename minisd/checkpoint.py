@@ -22,7 +22,16 @@ from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 from minisd.weights import CheckpointError, TensorInfo, pick_weights, read_header, read_tensors, shards
 
-__all__ = ["Checkpoint", "CheckpointError", "Defaults", "Loaded", "describe", "load", "open_checkpoint", "save"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Defaults",
+    "Loaded",
+    "describe",
+    "load",
+    "open_checkpoint",
+    "save",
+]
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -77,14 +86,22 @@ class Checkpoint:
             module.load_state_dict(states[part], strict=True, assign=True)
             module.eval().requires_grad_(False)
         return Loaded(
-            self.config, self.tokenizer, modules["text_encoder"], modules["vae"], modules["unet"], self.defaults  # type: ignore[arg-type]
+            self.config,
+            self.tokenizer,
+            modules["text_encoder"],  # type: ignore[arg-type]
+            modules["vae"],  # type: ignore[arg-type]
+            modules["unet"],  # type: ignore[arg-type]
+            self.defaults,
         )
 
     def describe(self) -> str:
         """Parts, parameters, layout, dtype and size, for `minisd info`; the weights stay on disk."""
         infos = {prefix + key: (path, info) for path, prefix, infos in self.files for key, info in infos.items()}
         size = sum(path.stat().st_size for path, _, _ in self.files)
-        sampler, pixels = self.defaults.sampler, self.config.unet.sample_size * self.config.autoencoder.downscale
+        sampler, pixels = (
+            self.defaults.sampler,
+            self.config.unet.sample_size * self.config.autoencoder.downscale,
+        )
         rows = {
             "layout": self.layout,
             "size on disk": f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB",
@@ -218,7 +235,11 @@ def _infer_config(path: Path, header: Mapping[str, TensorInfo], prediction_type:
 def _meta_modules(config: ModelConfig) -> dict[str, nn.Module]:
     """The parts without memory for their weights, under the names of a diffusers folder."""
     with torch.device("meta"):
-        return {"text_encoder": TextEncoder(config.text_encoder), "vae": Autoencoder(config.autoencoder), "unet": UNet(config.unet)}
+        return {
+            "text_encoder": TextEncoder(config.text_encoder),
+            "vae": Autoencoder(config.autoencoder),
+            "unet": UNet(config.unet),
+        }
 
 
 def _targets(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

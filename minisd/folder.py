@@ -33,19 +33,29 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
     "pndm": ("PNDMScheduler", {"set_alpha_to_one": False, "skip_prk_steps": True}),
     "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {"use_karras_sigmas": False}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}),
+    "dpmpp_2m": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
+    ),
 }
-SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset")
+SCHEDULE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+    "steps_offset",
+)
 
 
 @dataclass(frozen=True)
 class Defaults:
     """How a model is sampled unless the caller says otherwise.
 
-    A folder's `minisd.json` says it. Without one the folder's scheduler names the sampler: 25 steps for DPM++ 2M, 50
-    for the others, guidance 7.5. A single file, which has neither, gets the values below.
+    A folder's `minisd.json` says it. Without one the folder's scheduler names the sampler: 25 steps for DPM++ 2M,
+    50 for the others, guidance 7.5. A single file, which has neither, gets the values below.
     """
 
     sampler: Sampler = Sampler("dpmpp_2m", karras=True)
@@ -110,8 +120,7 @@ def _read_defaults(folder: Path, scheduler: Mapping[str, Any]) -> Defaults:
     names = {name: sampler for sampler, (name, _) in SCHEDULERS.items()}
     sampler = names.get(scheduler.get("_class_name", ""), "ddim")
     karras = "use_karras_sigmas" in SCHEDULERS[sampler][1] and bool(scheduler.get("use_karras_sigmas"))
-    spacing = scheduler.get("timestep_spacing", "leading")
-    return Defaults(Sampler(sampler, spacing=spacing, karras=karras), 25 if sampler == "dpmpp_2m" else 50)
+    return Defaults(Sampler(sampler, karras=karras), 25 if sampler == "dpmpp_2m" else 50)
 
 
 def save(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -123,7 +132,11 @@ def save(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype | None
     """
     target = Path(folder)
     with _moved_into(target) as new:
-        parts: dict[str, nn.Module] = {"text_encoder": model.text_encoder, "vae": model.autoencoder, "unet": model.unet}
+        parts: dict[str, nn.Module] = {
+            "text_encoder": model.text_encoder,
+            "vae": model.autoencoder,
+            "unet": model.unet,
+        }
         configs = {
             "text_encoder": model.config.text_encoder.to_dict()
             # without "dtype", diffusers would load float16 files in float16 here and in float32 elsewhere
@@ -159,7 +172,9 @@ def _moved_into(target: Path) -> Iterator[Path]:
         stale = {path for path in existing - set(files) if str(path.parent) in STEMS and path.name != "config.json"}
         if stale:
             names = ", ".join(sorted(map(str, stale)))
-            raise FileExistsError(f"{target} holds weights of another model ({names}); choose a new folder, or empty it")
+            raise FileExistsError(
+                f"{target} holds weights of another model ({names}); choose a new folder, or empty it"
+            )
         if not target.exists():
             new.rename(target)
             return
@@ -191,7 +206,11 @@ def _scheduler(schedule: ScheduleConfig, sampler: Sampler) -> dict[str, Any]:
     told = {key: values.get(key, value) for key, value in extra.items()}
     if "use_karras_sigmas" in told:
         told["use_karras_sigmas"] = sampler.karras
-    return {"_class_name": name, "timestep_spacing": sampler.spacing} | {key: values[key] for key in SCHEDULE_KEYS} | told
+    return (
+        {"_class_name": name, "timestep_spacing": sampler.spacing or schedule.timestep_spacing}
+        | {key: values[key] for key in SCHEDULE_KEYS}
+        | told
+    )
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -22,7 +22,9 @@ class Source(NamedTuple):
 
 
 # Keys that carry nothing a part needs. Any other key that no part asks for is an error.
-IGNORED_IN_FOLDER = re.compile(r"text_encoder\.((text_model\.)?embeddings\.position_ids|text_projection\.weight|logit_scale)")
+IGNORED_IN_FOLDER = re.compile(
+    r"text_encoder\.((text_model\.)?embeddings\.position_ids|text_projection\.weight|logit_scale)"
+)
 IGNORED_IN_SINGLE_FILE = re.compile(
     r"model_ema\..*"  # the moving average kept for training
     r"|betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod|lvlb_weights|logvar"
@@ -47,7 +49,9 @@ UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-UNET_BLOCK = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(\w+)(.*)")
+UNET_BLOCK = re.compile(
+    r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(\w+)(.*)"
+)
 
 AUTOENCODER_RULES = (
     (r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)", r"\1.\2.block.\3"),

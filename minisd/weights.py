@@ -71,7 +71,9 @@ def read_tensors(
     """
     copies = torch.device(device).type != "cpu" or any(getattr(torch, info.dtype) != dtype for info in header.values())
     # An old pickle, not a zip archive, can only be read as a whole.
-    batches = _batches(header) if copies and (path.suffix == ".safetensors" or zipfile.is_zipfile(path)) else [list(header)]
+    batches = (
+        _batches(header) if copies and (path.suffix == ".safetensors" or zipfile.is_zipfile(path)) else [list(header)]
+    )
     for batch in batches:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -108,7 +110,9 @@ def shards(index: Path) -> list[Path]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name) is None:
-            raise CheckpointError(f"{index} names the file {name!r}; shards must lie beside their index. Do not trust it")
+            raise CheckpointError(
+                f"{index} names the file {name!r}; shards must lie beside their index. Do not trust it"
+            )
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name}, which is missing; fetch it")
     return [index.parent / name for name in names]
@@ -163,8 +167,12 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever a hostile or damaged pickle provokes
         refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*|GLOBAL [\w.]+", str(error))
         reason = f"asks for code and was refused ({refused[0]})" if refused else f"is damaged or incomplete ({error})"
-        raise CheckpointError(f"{path} {reason}; fetch it again from a source you trust, best as .safetensors") from error
+        raise CheckpointError(
+            f"{path} {reason}; fetch it again from a source you trust, best as .safetensors"
+        ) from error
     nested = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(nested, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a dictionary of tensors")
-    return {str(key): value for key, value in nested.items() if isinstance(value, Tensor) and value.layout == torch.strided}
+    return {
+        str(key): value for key, value in nested.items() if isinstance(value, Tensor) and value.layout == torch.strided
+    }

@@ -17,9 +17,7 @@ from minisd.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNe
 TOKENIZER = Path(__file__).parents[1] / "minisd/assets/tiny/tokenizer"
 
 SMALL = ModelConfig(
-    text_encoder=TextEncoderConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    ),
+    text_encoder=TextEncoderConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
     autoencoder=AutoencoderConfig(block_out_channels=(16, 32, 32, 48), norm_num_groups=8, sample_size=64),
     unet=UNetConfig(
         sample_size=8,
@@ -242,4 +240,3 @@ def _openclip(text: dict[str, Tensor]) -> dict[str, Tensor]:
             state[f"{target}.attn.in_proj_{kind}"] = fused
             state |= {f"{target}.{new}.{kind}": text[f"{source}.{old}.{kind}"] for old, new in names.items()}
     return state
-
