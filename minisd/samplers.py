@@ -4,12 +4,10 @@ All of them follow the same differential equation, written in σ-space, x̄ = x�
 
     dx̄/dσ = ε(x̄, σ)          (Song et al. 2021, "DDIM", equation 14; Karras et al. 2022, equation 1)
 
-from the largest σ down to 0. They differ in how they step along it, and in the fresh noise they add on the
-way.
+from the largest σ down to 0. They differ in how they step along it, and in the fresh noise they add.
 
 A `Sampler` is a frozen description. Its `plan` decides every number of a run beforehand, as Python floats.
-The methods of the `Run` are then pure functions: they take a state and return a new one; nothing changes in
-place.
+The methods of the `Run` are then pure functions: from one state to a new one, nothing changes in place.
 """
 
 from __future__ import annotations
@@ -69,9 +67,7 @@ class Run:
         if latents is not None:
             return State(0, latents.to(noise) + self.sigmas[0] * noise)
         if self.first is None:
-            raise ValueError(
-                "this run skips steps, so noise alone is no start for it; pass start(noise, latents)"
-            )
+            raise ValueError("this run skips steps, so noise alone is no start for it; pass start(noise, latents)")
         return State(0, self.first * noise)
 
     def model_input(self, state: State) -> Tensor:
@@ -95,9 +91,7 @@ class Run:
         Raises ValueError after the last call, and when noise is needed and missing.
         """
         if state.index >= self.calls:
-            raise ValueError(
-                f"the run is over after {self.calls} calls; take its picture from latents(state)"
-            )
+            raise ValueError(f"the run is over after {self.calls} calls; take its picture from latents(state)")
         if noise is None and self.needs_noise(state.index):
             raise ValueError(f"call {state.index} of {self.name!r} adds fresh noise; pass a unit Gaussian")
         sigma, dtype = self.sigmas[state.index], state.sample.dtype
@@ -114,8 +108,7 @@ class Run:
 
 
 # The step functions. Each takes the run, the state, x0 and epsilon as predicted at it, and unit noise; it
-# returns the next sample and the history to remember. In the equations, σ is the level of the call and σ'
-# the next one.
+# returns the next sample and the history to remember. In the equations, σ is the call's level, σ' the next.
 
 Stepped = tuple[Tensor, tuple[Tensor, ...]]
 
@@ -141,8 +134,8 @@ def fresh_noise(sigma: float, sigma_next: float, eta: float) -> float:
 def heun(run: Run, state: State, x0: Tensor, epsilon: Tensor, noise: Tensor | None) -> Stepped:
     """Heun: an Euler step, a second call at its end, and the step again with the mean of both slopes.
 
-    Calls 0, 2, 4 … predict and 1, 3, 5 … correct; the last, to σ = 0, is an Euler step alone. Source: Karras
-    et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 1.
+    Calls 0, 2, 4 … predict and 1, 3, 5 … correct; the last, to σ = 0, is an Euler step alone.
+    Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", alg. 1.
     """
     i, sigmas = state.index, run.sigmas
     if i % 2 == 0:
@@ -153,9 +146,8 @@ def heun(run: Run, state: State, x0: Tensor, epsilon: Tensor, noise: Tensor | No
     return before + (sigmas[i] - sigmas[i - 1]) * (first_epsilon + epsilon) / 2, ()
 
 
-# The weights of Adams and Bashforth, newest ε first, by how many are at hand.
+# The weights of Adams and Bashforth for two, three and four slopes, the newest first.
 ADAMS_BASHFORTH = (
-    (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
@@ -163,7 +155,7 @@ ADAMS_BASHFORTH = (
 
 
 def plms(run: Run, state: State, x0: Tensor, epsilon: Tensor, noise: Tensor | None) -> Stepped:
-    """PNDM as Stable Diffusion uses it (PLMS): Euler steps along a slope extrapolated from the last four.
+    """PNDM as Stable Diffusion uses it (PLMS): Euler steps along a slope extrapolated from the last four ε.
 
     The first step has no past, so it is taken twice: once plainly, then with the mean of the slopes at both
     ends. That is why 50 steps make 51 calls.
@@ -177,7 +169,7 @@ def plms(run: Run, state: State, x0: Tensor, epsilon: Tensor, noise: Tensor | No
         return before + (sigmas[1] - sigmas[0]) * (first_epsilon + epsilon) / 2, (first_epsilon,)
     past = (epsilon, *state.history)[:4]
     # x̄' = x̄ + (σ' − σ) ∑ⱼ wⱼ ε₋ⱼ,   with w = (55, −59, 37, −9)/24 once four are known
-    weights = ADAMS_BASHFORTH[len(past) - 1]
+    weights = ADAMS_BASHFORTH[len(past) - 2]
     slope = sum((w * e for w, e in zip(weights[1:], past[1:], strict=True)), weights[0] * epsilon)
     return state.sample + (sigmas[i + 1] - sigmas[i]) * slope, past
 
@@ -203,8 +195,8 @@ class Method:
     """What sets one sampler apart: its step function, and the habits it has in diffusers.
 
     karras: knows Karras' spacing of σ. continuous: linspace timesteps stay fractional, and except with
-    leading spacing the first sample is σ ε, not √(σ²+1) ε. to_zero: ends at σ = 0 whatever
-    `set_alpha_to_one` says.
+    leading spacing the first sample is σ ε, not √(σ²+1) ε. to_zero: ends at σ = 0 in any configuration;
+    otherwise `set_alpha_to_one` decides between 0 and the first σ of the schedule.
     """
 
     description: str
@@ -263,9 +255,7 @@ class Sampler:
         if not isinstance(n, int) or not 1 <= n <= total:
             raise ValueError(f"num_inference_steps={n!r}; expected a whole number from 1 to {total}")
         if not isinstance(start, int) or not 0 <= start < n:
-            raise ValueError(
-                f"start={start!r}; expected a whole number from 0 to {n - 1}: a step must remain"
-            )
+            raise ValueError(f"start={start!r}; expected a whole number from 0 to {n - 1}: a step must remain")
         method = SAMPLERS[self.name]
         timesteps, levels = self._levels(schedule, n)
         final = 0.0 if method.to_zero or schedule.config.set_alpha_to_one else float(schedule.sigmas[0])

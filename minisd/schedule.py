@@ -148,7 +148,8 @@ class Schedule:
 
 
 def _look_up(table: Table, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(table, dtype=dtype, device=timesteps.device)[timesteps]
+    # cast first and move then: Apple's MPS has no float64
+    return torch.tensor(table, dtype=dtype).to(timesteps.device)[timesteps]
 
 
 def _frozen(table: NDArray[Any]) -> Table:
