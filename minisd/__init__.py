@@ -1,0 +1,59 @@
+"""Stable Diffusion from scratch: every part written to be read, and a tiny trained model inside."""
+
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minisd.attention import record_attention
+    from minisd.autoencoder import Autoencoder
+    from minisd.config import SD15, SD15_INPAINT, SD21, SD21_BASE, TINY
+    from minisd.pipeline import StableDiffusion
+    from minisd.samplers import Sampler
+    from minisd.schedule import Schedule
+    from minisd.text_encoder import TextEncoder
+    from minisd.tokenizer import Tokenizer
+    from minisd.unet import UNet
+
+__version__ = "0.1.0"
+__all__ = [
+    "SD15",
+    "SD15_INPAINT",
+    "SD21",
+    "SD21_BASE",
+    "TINY",
+    "Autoencoder",
+    "Sampler",
+    "Schedule",
+    "StableDiffusion",
+    "TextEncoder",
+    "Tokenizer",
+    "UNet",
+    "__version__",
+    "record_attention",
+]
+
+_MODULES = MappingProxyType(
+    {
+        "StableDiffusion": "pipeline",
+        "Tokenizer": "tokenizer",
+        "TextEncoder": "text_encoder",
+        "Autoencoder": "autoencoder",
+        "UNet": "unet",
+        "Schedule": "schedule",
+        "Sampler": "samplers",
+        "record_attention": "attention",
+    }
+    | dict.fromkeys(("SD15", "SD15_INPAINT", "SD21_BASE", "SD21", "TINY"), "config")
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that `import minisd` does not wait for torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'minisd' has no attribute {name!r}")
+    return getattr(import_module(f"minisd.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

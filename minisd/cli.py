@@ -1,0 +1,383 @@
+"""The `minisd` command: draw pictures, look into models and pictures, train the tiny model.
+
+Whatever takes long to import is imported by the command that needs it, so that `--help` answers at once.
+File names go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed, 2 asked for
+something that cannot be, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from minisd import __version__
+from minisd.training.commands import app as training
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from minisd.pipeline import StableDiffusion
+    from minisd.samplers import Sampler
+
+SamplerName = Literal["ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m"]
+Spacing = Literal["leading", "trailing", "linspace"]
+Precision = Literal["float32", "float16", "bfloat16"]
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+app = typer.Typer(
+    name="minisd",
+    help="Draw pictures from words with Stable Diffusion.",
+    epilog='Start with: minisd generate "a fox in the snow"',
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(training, name="train")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; errors become one message, or with MINISD_DEBUG=1 a traceback."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            code = app(arguments, prog_name="minisd", standalone_mode=False) or 0
+        except Exception as error:
+            if os.environ.get("MINISD_DEBUG") == "1":
+                raise
+            code, message = _explain(error)
+            _say(message)
+    if code == 130:
+        _say("interrupted")
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def minisd(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"minisd {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw, in words.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="A .png file or a folder. [default: named after the prompt]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files, instead of numbering.")] = False,
+    images: Annotated[int, typer.Option("--images", "-n", min=1, help="How many; each has the next seed.")] = 1,
+    grid: Annotated[bool, typer.Option("--grid", help="Lay the pictures out in one file.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Draws the same picture again. [default: random]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt; 1 is plain.")] = None,
+    negative: Annotated[str, typer.Option(help="What to keep away from, in words.")] = "",
+    sampler: Annotated[SamplerName | None, typer.Option(help="How to walk from noise to a picture.")] = None,
+    spacing: Annotated[Spacing | None, typer.Option(help="Which timesteps the steps visit.")] = None,
+    karras: Annotated[
+        bool | None, typer.Option("--karras/--no-karras", help="Karras' noise levels (euler, heun, dpmpp_2m).")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels, a multiple of 8.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels, a multiple of 8.")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Start from this picture, scaled and cropped to the size.", exists=True, dir_okay=False),
+    ] = None,
+    strength: Annotated[float, typer.Option(help="How much of --image is redrawn, above 0 to 1.")] = 0.8,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Of the model's files, such as fp16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first there is]")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="[default: float16 on cuda, else float32]")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="How many pictures are drawn at a time.")] = 4,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the file names only.")] = False,
+) -> None:
+    """Draw pictures from words. What is left out comes from the model's own defaults.
+
+    \b
+    Examples:
+      minisd generate "a fox in the snow"
+      minisd generate "a castle at night" --seed 7 --output castle.png
+      minisd generate "a red car" --images 9 --grid --steps 30 --sampler euler
+      minisd generate "a snowman" --image photo.jpg --strength 0.6
+      minisd generate "a fox" --model stable-diffusion-v1-5/stable-diffusion-v1-5
+    """
+    target = Target.parse(output, prompt, several=images > 1 and not grid, overwrite=overwrite)
+    say: Callable[[str], None] = _ignore if quiet else _say
+    started = time.perf_counter()
+    sd = _load(model, variant, device, dtype)
+    say(f"{model or 'tiny'} on {sd.device} in {str(sd.dtype).removeprefix('torch.')}, "
+        f"loaded in {time.perf_counter() - started:.1f} s")
+    if unknown := _unknown_words(sd, f"{prompt} {negative}"):
+        _say(unknown)
+    drawing = Drawing(
+        prompt=prompt,
+        negative_prompt=negative,
+        num_inference_steps=sd.defaults.num_inference_steps if steps is None else steps,
+        guidance_scale=sd.defaults.guidance_scale if guidance is None else guidance,
+        sampler=_choose_sampler(sd.defaults.sampler, sampler, spacing, karras),
+        width=width,
+        height=height,
+        image=image,
+        strength=strength,
+    )
+    _draw(sd, drawing, target, seed=seed, images=images, batch=batch, grid=grid, model=model, say=say)
+
+
+@app.command()
+def info(
+    source: Annotated[str, typer.Argument(metavar="MODEL|PICTURE", help="A hub id, folder or file.")] = "tiny",
+    variant: Annotated[str | None, typer.Option(help="Of the model's files, such as fp16.")] = None,
+) -> None:
+    """Say what a model consists of, or how a picture was drawn.
+
+    \b
+    Examples:
+      minisd info tiny
+      minisd info v1-5-pruned-emaonly.safetensors
+      minisd info fox.png
+    """
+    if not source.lower().endswith(PICTURES):
+        from minisd.checkpoint import open_checkpoint
+
+        print(open_checkpoint(source, variant=variant).describe())
+        return
+    from minisd.metadata import read_parameters
+
+    text = read_parameters(source)
+    if text is None:
+        raise OSError(f"{source} does not say how it was drawn; expected a `parameters` text, as minisd writes to a PNG")
+    print(text)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where pictures go: their folder and the beginning of their names; `seeded` names end in the seed."""
+
+    folder: Path
+    stem: str
+    seeded: bool
+    overwrite: bool
+
+    @classmethod
+    def parse(cls, output: str | None, prompt: str, several: bool, overwrite: bool) -> Target:
+        """Read --output.
+
+        Raises BadParameter for a name that is neither a .png nor a folder, OSError where nothing can be written.
+        """
+        path = Path(output or "")
+        if output and path.suffix.lower() == ".png" and not path.is_dir():
+            target = cls(path.parent, path.stem, several, overwrite)
+        elif not output or path.is_dir() or output.endswith(("/", os.sep)):
+            slug = "-".join(re.findall(r"\w+", prompt.lower()))[:40].strip("-")
+            target = cls(path, slug or "picture", True, overwrite)
+        else:
+            raise typer.BadParameter(
+                f"--output {output} is no .png file and no folder; end it in .png, or in / for a new folder"
+            )
+        absolute = target.folder.absolute()
+        there = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise OSError(f"--output: {there} is no folder, or is not writable; choose another place")
+        return target
+
+    def save(self, picture: Image.Image, seed: int, text: str) -> None:
+        """Write a picture and print its name."""
+        from minisd.metadata import save_png
+
+        name = f"{self.stem}-{seed}.png" if self.seeded else f"{self.stem}.png"
+        print(save_png(picture, self.folder / name, text, self.overwrite), flush=True)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """All that decides how a picture looks, but for the model and the seed."""
+
+    prompt: str
+    negative_prompt: str
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: Sampler
+    width: int | None
+    height: int | None
+    image: Path | None
+    strength: float
+
+    def draw(self, sd: StableDiffusion, seeds: list[int], progress: bool | None) -> list[Image.Image]:
+        """Draw one picture for each seed."""
+        choices: dict[str, Any] = {
+            "negative_prompt": self.negative_prompt,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "sampler": self.sampler,
+            "progress": progress,
+        }
+        if self.image is None:
+            return sd([self.prompt] * len(seeds), width=self.width, height=self.height, seed=seeds, **choices)
+        start = _open_picture(self.image, sd, self.width, self.height)
+        return [sd.image_to_image(self.prompt, start, self.strength, seed=seed, **choices) for seed in seeds]
+
+    def parameters(self, seed: int, size: tuple[int, int], model: str, images: int = 1) -> str:
+        """The text for the picture's `parameters` chunk."""
+        from minisd.metadata import parameters_text, sampler_label
+
+        settings: dict[str, Any] = {
+            "Steps": self.num_inference_steps,
+            "Sampler": sampler_label(self.sampler.name, self.sampler.karras),
+            "CFG scale": f"{self.guidance_scale:g}",
+            "Seed": seed,
+            "Size": f"{size[0]}x{size[1]}",
+            "Model": model,
+        }
+        if self.sampler.spacing:
+            settings["Timestep spacing"] = self.sampler.spacing
+        if self.image is not None:
+            settings["Denoising strength"] = f"{self.strength:g}"
+        if images > 1:
+            settings["Images"] = images
+        return parameters_text(self.prompt, self.negative_prompt, settings | {"Version": f"minisd {__version__}"})
+
+
+def _draw(
+    sd: StableDiffusion,
+    drawing: Drawing,
+    target: Target,
+    *,
+    seed: int | None,
+    images: int,
+    batch: int,
+    grid: bool,
+    model: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """Draw a batch at a time, saving pictures as they come, or the grid of all of them at the end."""
+    from minisd.images import grid as lay_out
+    from minisd.pipeline import seeds
+
+    numbers = seeds(seed, images)
+    sampler, name = drawing.sampler, Path(model).stem if model and Path(model).exists() else model or "tiny"
+    say(f"seed {numbers[0]}{f' to {numbers[-1]}' if images > 1 else ''}, {drawing.num_inference_steps} steps of "
+        f"{sampler.name}{' with Karras levels' if sampler.karras else ''}, guidance {drawing.guidance_scale:g}")
+    started, pictures = time.perf_counter(), []
+    for first in range(0, images, batch):
+        some = numbers[first : first + batch]
+        drawn = drawing.draw(sd, some, progress=False if say is _ignore else None)
+        pictures += drawn if grid else []
+        for number, picture in zip(some, [] if grid else drawn, strict=not grid):
+            target.save(picture, number, drawing.parameters(number, picture.size, name))
+    if grid:
+        text = drawing.parameters(numbers[0], pictures[0].size, name, images)
+        target.save(lay_out(pictures), numbers[0], text)
+    say(f"drawn in {time.perf_counter() - started:.1f} s")
+
+
+def _load(model: str | None, variant: str | None, device: str | None, dtype: str | None) -> StableDiffusion:
+    import torch
+
+    from minisd.pipeline import StableDiffusion
+
+    place = None if device is None else _usable_device(device)
+    precision = None if dtype is None else getattr(torch, dtype)
+    return StableDiffusion.from_pretrained(model, device=place, dtype=precision, variant=variant)
+
+
+def _usable_device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        from minisd.pipeline import best_device
+
+        raise typer.BadParameter(
+            f"--device {name} cannot be used on this machine; leave it out to take {best_device()}"
+        ) from error
+    return device
+
+
+def _choose_sampler(default: Sampler, name: str | None, spacing: str | None, karras: bool | None) -> Sampler:
+    from minisd.samplers import Sampler
+
+    changes = {key: value for key, value in (("spacing", spacing), ("karras", karras)) if value is not None}
+    return replace(default if name is None else Sampler(name), **changes)  # type: ignore[arg-type]
+
+
+def _open_picture(path: Path, sd: StableDiffusion, width: int | None, height: int | None) -> Image.Image:
+    """Read a picture, and scale and crop it to the size asked for, by default the model's own."""
+    from PIL import Image, ImageOps
+
+    from minisd.images import from_pil, to_pil
+
+    side = sd.unet.config.sample_size * sd.autoencoder.config.downscale
+    try:
+        with Image.open(path) as opened:
+            picture = to_pil(from_pil(opened))[0]
+    except (OSError, SyntaxError) as error:
+        raise OSError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
+    return ImageOps.fit(picture, (width or side, height or side), Image.Resampling.LANCZOS)
+
+
+def _unknown_words(sd: StableDiffusion, text: str) -> str:
+    """A warning about words that the model never learned, with some that it did; "" where it knows all."""
+    unknown = sd.unknown_words(re.sub(r"[^\w'-]+", " ", text))
+    if not unknown:
+        return ""
+    from minisd.training.captions import vocabulary
+    from minisd.training.catalogue import CATALOGUE
+
+    known = [word for word in vocabulary() if not sd.unknown_words(word)]
+    close = [match for word in unknown for match in get_close_matches(word.lower(), known, n=1, cutoff=0.7)]
+    nouns = [entry.noun for entry in CATALOGUE if entry.noun in known][::6]
+    some = ", ".join(dict.fromkeys(close + nouns))
+    quoted = ", ".join(f'"{word}"' for word in unknown)
+    return f"warning: this model never learned {quoted}" + (f"; it knows, for example: {some}" if some else "")
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """The exit code and the message for an error."""
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        text = error.format_message()
+        if text.startswith("Usage:"):  # a command that needs another word: its help is the message
+            return error.exit_code, text
+        return error.exit_code, f"error: {text}" + (f" (see `{context.command_path} --help`)" if context else "")
+    from minisd.weights import CheckpointError
+
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or 'the file'}: {error.strerror}"
+    if isinstance(error, (ValueError, TypeError)) and not isinstance(error, CheckpointError):
+        return 2, f"error: {text}"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in text):
+        text = f"out of memory; try a smaller --batch, --width and --height, or --dtype float16 ({text})"
+    elif not isinstance(error, (OSError, ValueError, FloatingPointError)):
+        text = f"unexpected {type(error).__name__}: {text}; MINISD_DEBUG=1 shows where"
+    return 1, f"error: {text}"
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    _say(f"warning: {message}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _ignore(text: str) -> None:
+    """Say nothing."""

@@ -1,0 +1,53 @@
+"""What all tests share: no network, few threads, a word about real weights, and a small random model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else processes that share cores slow each other many times over
+
+REAL = "set MINISD_MODEL to a hub id, a folder or a file with published weights"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("MINISD_MODEL"):
+        for item in items:
+            if item.get_closest_marker("real"):
+                item.add_marker(pytest.mark.skip(reason=REAL))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not os.environ.get("MINISD_MODEL"):
+        terminalreporter.section("REAL WEIGHTS WERE NOT TESTED", yellow=True)
+        terminalreporter.line(f"To test them, {REAL}, and run: python -m pytest -m real")
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random model for 32×32 pictures, which knows the words "fox", "snow" and "red" only."""
+    from dataclasses import replace
+
+    import torch
+
+    from minisd import TINY, Autoencoder, Sampler, StableDiffusion, TextEncoder, Tokenizer, UNet
+    from minisd.pipeline import Defaults
+
+    text = replace(TINY.text_encoder, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vae = replace(TINY.autoencoder, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, sample_size=32)
+    widths = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "attention_head_dim": 2}
+    unet = replace(TINY.unet, sample_size=4, cross_attention_dim=16, **widths)
+    config = replace(TINY, text_encoder=text, autoencoder=vae, unet=unet)
+    torch.manual_seed(0)
+    tokenizer, encoder = Tokenizer.from_pretrained(), TextEncoder(text)
+    known = [tokenizer.bos_token_id, tokenizer.eos_token_id, *tokenizer.encode("fox snow red")]
+    table = encoder.token_embedding.weight.data
+    table[[row for row in range(len(table)) if row not in known]] = 0
+    defaults = Defaults(Sampler("dpmpp_2m", karras=True), num_inference_steps=3, guidance_scale=4.0)
+    model = StableDiffusion(config, tokenizer, encoder, UNet(unet), Autoencoder(vae), defaults)
+    folder = tmp_path_factory.mktemp("models") / "small"
+    model.save_pretrained(folder)
+    return folder
