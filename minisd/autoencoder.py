@@ -168,6 +168,6 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Gaussian]:
-        """Encode, take the mean (or a sample, when unit Gaussian noise is given), decode: (reconstruction, posterior)."""
+        """Encode, take the mean (or a sample, given unit Gaussian noise), decode: (reconstruction, posterior)."""
         posterior = self.encode(images)
         return self.decode(posterior.mean if noise is None else posterior.sample(noise)), posterior

@@ -1,4 +1,4 @@
-"""Every size and number of a model, as data: frozen dataclasses whose fields are the keys of published `config.json` files."""
+"""Every size and number of a model, as data: frozen dataclasses with the keys of published `config.json` files."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ class UNetConfig(Config):
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries; expected {levels}, one per level")
         for name in (*self.down_block_types, *self.up_block_types):
             if name not in ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"):
-                raise ValueError(f"block type {name!r} is not one of Stable Diffusion 1's and 2's: (CrossAttn)Down/UpBlock2D")
+                raise ValueError(
+                    f"block type {name!r} is not one of Stable Diffusion 1's and 2's: (CrossAttn)Down/UpBlock2D"
+                )
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             _check_divisible("block_out_channels", channels, "attention_head_dim (the number of heads)", heads)
             _check_divisible("block_out_channels", channels, "norm_num_groups", self.norm_num_groups)
@@ -239,12 +241,12 @@ SD21 = ModelConfig(
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
 
+# Stable Diffusion's 32 groups hold 4 channels or more each, and so do these: a norm with one channel to a group would
+# take away every channel's mean, and with it the colour of a plain background.
 TINY = ModelConfig(
-    text_encoder=TextEncoderConfig(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4
-    ),
+    text_encoder=TextEncoderConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4),
     autoencoder=AutoencoderConfig(
-        block_out_channels=(16, 32, 64, 128), layers_per_block=1, norm_num_groups=16, sample_size=128
+        block_out_channels=(16, 32, 64, 128), layers_per_block=1, norm_num_groups=4, sample_size=128
     ),
     unet=UNetConfig(
         sample_size=16,
@@ -254,6 +256,7 @@ TINY = ModelConfig(
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=128,
         attention_head_dim=(2, 4, 6),
+        norm_num_groups=8,
     ),
     schedule=ScheduleConfig(prediction_type="v_prediction", timestep_spacing="trailing"),
 )

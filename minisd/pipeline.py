@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from os import PathLike
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -26,7 +27,8 @@ from minisd.unet import UNet
 MAX_SEED = 2**63 - 1
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Step:
     """What one call of the UNet brought.
 
     index: of the call, from 0. t: the timestep the UNet was given. latents: after the step, (n, 4, h/8, w/8), at the
@@ -140,7 +142,9 @@ class StableDiffusion:
         steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         guidance = self.defaults.guidance_scale if guidance_scale is None else float(guidance_scale)
         if not abs(guidance) < float("inf"):
-            raise ValueError(f"guidance_scale={guidance}; expected a finite number, such as {self.defaults.guidance_scale}")
+            raise ValueError(
+                f"guidance_scale={guidance}; expected a finite number, such as {self.defaults.guidance_scale}"
+            )
         chosen = self.defaults.sampler if sampler is None else sampler
         chosen = Sampler(chosen) if isinstance(chosen, str) else chosen
         skipped = 0 if image is None else _skipped_steps(steps, strength)
@@ -334,4 +338,3 @@ def _finite(x: Tensor, part: str) -> Tensor:
         advice = "load the model in float32" if x.dtype == torch.float16 else "check the checkpoint"
         raise FloatingPointError(f"the {part} returned NaN or infinity in {x.dtype}; {advice}")
     return x
-

@@ -103,7 +103,9 @@ class TextEncoder(nn.Module):
         for more tokens than there are positions, or a clip_skip outside 1…layers.
         """
         if ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(f"{ids.shape[1]} tokens; the text encoder has {self.config.max_position_embeddings} positions")
+            raise ValueError(
+                f"{ids.shape[1]} tokens; the text encoder has {self.config.max_position_embeddings} positions"
+            )
         if not 1 <= clip_skip <= len(self.layers):
             raise ValueError(f"clip_skip={clip_skip}; expected 1 (every layer) to {len(self.layers)}")
         x = self.text_model["embeddings"](ids)

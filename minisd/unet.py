@@ -49,7 +49,7 @@ def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
 
 
 class DownBlock(nn.Module):
-    """One level on the way down: residual blocks, each followed by attention where the level has it, then half the size.
+    """One level on the way down: residual blocks, each with attention where the level has it, then half the size.
 
     Returns the output and every feature map made on the way, which the way up will use.
     """
@@ -143,7 +143,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """Latents (n, in_channels, h, w), timesteps (n,) or one number, context (n, words, d) -> (n, out_channels, h, w).
+        """Latents (n, in_channels, h, w), timesteps (n,) or one, context (n, words, d) -> (n, out_channels, h, w).
 
         The timesteps lie between 0 and 999 and need not be whole. The output is the predicted noise, or v, as the
         checkpoint was trained.

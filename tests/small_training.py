@@ -1,6 +1,6 @@
 """Runs a small training of the named part, for the tests that kill it, resume it, or split it over processes.
 
-    python tests/small_training.py autoencoder|clip|unet SCENES OUTPUT STEPS [--resume]
+python tests/small_training.py autoencoder|clip|unet SCENES OUTPUT STEPS [--resume]
 """
 
 import sys

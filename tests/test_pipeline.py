@@ -79,15 +79,15 @@ def test_shipped_folder_draws_the_same_in_diffusers(shipped: StableDiffusion) ->
     ("name", "scheduler", "extra"),
     [
         ("ddim", "DDIMScheduler", {"clip_sample": False}),
-        ("pndm", "PNDMScheduler", {"skip_prk_steps": True}),
         ("euler", "EulerDiscreteScheduler", {}),
         ("heun", "HeunDiscreteScheduler", {}),
         ("dpmpp_2m", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     ],
 )
-def test_every_deterministic_sampler_draws_as_diffusers_does(
+def test_deterministic_samplers_draw_as_diffusers_does(
     shipped: StableDiffusion, name: str, scheduler: str, extra: dict[str, object]
 ) -> None:
+    """All but PNDM: fed v, diffusers' extrapolates v and ours epsilon, as the paper does (see test_samplers.py)."""
     import diffusers
 
     pipe = diffusers_pipeline(shipped_folder())
@@ -151,7 +151,9 @@ def test_threads_of_torch_do_not_matter(random_model: StableDiffusion) -> None:
 
 def test_two_runs_interleave_and_threads_share(random_model: StableDiffusion) -> None:
     alone = [last(random_model, "a fox", seed=s, sampler="pndm", num_inference_steps=4) for s in (1, 2)]
-    pairs = zip(*(random_model.denoise("a fox", seed=s, sampler="pndm", num_inference_steps=4) for s in (1, 2)), strict=True)
+    pairs = zip(
+        *(random_model.denoise("a fox", seed=s, sampler="pndm", num_inference_steps=4) for s in (1, 2)), strict=True
+    )
     *_, (a, b) = pairs
     assert torch.equal(a.latents, alone[0]) and torch.equal(b.latents, alone[1])
     drawn: dict[int, torch.Tensor] = {}
@@ -176,7 +178,14 @@ def test_guidance_one_is_conditional_and_zero_unconditional(random_model: Stable
             expected = negative + guidance * (positive - negative)
             assert torch.allclose(random_model.predict(latents, t, context, guidance), expected, atol=1e-4)
     for guidance, prompt, negative_prompt in ((1.0, "a fox", "anything"), (0.0, "anything", "a fox")):
-        one = last(random_model, prompt, negative_prompt=negative_prompt, guidance_scale=guidance, seed=2, num_inference_steps=2)
+        one = last(
+            random_model,
+            prompt,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance,
+            seed=2,
+            num_inference_steps=2,
+        )
         plain = last(random_model, "a fox", guidance_scale=1.0, seed=2, num_inference_steps=2)
         assert torch.equal(one, plain)
 
@@ -184,7 +193,7 @@ def test_guidance_one_is_conditional_and_zero_unconditional(random_model: Stable
 def test_steps_tell_what_happened(random_model: StableDiffusion) -> None:
     steps = list(random_model.denoise("a fox", seed=0, sampler="pndm", num_inference_steps=5))
     assert [step.index for step in steps] == list(range(6))
-    # the times of the run, then nothing left to remove: the last prediction is the picture, for a sampler that ends at 0
+    # a sampler that ends at σ = 0 ends on its last prediction of the picture
     end = list(random_model.denoise("a fox", seed=0, sampler="euler", num_inference_steps=5))[-1]
     assert torch.allclose(end.latents, end.x0, atol=1e-5)
 
@@ -214,7 +223,9 @@ def test_scaling_factor_is_applied_once_each_way(random_model: StableDiffusion) 
     with torch.inference_mode():
         plain = random_model.autoencoder.encode(image).mean
         assert torch.allclose(random_model.encode_image(image), 0.18215 * plain)
-        assert torch.allclose(random_model.decode_to_tensor(0.18215 * plain), random_model.autoencoder.decode(plain), atol=1e-4)
+        assert torch.allclose(
+            random_model.decode_to_tensor(0.18215 * plain), random_model.autoencoder.decode(plain), atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "autoencoder"])
@@ -225,7 +236,11 @@ def test_nan_names_the_part(part: str) -> None:
         "unet": UNet(TINY.unet),
         "autoencoder": Autoencoder(TINY.autoencoder),
     }
-    weight = {"text_encoder": "text_model.final_layer_norm.weight", "unet": "conv_out.bias", "autoencoder": "decoder.conv_out.bias"}
+    weight = {
+        "text_encoder": "text_model.final_layer_norm.weight",
+        "unet": "conv_out.bias",
+        "autoencoder": "decoder.conv_out.bias",
+    }
     with torch.no_grad():
         parts[part].get_parameter(weight[part]).fill_(float("nan"))
     sd = StableDiffusion(TINY, Tokenizer.from_pretrained(), **parts)  # type: ignore[arg-type]

@@ -156,7 +156,7 @@ def normalised(model: Autoencoder, scenes: Scenes, count: int = 512) -> Autoenco
     before.weight[:channels] *= ratio[:, None, None, None]
     before.bias[:channels] = (before.bias[:channels] - mean) * ratio
     before.bias[channels:] += 2 * ratio.log()
-    after.bias += (after.weight[:, :, 0, 0] @ mean)
+    after.bias += after.weight[:, :, 0, 0] @ mean
     after.weight /= ratio[None, :, None, None]
     return copy.eval()
 

@@ -1,4 +1,4 @@
-"""Training the tiny CLIP: a text tower and an image tower that learn to agree on which caption belongs to which picture.
+"""Training the tiny CLIP: a text tower and an image tower learn to agree on which caption belongs to which picture.
 
 The text tower, frozen afterwards, is the text encoder of the tiny Stable Diffusion, as CLIP's is of the large one. The
 image tower stays useful as a judge: how well does a drawn picture fit its prompt?
@@ -90,7 +90,11 @@ class CLIP(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the image tower, the text projection and the temperature; the text tower is saved as text_encoder/."""
         keep = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("text_encoder.")}
-        config = {"text": self.text_encoder.config.to_dict(), "image": asdict(self.image_encoder.config), "eos": self.eos}
+        config = {
+            "text": self.text_encoder.config.to_dict(),
+            "image": asdict(self.image_encoder.config),
+            "eos": self.eos,
+        }
         save_atomically(lambda path: save_file(keep, path), folder / "model.safetensors")
         save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), folder / "config.json")
 

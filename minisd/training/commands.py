@@ -49,10 +49,10 @@ def autoencoder(
     whole_from: Annotated[float, typer.Option(help="From this share of the run on, whole pictures, not crops.")] = 0.75,
 ) -> None:
     """Train the autoencoder on crops, then on whole pictures."""
-    from minisd.training.parts import load_autoencoder
     from minisd.config import TINY
     from minisd.training.autoencoder import AutoencoderTask
     from minisd.training.data import Scenes
+    from minisd.training.parts import load_autoencoder
 
     model = None if start is None else load_autoencoder(start / "vae")
     config = TINY.autoencoder if model is None else model.config
@@ -86,8 +86,8 @@ def clip(
 @app.command()
 def latents(scenes: SceneFolder = Path("runs/scenes"), model: Model = Path("runs/autoencoder/export")) -> None:
     """Encode every scene once, for the training of the UNet."""
-    from minisd.training.parts import load_autoencoder
     from minisd.training.data import Scenes
+    from minisd.training.parts import load_autoencoder
     from minisd.training.unet import cache_latents
 
     cache_latents(load_autoencoder(model / "vae"), Scenes(scenes), scenes / "latents.safetensors")
@@ -97,7 +97,9 @@ def latents(scenes: SceneFolder = Path("runs/scenes"), model: Model = Path("runs
 def unet(
     scenes: SceneFolder = Path("runs/scenes"),
     output: Output = Path("runs/unet"),
-    vae: Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")] = Path("runs/autoencoder/export"),
+    vae: Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")] = Path(
+        "runs/autoencoder/export"
+    ),
     text: Annotated[Path, typer.Option("--clip", help="Folder that holds text_encoder/.")] = Path("runs/clip/export"),
     steps: Steps = None,
     minutes: Minutes = None,
@@ -108,9 +110,9 @@ def unet(
     start: From = None,
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
-    from minisd.training.parts import load_autoencoder, load_text_encoder, load_unet
     from minisd.config import TINY
     from minisd.training.data import Scenes
+    from minisd.training.parts import load_autoencoder, load_text_encoder, load_unet
     from minisd.training.unet import UNetTask
 
     task = UNetTask(
@@ -128,8 +130,12 @@ def unet(
 @app.command()
 def export(
     target: Path,
-    vae: Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")] = Path("runs/autoencoder/export"),
-    text: Annotated[Path, typer.Option("--clip", help="Folder that holds text_encoder/ and clip/.")] = Path("runs/clip/export"),
+    vae: Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")] = Path(
+        "runs/autoencoder/export"
+    ),
+    text: Annotated[Path, typer.Option("--clip", help="Folder that holds text_encoder/ and clip/.")] = Path(
+        "runs/clip/export"
+    ),
     denoiser: Annotated[Path, typer.Option("--unet", help="Folder that holds unet/.")] = Path("runs/unet/export"),
 ) -> None:
     """Put the trained parts together into the model folder TARGET, in float16."""

@@ -17,7 +17,7 @@ from minisd.training.scenes import SIZE, render, scene
 
 
 def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> None:
-    """Render scenes 0…count−1 of the stream `seed` into `folder`: scenes.npy (count, 128, 128, 3) and scenes.jsonl."""
+    """Render scenes 0…count−1 of stream `seed` into `folder`: scenes.npy (count, 128, 128, 3) and scenes.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [scene(seed, index, **choices) for index in range(count)]
 

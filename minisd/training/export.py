@@ -37,9 +37,7 @@ def assemble(vae: Path, text: Path, unet: Path, target: Path, defaults: Defaults
     """
     autoencoder, text_encoder = load_autoencoder(vae / "vae"), load_text_encoder(text / "text_encoder")
     denoiser = load_unet(unet / "unet")
-    config = replace(
-        TINY, text_encoder=text_encoder.config, autoencoder=autoencoder.config, unet=denoiser.config
-    )
+    config = replace(TINY, text_encoder=text_encoder.config, autoencoder=autoencoder.config, unet=denoiser.config)
     sd = StableDiffusion(config, Tokenizer.from_pretrained(), text_encoder, denoiser, autoencoder, defaults)
     sd.save_pretrained(target, torch.float16)
     tower = {key: value.half() for key, value in load_file(text / "clip/model.safetensors").items()}

@@ -253,7 +253,7 @@ class Trainer:
         return self.elapsed / 60 / (self.options.minutes or 1)
 
     def advance(self, progress: float) -> dict[str, float]:
-        """Make one step: loss, gradients, clipping, AdamW, averages. Raises FloatingPointError when the loss is not finite."""
+        """Make one step: loss, gradients, clipping, AdamW, averages. Raises FloatingPointError for a loss of NaN."""
         options = self.options
         first = self.step * options.batch
         share = options.batch // processes()

@@ -118,9 +118,7 @@ class UNetTask:
     def sheet(self, model: nn.Module) -> Image.Image:
         """The fixed prompts, drawn with seed 0."""
         assert isinstance(model, UNet)
-        sd = StableDiffusion(
-            self.config, self.tokenizer, self.text_encoder, model, self.autoencoder, SAMPLING
-        )
+        sd = StableDiffusion(self.config, self.tokenizer, self.text_encoder, model, self.autoencoder, SAMPLING)
         return grid(sd(list(PROMPTS), seed=[0] * len(PROMPTS), progress=False), columns=8)
 
     def export(self, model: nn.Module, folder: Path) -> None:
