@@ -22,7 +22,7 @@ from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig
 from minisd.images import to_images, to_pixels
 from minisd.training.data import Scenes
-from minisd.training.loop import Shuffled, generator, save_atomically
+from minisd.training.loop import Shuffled, channels_last, generator, save_atomically
 from minisd.training.scenes import render, scene
 
 HELD_OUT_SEED = 1_000_003
@@ -71,7 +71,7 @@ class AutoencoderTask:
         self.weights = weights or Weights()
         self.decoder_only = decoder_only
         torch.manual_seed(seed)
-        model = (model or start(Autoencoder(config))).to(memory_format=torch.channels_last).requires_grad_()
+        model = channels_last(model or start(Autoencoder(config))).requires_grad_()
         if decoder_only:
             for part in (model.encoder, model.quant_conv):
                 part.requires_grad_(False)

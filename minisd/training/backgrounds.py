@@ -11,9 +11,16 @@ SIZE = 128
 HORIZON = 74  # the row around which land meets sky
 
 PLAIN = {
-    "white": (246, 246, 248), "black": (26, 26, 32), "gray": (150, 152, 160), "red": (214, 62, 58),
-    "orange": (246, 150, 66), "yellow": (250, 218, 92), "green": (104, 184, 98), "blue": (76, 142, 236),
-    "purple": (152, 104, 212), "pink": (250, 170, 200),
+    "white": (246, 246, 248),
+    "black": (26, 26, 32),
+    "gray": (150, 152, 160),
+    "red": (214, 62, 58),
+    "orange": (246, 150, 66),
+    "yellow": (250, 218, 92),
+    "green": (104, 184, 98),
+    "blue": (76, 142, 236),
+    "purple": (152, 104, 212),
+    "pink": (250, 170, 200),
 }
 TIMES = ("day", "sunset", "night")
 

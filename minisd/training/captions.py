@@ -7,19 +7,30 @@ from minisd.training.catalogue import CATALOGUE, Entry
 from minisd.training.sprites import COLORS
 
 PLACE_PHRASES = {
-    "meadow": "in a meadow", "desert": "in the desert", "beach": "on the beach", "snow": "in the snow",
-    "mountains": "in the mountains", "sea": "under the sea", "space": "in space",
+    "meadow": "in a meadow",
+    "desert": "in the desert",
+    "beach": "on the beach",
+    "snow": "in the snow",
+    "mountains": "in the mountains",
+    "sea": "under the sea",
+    "space": "in space",
 }
-OTHER_PLACE_PHRASES = {"meadow": "on a meadow", "beach": "at the beach", "desert": "in a desert",
-                       "sea": "underwater"}
+OTHER_PLACE_PHRASES = {"meadow": "on a meadow", "beach": "at the beach", "desert": "in a desert", "sea": "underwater"}
 TIME_PHRASES = {"sunset": "at sunset", "night": "at night"}
 RELATION_PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "next": "next to"}
 NUMBERS = {2: "two", 3: "three"}
 LOOSE = 0.2  # the share of captions that depart from the canonical form
 
 
-def caption(nouns: list[tuple[str | None, Entry]], background: str, place: bool, time: str,
-            relation: str | None, count: int, rng: np.random.Generator | None = None) -> str:
+def caption(
+    nouns: list[tuple[str | None, Entry]],
+    background: str,
+    place: bool,
+    time: str,
+    relation: str | None,
+    count: int,
+    rng: np.random.Generator | None = None,
+) -> str:
     """Say in words what a scene shows.
 
     `nouns` are one or two (tint or None, catalogue entry). Without `rng` the caption is canonical, as in
@@ -66,7 +77,15 @@ def _where(background: str, place: bool, looser: str | None) -> str:
 
 def vocabulary() -> list[str]:
     """Every word that a caption can hold, sorted."""
-    phrases = [*PLACE_PHRASES.values(), *OTHER_PLACE_PHRASES.values(), *TIME_PHRASES.values(),
-               *RELATION_PHRASES.values(), *NUMBERS.values(), *PLAIN, *COLORS, "a an and on background grey"]
+    phrases = [
+        *PLACE_PHRASES.values(),
+        *OTHER_PLACE_PHRASES.values(),
+        *TIME_PHRASES.values(),
+        *RELATION_PHRASES.values(),
+        *NUMBERS.values(),
+        *PLAIN,
+        *COLORS,
+        "a an and on background grey",
+    ]
     phrases += [word for entry in CATALOGUE for word in (entry.noun, entry.many, entry.synonym)]
     return sorted({word for phrase in phrases for word in phrase.split()})

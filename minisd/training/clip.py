@@ -25,7 +25,7 @@ from minisd.config import TextEncoderConfig
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.data import Scenes, mirrored
-from minisd.training.loop import Shuffled, generator, processes, save_atomically
+from minisd.training.loop import Shuffled, channels_last, generator, processes, save_atomically
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class CLIP(nn.Module):
     def load(cls, folder: Path, text_encoder: TextEncoder) -> Self:
         """Read what `save` wrote, around the text encoder that was trained with it."""
         config = json.loads((folder / "config.json").read_text())
-        image = ImageEncoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["image"].items()})
+        image = ImageEncoderConfig(**config["image"] | {"widths": tuple(config["image"]["widths"])})
         with torch.device("meta"):
             model = cls(TextEncoderConfig.from_dict(config["text"]), image, config["eos"])
         model.text_encoder = text_encoder
@@ -165,11 +165,8 @@ class CLIPTask:
         small = replace(text, vocab_size=len(self.known))
         eos = int(torch.searchsorted(self.known, torch.tensor(tokenizer.eos_token_id)))
         self.eos = tokenizer.eos_token_id
-        self.model: nn.Module = CLIP(small, image or ImageEncoderConfig(), eos)
-        embeddings = self.model.text_encoder.text_model["embeddings"]
-        nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
-        nn.init.normal_(embeddings.position_embedding.weight, std=0.01)
-        self.model = self.model.to(memory_format=torch.channels_last)
+        model = channels_last(CLIP(small, image or ImageEncoderConfig(), eos))
+        self.model: nn.Module = model
         self.order = Shuffled(len(scenes), seed)
 
     def loss(self, step: int, positions: range, local: slice, progress: float) -> tuple[Tensor, dict[str, float]]:

@@ -33,7 +33,7 @@ def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> No
 
 
 class Scenes:
-    """Rendered scenes: `pixels` (count, 128, 128, 3) uint8, memory-mapped, and for each the description it came from."""
+    """Rendered scenes: `pixels` (count, 128, 128, 3) uint8, memory-mapped, and the description of each."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "scenes.jsonl").exists():

@@ -20,11 +20,21 @@ from minisd.training.sprites import COLORS, entries, extent, sprite
 RELATIONS = ("left", "right", "above", "next")
 HELD_OUT_PERCENT = 10
 HELD_OUT_SALT = 2974  # spreads the held-out pairs evenly over objects, colours and places
-KEPT = frozenset({  # pairs that examples need
-    ("fox", "snow"), ("panda", "snow"), ("penguin", "snow"), ("red", "car"), ("car", "beach"),
-    ("rocket", "space"), ("blue", "balloon"), ("dolphin", "sea"), ("fish", "sea"), ("cat", "beach"),
-    *(("castle", place) for place in PLACES),
-})
+KEPT = frozenset(
+    {  # pairs that examples need
+        ("fox", "snow"),
+        ("panda", "snow"),
+        ("penguin", "snow"),
+        ("red", "car"),
+        ("car", "beach"),
+        ("rocket", "space"),
+        ("blue", "balloon"),
+        ("dolphin", "sea"),
+        ("fish", "sea"),
+        ("cat", "beach"),
+        *(("castle", place) for place in PLACES),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,7 @@ def scene(seed: int, index: int, *, held_out: bool = False, mixture: Mixture = D
     return sample_scene(np.random.default_rng((seed, index)), held_out=held_out, mixture=mixture)
 
 
-def sample_scene(rng: np.random.Generator, *, held_out: bool = False,
-                 mixture: Mixture = DEFAULT_MIXTURE) -> Scene:
+def sample_scene(rng: np.random.Generator, *, held_out: bool = False, mixture: Mixture = DEFAULT_MIXTURE) -> Scene:
     """Describe a random scene: one without any held-out pair, or with `held_out` one that has at least one.
 
     Held-out scenes always carry the canonical caption; others sometimes a looser one.
@@ -133,6 +142,7 @@ def all_pairs() -> frozenset[tuple[str, str]]:
 @lru_cache(maxsize=1)
 def held_out_pairs() -> frozenset[tuple[str, str]]:
     """The pairs that never occur in training, chosen by a hash of their words."""
+
     def drawn(pair: tuple[str, str]) -> bool:
         digest = hashlib.sha256(f"{HELD_OUT_SALT}|{pair[0]}|{pair[1]}".encode()).digest()
         return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
@@ -188,24 +198,32 @@ def _describe(rng: np.random.Generator, held_out: bool, mixture: Mixture) -> Sce
     return Scene(caption, things, background, in_place, time, relation, count, seed=int(rng.integers(2**31)))
 
 
-def _choose_place(rng: np.random.Generator, chosen: list[Entry], relation: str | None,
-                  avoid: frozenset[tuple[str, str]]) -> str | None:
+def _choose_place(
+    rng: np.random.Generator, chosen: list[Entry], relation: str | None, avoid: frozenset[tuple[str, str]]
+) -> str | None:
     """A place that suits all the objects, or None; the sea and space, where few belong, are preferred."""
-    fitting = [place for place in PLACES
-               if all(place in entry.places and (entry.noun, place) not in avoid for entry in chosen)
-               and (relation != "above" or _floats(chosen[0], place))]
+    fitting = [
+        place
+        for place in PLACES
+        if all(place in entry.places and (entry.noun, place) not in avoid for entry in chosen)
+        and (relation != "above" or _floats(chosen[0], place))
+    ]
     if not fitting:
         return None
     weights = np.array([2.0 if place in ("sea", "space") else 1.0 for place in fitting])
     return fitting[rng.choice(len(fitting), p=weights / weights.sum())]
 
 
-def _choose_color(rng: np.random.Generator, entry: Entry, place: str | None, time: str,
-                  avoid: frozenset[tuple[str, str]]) -> str | None:
+def _choose_color(
+    rng: np.random.Generator, entry: Entry, place: str | None, time: str, avoid: frozenset[tuple[str, str]]
+) -> str | None:
     """A tint for three quarters of the objects that take one, never one that the place hides."""
     hidden = {"sea": "blue", "snow": "white", "space": "black"}.get(place or "")
-    options = [color for color in entry.colors if (color, entry.noun) not in avoid and color != hidden
-               and not (color == "black" and time == "night")]
+    options = [
+        color
+        for color in entry.colors
+        if (color, entry.noun) not in avoid and color != hidden and not (color == "black" and time == "night")
+    ]
     if not options or rng.random() < 0.25:
         return None
     return options[rng.integers(len(options))]
@@ -226,8 +244,14 @@ def _floats(entry: Entry, place: str | None) -> bool:
     return entry.flies or place in (None, "space")
 
 
-def _arrange(rng: np.random.Generator, chosen: list[Entry], tints: list[str | None], place: str | None,
-             relation: str | None, count: int) -> tuple[Thing, ...]:
+def _arrange(
+    rng: np.random.Generator,
+    chosen: list[Entry],
+    tints: list[str | None],
+    place: str | None,
+    relation: str | None,
+    count: int,
+) -> tuple[Thing, ...]:
     """Put the objects into the picture: sizes, positions, mirroring."""
     if relation:
         order = list(zip(chosen, tints, strict=True))
@@ -246,8 +270,9 @@ def _arrange(rng: np.random.Generator, chosen: list[Entry], tints: list[str | No
     return tuple(things)
 
 
-def _arrange_pair(rng: np.random.Generator, order: list[tuple[Entry, str | None]], place: str | None,
-                  relation: str) -> tuple[Thing, ...]:
+def _arrange_pair(
+    rng: np.random.Generator, order: list[tuple[Entry, str | None]], place: str | None, relation: str
+) -> tuple[Thing, ...]:
     """Put two objects beside or above each other, the first where the relation says."""
     size = [float(rng.integers(44, 58)) for _ in order]
     if relation == "above":
@@ -264,7 +289,8 @@ def _arrange_pair(rng: np.random.Generator, order: list[tuple[Entry, str | None]
             ys[1] = ys[0] + rng.uniform(-8, 8)
     return tuple(
         Thing(entry.noun, tint, _pixel(x), _pixel(_keep_inside(y, entry, s)), s, bool(rng.random() < 0.5))
-        for (entry, tint), x, y, s in zip(order, xs, ys, size, strict=True))
+        for (entry, tint), x, y, s in zip(order, xs, ys, size, strict=True)
+    )
 
 
 def _height(rng: np.random.Generator, entry: Entry, size: float, place: str | None) -> float:
@@ -297,8 +323,8 @@ def _paste(picture: np.ndarray, thing: Thing) -> None:
     if thing.flip:
         pixels = pixels[:, ::-1]
     left, top = round(thing.x - width / 2), round(thing.y - height / 2)
-    cut = pixels[max(0, -top):SIZE - top, max(0, -left):SIZE - left]
-    area = picture[max(0, top):top + height, max(0, left):left + width]
+    cut = pixels[max(0, -top) : SIZE - top, max(0, -left) : SIZE - left]
+    area = picture[max(0, top) : top + height, max(0, left) : left + width]
     area *= 1 - cut[..., 3:] / 255
     area += cut[..., :3]
 

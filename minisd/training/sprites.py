@@ -13,8 +13,14 @@ CELL = 128
 COLUMNS = 8
 
 COLORS = {
-    "red": (222, 38, 42), "orange": (245, 130, 28), "yellow": (250, 208, 40), "green": (62, 168, 70),
-    "blue": (40, 104, 226), "purple": (128, 70, 198), "pink": (246, 132, 182), "white": (244, 244, 248),
+    "red": (222, 38, 42),
+    "orange": (245, 130, 28),
+    "yellow": (250, 208, 40),
+    "green": (62, 168, 70),
+    "blue": (40, 104, 226),
+    "purple": (128, 70, 198),
+    "pink": (246, 132, 182),
+    "white": (244, 244, 248),
     "black": (48, 48, 56),
 }
 
@@ -28,8 +34,10 @@ def atlas() -> dict[str, Image.Image]:
     rows = -(-len(CATALOGUE) // COLUMNS)
     with Image.open(ATLAS) as picture:
         if picture.size != (COLUMNS * CELL, rows * CELL):
-            raise ValueError(f"{ATLAS} measures {picture.size}, but {len(CATALOGUE)} sprites need "
-                             f"{(COLUMNS * CELL, rows * CELL)}: rebuild it with minisd.training.build_atlas")
+            raise ValueError(
+                f"{ATLAS} measures {picture.size}, but {len(CATALOGUE)} sprites need "
+                f"{(COLUMNS * CELL, rows * CELL)}: rebuild it with minisd.training.build_atlas"
+            )
         sheet = picture.convert("RGBA")
     sprites = {}
     for index, entry in enumerate(CATALOGUE):
@@ -88,8 +96,15 @@ def paint_mask(rgb: np.ndarray, paint: Paint) -> np.ndarray:
     chroma = value - rgb.min(-1)
     red, green, blue = np.moveaxis(rgb, -1, 0)
     safe = np.maximum(chroma, 1e-6)
-    hue = np.where(value == red, (green - blue) / safe,
-                   np.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)) * 60 % 360
+    hue = (
+        np.where(
+            value == red,
+            (green - blue) / safe,
+            np.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+        )
+        * 60
+        % 360
+    )
     saturation = chroma / np.maximum(value, 1e-6)
     low, high = paint.hue
     half = ((high - low) % 360 or 360) / 2

@@ -26,7 +26,7 @@ from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.data import Scenes
-from minisd.training.loop import Shuffled, generator, save_atomically
+from minisd.training.loop import Shuffled, channels_last, generator, save_atomically
 from minisd.unet import UNet
 
 SAMPLING = Defaults(Sampler("dpmpp_2m", spacing="trailing"), num_inference_steps=20, guidance_scale=4.0)
@@ -54,7 +54,7 @@ PROMPTS = (
 @torch.no_grad()
 def cache_latents(autoencoder: Autoencoder, scenes: Scenes, path: Path, batch: int = 16) -> None:
     """Encode every scene once: the scaled means, float32 (count, 4, 16, 16), into one safetensors file."""
-    autoencoder = autoencoder.eval().to(memory_format=torch.channels_last)
+    autoencoder = channels_last(autoencoder.eval())
     parts = [
         autoencoder.encode(scenes.images(indices.tolist()).contiguous(memory_format=torch.channels_last)).mean
         for indices in tqdm(torch.arange(len(scenes)).split(batch), unit="batch", mininterval=10)
@@ -91,7 +91,7 @@ class UNetTask:
         self.ids = self.tokenizer([*captions, ""])
         torch.manual_seed(seed)
         model = (model or start(UNet(config.unet))).requires_grad_()
-        self.model: nn.Module = model.to(memory_format=torch.channels_last)
+        self.model: nn.Module = channels_last(model)
         self.order = Shuffled(len(captions), seed)
 
     def loss(self, step: int, positions: range, local: slice, progress: float) -> tuple[Tensor, dict[str, float]]:
