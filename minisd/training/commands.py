@@ -144,6 +144,23 @@ def export(
     assemble(vae, text, denoiser, target)
 
 
+@app.command()
+def sheet(
+    output: Path,
+    model: Annotated[Path | None, typer.Option(help="Model folder; by default the shipped one.")] = None,
+    seed: Annotated[int, typer.Option(help="Of every picture.")] = 0,
+) -> None:
+    """Draw the sixteen fixed prompts with one seed, as one picture: the contact sheet of the README."""
+    from minisd.images import grid
+    from minisd.pipeline import StableDiffusion
+    from minisd.training.unet import PROMPTS
+
+    sd = StableDiffusion.from_pretrained(model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    grid(sd(list(PROMPTS), seed=[seed] * len(PROMPTS)), columns=8).save(output)
+    typer.echo("\n".join(PROMPTS))
+
+
 def _train(task: Any, output: Path, **choices: Any) -> None:
     """Run the task, and add a line about this sitting to `log.jsonl` in its folder."""
     from minisd.training.export import Sitting, log_sitting
