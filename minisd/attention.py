@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class AttentionRecord(NamedTuple):
     """The weights that one attention layer computed in one call: `weights` (n, heads, queries, keys), rows sum to 1."""
@@ -28,15 +30,18 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
     """Within this block, collect the weights of every attention layer of `model`, in the order of the calls.
 
     The explicit softmax takes the place of the fused kernel, so results agree with it to rounding. Only calls made by
-    the same thread are recorded. Each record holds the layer's name, such as `down_blocks.0.attentions.0.
+    the same thread are recorded. Blocks nest. Each record holds the layer's name, such as `down_blocks.0.attentions.0.
     transformer_blocks.0.attn2`, and float32 weights of shape (n, heads, queries, keys).
     """
     names = {module: name for name, module in model.named_modules()}
     records: list[AttentionRecord] = []
+    outer = _recorder.get()
 
     def record(layer: nn.Module, weights: Tensor) -> None:
         if layer in names:
             records.append(AttentionRecord(names[layer], weights.detach().float()))
+        if outer is not None:
+            outer(layer, weights)
 
     token = _recorder.set(record)
     try:
@@ -51,7 +56,7 @@ def attention_weights(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
     q (n, heads, queries, d), k (n, heads, keys, d) -> (n, heads, queries, keys). With `causal`, query i sees keys 0…i.
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
     """
-    if q.dtype in (torch.float16, torch.bfloat16):
+    if q.dtype in HALF:
         q, k = q.float(), k.float()
     scores = torch.einsum("nhqd,nhkd->nhqk", q, k) * q.shape[-1] ** -0.5
     if causal:
@@ -81,7 +86,7 @@ class Attention(nn.Module):
     """Multi-head attention with diffusers' names: self-attention, or cross-attention when a context is given.
 
     x (n, queries, query_dim), context (n, keys, context_dim) -> (n, queries, query_dim). `upcast` computes the scores
-    in float32, which Stable Diffusion 2.1 needs in float16.
+    of half-precision inputs in float32, which Stable Diffusion 2.1 needs.
     """
 
     def __init__(
@@ -97,7 +102,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        if self.upcast:
+        if self.upcast and q.dtype in HALF:
             q, k, v = q.float(), k.float(), v.float()
         return self.to_out[0](attend(self, q, k, v, self.heads).to(x.dtype))
 

@@ -1,0 +1,188 @@
+"""A GPU that computes nothing: full-size models run on it in seconds, and a tensor left on the CPU is an error.
+
+Three things slip through: weights of convolutions, single numbers (as on CUDA), and float16 mixed with float32.
+It rests on private names of torch, all of them in this file. Registering the made-up device cannot be undone, so
+`test_fake_gpu.py` runs this file as a program of its own: it prints, as JSON, how every scenario ended.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import minisd.pipeline
+import minisd.unet
+from minisd.attention import record_attention
+from minisd.autoencoder import Autoencoder
+from minisd.config import SD15, SD21, ModelConfig
+from minisd.pipeline import StableDiffusion
+from minisd.text_encoder import TextEncoder
+from minisd.tokenizer import Tokenizer
+from minisd.unet import UNet
+
+GPU = "fakegpu:0"
+
+
+class FakeGPU(fake_tensor.FakeTensorMode):
+    """Tensors with a shape, a dtype and a device, and no numbers."""
+
+    avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
+
+
+def register() -> FakeGPU:
+    """Make the device known to torch, once per process; use the result as `with mode:`."""
+    _setup_privateuseone_for_python_backend("fakegpu")
+    cast(Any, fake_tensor).CONSTANT_NUMEL_LIMIT = 0  # or moving a tensor of one element fails in inference mode
+    return FakeGPU()
+
+
+def on_gpu(network: nn.Module, mode: FakeGPU, dtype: torch.dtype = torch.float16) -> Any:
+    """Give a network from the meta device weights on the fake GPU."""
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    with mode:
+        network.load_state_dict(
+            {key: torch.empty(shape, dtype=dtype, device=GPU) for key, shape in shapes.items()}, assign=True
+        )
+    return network.eval().requires_grad_(False)
+
+
+def build(config: ModelConfig, mode: FakeGPU) -> StableDiffusion:
+    """A whole model of full size on the fake GPU."""
+    with torch.device("meta"):
+        parts = TextEncoder(config.text_encoder), UNet(config.unet), Autoencoder(config.autoencoder)
+    return StableDiffusion(config, Tokenizer.from_pretrained(), *(on_gpu(part, mode) for part in parts))
+
+
+@contextmanager
+def no_numbers_read(size: tuple[int, int]) -> Iterator[list[str]]:
+    """Within this block a pipeline asks for no numbers, which a fake tensor does not have.
+
+    The check for NaN becomes a list of the parts that reached it, and pictures come out blank.
+    """
+    checked: list[str] = []
+
+    def note(x: Tensor, part: str) -> Tensor:
+        assert x.device == torch.device(GPU), f"the {part} answered on {x.device}"
+        checked.append(part)
+        return x
+
+    def blank(images: Tensor) -> list[Image.Image]:
+        assert images.shape[1:] == (3, *size)
+        return [Image.new("RGB", (1, 1)) for _ in range(len(images))]
+
+    with mock.patch.object(minisd.pipeline, "_finite", note), mock.patch.object(minisd.pipeline, "to_pil", blank):
+        yield checked
+
+
+def draw(sd: StableDiffusion, sampler: str = "euler_a") -> list[str]:
+    """Two pictures from words to pixels in two guided steps; returns the parts that reached the check for NaN."""
+    with no_numbers_read((512, 448)) as checked:
+        sd(["a fox in the snow", "a cat"], num_inference_steps=2, height=512, width=448, seed=0, sampler=sampler)
+    return checked
+
+
+def redraw(sd: StableDiffusion) -> list[str]:
+    """A picture from a picture; the parts as `draw`."""
+    with no_numbers_read((512, 512)) as checked:
+        image = torch.zeros(1, 3, 512, 512)
+        sd.image_to_image("a cat", image, 0.7, num_inference_steps=3, seed=0, sampler="ddim")
+    return checked
+
+
+def steps(sd: StableDiffusion) -> list[list[Any]]:
+    """Shape, dtype and device of what every step of the generator yields."""
+    with no_numbers_read((512, 512)):
+        taken = list(sd.denoise(["a fox", "a cat"], num_inference_steps=2, seed=0, sampler="ddpm"))
+    tensors = [x for step in taken for x in (step.latents, step.x0, step.noise)]
+    return [[list(x.shape), str(x.dtype), x.device.type] for x in tensors]
+
+
+def record(sd: StableDiffusion) -> list[str]:
+    """The explicit softmax, with its causal mask, on the device too."""
+    ids = sd.tokenizer(["a fox"]).to(GPU)
+    latents, t = torch.empty(1, 4, 64, 64, dtype=torch.float16, device=GPU), torch.tensor(1.0, device=GPU)
+    with record_attention(sd.text_encoder) as of_text, record_attention(sd.unet) as of_unet:
+        sd.unet(latents, t, sd.text_encoder(ids))
+    return [record.weights.device.type for record in (*of_text, *of_unet)]
+
+
+@contextmanager
+def weight_on_cpu(network: nn.Module, key: str) -> Iterator[None]:
+    """For the length of this block, one weight is a (fake) tensor on the CPU."""
+    place, name = key.rsplit(".", 1)
+    module = network.get_submodule(place)
+    right = getattr(module, name)
+    setattr(module, name, nn.Parameter(torch.empty(right.shape, dtype=right.dtype), requires_grad=False))
+    try:
+        yield
+    finally:
+        setattr(module, name, right)
+
+
+def embedding_on_cpu(timesteps: Tensor, dim: int) -> Tensor:
+    """`timestep_embedding` by somebody who forgot where the timesteps are."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2) / (dim // 2))
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def scenarios(mode: FakeGPU) -> Iterator[tuple[str, Callable[[], Any]]]:
+    sd = build(SD15, mode)
+    for sampler in ("ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m"):
+        yield f"draw with {sampler}", lambda sampler=sampler: draw(sd, sampler)  # type: ignore[misc]
+    sd2 = build(SD21, mode)
+    yield "draw with SD 2.1", lambda: draw(sd2)
+    yield "redraw", lambda: redraw(sd)
+    yield "steps", lambda: steps(sd)
+    yield "record", lambda: record(sd)
+
+    def planted(plant: Any) -> Any:
+        with plant:
+            return draw(sd)
+
+    text, unet, autoencoder = sd.text_encoder, sd.unet, sd.autoencoder
+    position = "text_model.embeddings.position_embedding.weight"
+    yield "plant: position embedding", lambda: planted(weight_on_cpu(text, position))
+    yield "plant: UNet weight", lambda: planted(weight_on_cpu(unet, "time_embedding.linear_1.weight"))
+    yield "plant: UNet norm", lambda: planted(weight_on_cpu(unet, "up_blocks.3.resnets.2.norm2.weight"))
+    yield "plant: decoder norm", lambda: planted(weight_on_cpu(autoencoder, "decoder.conv_norm_out.weight"))
+    forgot = mock.patch.object(minisd.unet, "timestep_embedding", embedding_on_cpu)
+    yield "plant: frequencies", lambda: planted(forgot)
+    on_cpu = mock.patch.object(sd, "encode_text", lambda texts, skip: torch.zeros(len(texts), 77, 768).half())
+    yield "plant: context", lambda: planted(on_cpu)
+
+
+def main() -> None:
+    mode, results = register(), {}
+    for name, scenario in scenarios(mode):
+        start, result, where = time.perf_counter(), None, ""
+        try:
+            with mode:
+                result, outcome = scenario(), "ran through"
+        except Exception as error:
+            outcome = type(error).__name__
+            where = "".join(traceback.format_exception(error))[-1500:]
+        results[name] = {
+            "outcome": outcome,
+            "result": result,
+            "error": where,
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The pipeline on a made-up GPU in float16, at full size: no tensor is left on the CPU; and in float16 on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import difference, noise, random_weights
+
+from minisd.autoencoder import Autoencoder
+from minisd.config import TINY
+from minisd.pipeline import StableDiffusion
+from minisd.text_encoder import TextEncoder
+from minisd.tokenizer import Tokenizer
+from minisd.unet import UNet
+
+SCRIPT = Path(__file__).with_name("fake_gpu.py")
+SAMPLERS = ["ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m"]
+PLANTS = ["position embedding", "UNet weight", "UNet norm", "decoder norm", "frequencies", "context"]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Any:
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+        timeout=300,
+        check=True,
+    )
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", [*(f"draw with {sampler}" for sampler in SAMPLERS), "draw with SD 2.1"])
+def test_words_become_pictures(outcomes: Any, name: str) -> None:
+    assert outcomes[name]["outcome"] == "ran through", outcomes[name]["error"]
+    assert outcomes[name]["result"] == ["text encoder", "UNet", "autoencoder's decoder"]
+
+
+def test_a_picture_becomes_another(outcomes: Any) -> None:
+    assert outcomes["redraw"]["outcome"] == "ran through", outcomes["redraw"]["error"]
+    assert sorted(outcomes["redraw"]["result"]) == [
+        "UNet",
+        "autoencoder's decoder",
+        "autoencoder's encoder",
+        "text encoder",
+    ]
+
+
+def test_steps_stay_on_the_device_in_float32(outcomes: Any) -> None:
+    assert outcomes["steps"]["outcome"] == "ran through", outcomes["steps"]["error"]
+    assert outcomes["steps"]["result"] == 6 * [[[2, 4, 64, 64], "torch.float32", "fakegpu"]]
+
+
+def test_attention_is_recorded_on_the_device(outcomes: Any) -> None:
+    assert outcomes["record"]["outcome"] == "ran through", outcomes["record"]["error"]
+    assert outcomes["record"]["result"] == (12 + 2 * 16) * ["fakegpu"]
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_tensor_left_on_the_cpu_is_found(outcomes: Any, name: str) -> None:
+    assert outcomes[f"plant: {name}"]["outcome"] == "FakeTensorDeviceMismatchError"
+
+
+def tiny(dtype: torch.dtype) -> StableDiffusion:
+    with torch.device("meta"):
+        parts: list[Any] = [TextEncoder(TINY.text_encoder), UNet(TINY.unet), Autoencoder(TINY.autoencoder)]
+    for part in parts:
+        weights = random_weights(part, torch.float32)
+        part.load_state_dict({key: value.to(dtype) for key, value in weights.items()}, assign=True)
+        part.eval().requires_grad_(False)
+    return StableDiffusion(TINY, Tokenizer.from_pretrained(), *parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_mixes_with_no_other(dtype: torch.dtype) -> None:
+    """On the CPU, where a float16 tensor beside a float32 one is an error."""
+    sd = tiny(dtype)
+    for sampler in SAMPLERS:
+        for step in sd.denoise("a fox", num_inference_steps=2, seed=0, sampler=sampler, height=32, width=32):
+            assert {step.latents.dtype, step.x0.dtype, step.noise.dtype} == {torch.float32}
+        assert sd.decode_to_tensor(step.latents).dtype == dtype
+    image = torch.zeros(1, 3, 32, 32)
+    for step in sd.denoise("a fox", image, num_inference_steps=4, strength=0.5, seed=0, sampler="ddpm"):
+        assert step.latents.dtype == torch.float32
+
+
+def test_half_precision_predicts_nearly_the_same() -> None:
+    context, latents = noise(2, 77, 128, dtype=torch.float32), noise(1, 4, 8, 8, dtype=torch.float32)
+    half = tiny(torch.float16).predict(latents, 500.0, context.half(), 7.5)
+    full = tiny(torch.float32).predict(latents, 500.0, context, 7.5)
+    assert half.dtype == torch.float32
+    assert 0 < difference(half, full) < 0.1
