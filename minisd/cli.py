@@ -161,7 +161,7 @@ def info(
 
     text = read_parameters(source)
     if text is None:
-        raise OSError(f"{source} does not say how it was drawn; expected a `parameters` text, as minisd writes to a PNG")
+        raise OSError(f"{source} does not say how it was drawn; expected a `parameters` text, as in a PNG of minisd")
     print(text)
 
 

@@ -1,0 +1,133 @@
+"""The project's files: that they agree with each other and with the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import minisd
+from minisd.training.catalogue import CATALOGUE
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
+
+
+def requirements(lines: list[str]) -> dict[str, str]:
+    """Names, as an index spells them, to version ranges; conda's name for torch is pytorch."""
+    parsed = [Requirement(line) for line in lines if not line.startswith("minisd[")]
+    return {canonicalize_name(r.name.replace("pytorch", "torch")): str(r.specifier) for r in parsed}
+
+
+EXTRAS = PROJECT["optional-dependencies"]
+EVERYTHING = requirements([*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)])
+
+
+def test_conda_environment_asks_for_the_same_as_the_project():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    *lines, pip = environment["dependencies"]
+    assert {"python=3.11", "pip"} <= set(lines)
+    conda = requirements([line for line in lines if line not in ("python=3.11", "pip")])
+    assert conda == requirements([*PROJECT["dependencies"], *EXTRAS["notebooks"]])
+    assert pip["pip"][-1] == "-e ."
+    assert requirements(pip["pip"][:-1]).items() <= EVERYTHING.items()
+
+
+def test_constraints_pin_every_requirement_within_its_range():
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pins = dict(line.split("==") for line in text.splitlines() if not line.startswith("#"))
+    for name, specifier in EVERYTHING.items():
+        assert Requirement(f"{name}{specifier}").specifier.contains(pins[name]), name
+
+
+@pytest.mark.parametrize("name", sorted(EVERYTHING))
+def test_installed_versions_satisfy_the_ranges(name):
+    assert Requirement(f"{name}{EVERYTHING[name]}").specifier.contains(metadata.version(name), prereleases=True)
+
+
+def test_the_package_imports_only_what_it_declares():
+    """Core files use core requirements only; training and evaluation may use the extras; nothing uses diffusers."""
+    import_names = {"pillow": "PIL", "huggingface-hub": "huggingface_hub", "resvg-py": "resvg_py", "pyyaml": "yaml"}
+    core = {import_names.get(name, name) for name in requirements(PROJECT["dependencies"])}
+    extra = {import_names.get(name, name) for name in requirements(EXTRAS["train"])}
+    for path in (ROOT / "minisd").rglob("*.py"):
+        allowed = core | {"minisd"} | (extra if {"training", "evaluation"} & set(path.parts) else set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path.name} imports relatively"
+                modules = [node.module or ""]
+            for module in modules:
+                top = module.partition(".")[0]
+                assert top in allowed or top in sys.stdlib_module_names, f"{path.name} imports {module}"
+
+
+def test_import_is_lazy_and_leaves_diffusers_alone():
+    code = "import sys, minisd; assert 'torch' not in sys.modules; minisd.StableDiffusion; print(*sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", code], **PYTHON).stdout.split())
+    assert {"torch", "minisd.pipeline"} <= loaded
+    assert not {"diffusers", "transformers", "matplotlib", "minisd.training", "minisd.cli"} & loaded
+
+
+def test_public_names_are_all_there():
+    for name in minisd.__all__:
+        assert getattr(minisd, name) is not None
+    assert set(minisd.__all__) <= set(dir(minisd))
+    with pytest.raises(AttributeError, match="UNNet"):
+        minisd.UNNet  # noqa: B018
+
+
+def test_readme_lists_what_the_tiny_model_was_trained_on():
+    words = README.partition("<!-- nouns -->")[2].partition("<!-- /nouns -->")[0].replace("\n", " ")
+    assert words.split(", ") == [entry.noun for entry in CATALOGUE]
+
+
+def test_readme_names_every_source_file():
+    tree = README.partition("## Where things are")[2]
+    for path in (ROOT / "minisd").iterdir():
+        if not path.name.startswith((".", "_")):
+            assert re.search(rf"\b{re.escape(path.name)}\b", tree), path.name
+
+
+def test_links_and_pictures_of_the_readmes_exist():
+    for page in (ROOT / "README.md", ROOT / "tests/README.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_ci_runs_what_the_readme_says():
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    first, second = re.findall(r"^```\n(.+)\n```$", README, flags=re.MULTILINE)[:2]
+    for step in (*first.split(" && ")[2:], *second.split(" && ")):
+        assert step.replace("pip install", "pip install --quiet") in script or step in script, step
+    assert script.rstrip().endswith("python -m pytest")
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == minisd.__version__
+    assert citation["license"] == PROJECT["license"] == "MIT"
+
+
+def test_wheel_holds_every_file_and_the_licences(tmp_path):
+    build = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", "-w", str(tmp_path), "."]
+    subprocess.run([sys.executable, "-m", *build], **PYTHON)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tracked = subprocess.run(["git", "ls-files", "minisd"], **PYTHON).stdout.split()
+    assert set(tracked) <= set(names)
+    licences = {name.partition("/licenses/")[2] for name in names if ".dist-info/licenses/" in name}
+    assert {"LICENSE", "NOTICE", "minisd/assets/licenses/CLIP-MIT.txt", "minisd/assets/sprites/LICENSE"} <= licences
