@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 
@@ -42,19 +43,32 @@ def from_pil(picture: Image.Image) -> Tensor:
     return to_images(np.array(picture.convert("RGB"))[None])
 
 
-def grid(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+def grid(
+    pictures: Sequence[Image.Image], columns: int | None = None, captions: Sequence[str] | None = None
+) -> Image.Image:
     """Lay pictures of one size side by side, by default in a shape that is as square as it gets.
 
-    Raises ValueError when there is no picture or the sizes differ.
+    captions: a text under each picture, broken into lines that fit its width. Raises ValueError when there is no
+    picture, the sizes differ, or there is not one caption for each.
     """
     if not pictures:
         raise ValueError("a grid needs at least one picture")
     sizes = {picture.size for picture in pictures}
     if len(sizes) > 1:
         raise ValueError(f"pictures of one size make a grid; these have {sorted(sizes)}")
+    if captions is not None and len(captions) != len(pictures):
+        raise ValueError(f"{len(captions)} captions for {len(pictures)} pictures; give one for each")
     columns = columns or int(np.ceil(np.sqrt(len(pictures))))
     width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    texts = [textwrap.fill(caption, max(width // 6, 8)) for caption in captions or ()]
+    pitch = height + (6 + 13 * max(text.count("\n") + 1 for text in texts) if texts else 0)
+    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * pitch), "white")
     for place, picture in enumerate(pictures):
-        sheet.paste(picture, (place % columns * width, place // columns * height))
+        corner = place % columns * width, place // columns * pitch
+        sheet.paste(picture, corner)
+        if texts:
+            middle = corner[0] + width // 2, corner[1] + height + 2
+            ImageDraw.Draw(sheet).multiline_text(
+                middle, texts[place], "black", ImageFont.load_default(11), anchor="ma", align="center", spacing=2
+            )
     return sheet

@@ -356,5 +356,11 @@ def test_grid_places_pictures_in_reading_order() -> None:
     sheet = grid([Image.new("RGB", (4, 4), color) for color in colors])
     assert sheet.size == (8, 8)
     assert [sheet.getpixel(place) for place in ((0, 0), (4, 0), (0, 4))] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    captioned = grid([Image.new("RGB", (64, 64), "red")] * 2, columns=2, captions=["a fox", "a very long caption " * 3])
+    assert captioned.width == 128 and captioned.height > 64
+    assert {captioned.getpixel((x, y)) for x in range(128) for y in range(64)} == {(255, 0, 0)}
+    assert any(captioned.getpixel((x, y)) != (255, 255, 255) for x in range(64) for y in range(64, captioned.height))
+    with pytest.raises(ValueError, match="1 captions for 2"):
+        grid([Image.new("RGB", (4, 4))] * 2, captions=["one"])
     with pytest.raises(ValueError, match="one size"):
         grid([Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))])

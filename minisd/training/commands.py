@@ -157,8 +157,7 @@ def sheet(
 
     sd = StableDiffusion.from_pretrained(model)
     output.parent.mkdir(parents=True, exist_ok=True)
-    grid(sd(list(PROMPTS), seed=[seed] * len(PROMPTS)), columns=8).save(output)
-    typer.echo("\n".join(PROMPTS))
+    grid(sd(list(PROMPTS), seed=[seed] * len(PROMPTS)), columns=8, captions=PROMPTS).save(output)
 
 
 def _train(task: Any, output: Path, **choices: Any) -> None:
