@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, SD21_BASE, ModelConfig
@@ -232,9 +233,21 @@ def _infer_config(path: Path, header: Mapping[str, TensorInfo], prediction_type:
     return replace(base, unet=replace(base.unet, in_channels=first.shape[1]))
 
 
+class _NoInit(TorchFunctionMode):
+    """Skips the initialisation of parameters, which costs seconds even where they have no memory."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        values = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return values["tensor"] if "tensor" in values else args[0]
+        return func(*args, **values)
+
+
 def _meta_modules(config: ModelConfig) -> dict[str, nn.Module]:
     """The parts without memory for their weights, under the names of a diffusers folder."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         return {
             "text_encoder": TextEncoder(config.text_encoder),
             "vae": Autoencoder(config.autoencoder),

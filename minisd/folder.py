@@ -81,7 +81,7 @@ class Model(Protocol):
 
 
 def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
-    """Read the JSON files of a folder; CheckpointError where one is missing, damaged, or of a model that is not built."""
+    """Read the JSON files of a folder; CheckpointError where one is missing, damaged, or of another model."""
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") not in PIPELINES:
         raise CheckpointError(

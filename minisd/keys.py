@@ -2,7 +2,7 @@
 
 Two layouts are read. A diffusers folder has a file for each part and, but for a few old spellings, the names used
 here. A single file in CompVis layout (`model.diffusion_model.…`) holds all parts under the names of the reference
-implementation, https://github.com/CompVis/stable-diffusion; Stable Diffusion 2 has OpenCLIP's names for the text encoder.
+implementation, https://github.com/CompVis/stable-diffusion; Stable Diffusion 2 has OpenCLIP's for the text encoder.
 All rules run from the name that a part expects to the name in the file.
 """
 
@@ -29,7 +29,7 @@ IGNORED_IN_SINGLE_FILE = re.compile(
     r"model_ema\..*"  # the moving average kept for training
     r"|betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod|lvlb_weights|logvar"
     r"|posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor"  # the schedule, computed anew
-    r"|cond_stage_model\.(transformer\.|model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)"  # CLIP's image side
+    r"|cond_stage_model\.(transformer\.|model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)"  # for images
     r"|cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids"  # 0, 1, 2 … 76
     r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # Stable Diffusion 2 stops one layer early
 )
@@ -117,7 +117,7 @@ def _rewrite(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _unet_key(name: str, config: UNetConfig) -> str:
-    """CompVis counts blocks through all levels: each level has its layers (one more on the way up) and its resampling."""
+    """CompVis counts blocks through all levels: each has its layers (one more on the way up) and its resampling."""
     block = UNET_BLOCK.fullmatch(name)
     if block is None:
         stem, _, tail = name.rpartition(".")

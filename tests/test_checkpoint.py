@@ -179,12 +179,23 @@ def test_old_pickle_that_is_no_archive(tmp_path: Path, parts: Parts, state: dict
 
 def test_ignored_keys_of_published_single_files(tmp_path: Path, parts: Parts, state: dict[str, torch.Tensor]) -> None:
     one = torch.zeros(1)
-    names = (
-        "model_ema.decay model_ema.num_updates model_ema.diffusion_modelinput_blocks00weight alphas_cumprod_prev "
-        "sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod "
-        "sqrt_recipm1_alphas_cumprod posterior_variance posterior_log_variance_clipped posterior_mean_coef1 "
-        "posterior_mean_coef2 cond_stage_model.logit_scale cond_stage_model.text_projection"
-    ).split()
+    names = [
+        "model_ema.decay",
+        "model_ema.num_updates",
+        "model_ema.diffusion_modelinput_blocks00weight",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "cond_stage_model.logit_scale",
+        "cond_stage_model.text_projection",
+    ]
     path = tmp_path / "model.safetensors"
     save_file(state | {name: one.clone() for name in names}, path)
     assert_same_weights(load(path, config=SMALL), parts)
