@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,26 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "small"
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def full_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """A random Stable Diffusion 1.5 of full size, float32: the folder that diffusers writes, and one CompVis file."""
+    from checkpoints import compvis_state, make_parts, write_folder
+    from safetensors.torch import save_file
+
+    from minisd import SD15
+
+    place = tmp_path_factory.mktemp("full")
+    parts = make_parts(SD15)
+    folder = write_folder(place / "model", parts)
+    save_file(compvis_state(parts), place / "model.safetensors")
+    del parts
+    yield folder, place / "model.safetensors"
+    shutil.rmtree(place)
+
+
+@pytest.fixture
+def real_model() -> str:
+    """The published model that MINISD_MODEL names."""
+    return os.environ["MINISD_MODEL"]

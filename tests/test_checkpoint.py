@@ -659,19 +659,15 @@ print(time.perf_counter() - start)
 
 
 @pytest.mark.full
-def test_peak_memory_of_a_full_size_checkpoint(tmp_path: Path) -> None:
+def test_peak_memory_of_a_full_size_checkpoint(full_checkpoints: tuple[Path, Path]) -> None:
     """VmHWM of a fresh process, mapped pages and libraries included, after reading every weight."""
-    parts = make_parts(SD15)
-    folder = write_folder(tmp_path / "model", parts)
-    state = compvis_state(parts)
-    save_file(state, tmp_path / "model.safetensors")
-    del parts, state
+    folder, file = full_checkpoints
 
     def measure(code: str, *arguments: str) -> list[float]:
         result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         return [float(word) for word in result.stdout.split()]
 
-    for path, dtype in ((folder, "float32"), (tmp_path / "model.safetensors", "float32"), (folder, "float16")):
+    for path, dtype in ((folder, "float32"), (file, "float32"), (folder, "float16")):
         files = path.rglob("*.safetensors") if path.is_dir() else [path]
         size = sum(each.stat().st_size for each in files)
         assert size > 4.2e9
