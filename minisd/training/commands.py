@@ -128,6 +128,24 @@ def unet(
 
 
 @app.command()
+def judge(
+    output: Output = Path("runs/judge"),
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch: Batch = 16,
+    lr: Rate = 1.5e-3,
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Train the judge of `minisd evaluate`, on scenes that are drawn on the fly."""
+    from minisd.training.judge import JudgeTask
+
+    task = JudgeTask(seed=seed)
+    choices = {"decays": (0.995,), "decay_from": 0.35, "resume": resume}
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
+
+
+@app.command()
 def export(
     target: Path,
     vae: Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")] = Path(

@@ -1,0 +1,220 @@
+"""`minisd evaluate`: draw what the held-out prompts ask for, and let the judge and CLIP say what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minisd.evaluation import memory, report
+from minisd.evaluation.attributes import ATTRIBUTES, GOALS, tally
+from minisd.evaluation.metrics import Share, psnr, retrieval, ssim
+from minisd.images import to_images, to_pixels
+from minisd.pipeline import StableDiffusion
+from minisd.training.clip import CLIP
+from minisd.training.judge import Judge, Verdict
+from minisd.training.loop import save_atomically
+from minisd.training.scenes import Mixture, Scene, render, scene
+
+EVALUATION_SEED = 3_000_017
+QUOTED_FROM = 0.97  # an attribute's figures count if the judge is right about this share of real scenes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is drawn: `count` scenes of the stream `seed`, picture i from noise i, in `steps` steps.
+
+    held_out: prompts with a pair that training never had. guidance: None for the model's default.
+    """
+
+    count: int = 1000
+    seed: int = EVALUATION_SEED
+    held_out: bool = True
+    steps: int = 20
+    guidance: float | None = None
+    mixture: Mixture = field(default_factory=lambda: Mixture(single=0.5, relation=0.3, count=0.2))
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or self.steps < 1:
+            raise ValueError(f"count={self.count}, steps={self.steps}; expected at least 1 of each")
+
+    def scenes(self) -> list[Scene]:
+        """The scenes whose captions are the prompts."""
+        return [scene(self.seed, i, held_out=self.held_out, mixture=self.mixture) for i in range(self.count)]
+
+
+def evaluate_model(
+    source: Path | None, output: Path, settings: Settings | None = None, batch: int = 16
+) -> dict[str, Any]:
+    """Load a model (None: the shipped one), evaluate it, and write evaluation.json and evaluation.png into `output`.
+
+    Where the model's folder has clip/, CLIP's figures are taken too. Drawn pictures are kept in `output`: the same
+    call, after a break, goes on where it stopped. Raises FileNotFoundError when no judge is there.
+    """
+    sd = StableDiffusion.from_pretrained(source)
+    folder = Path(__file__).parent.parent / "assets" / "tiny" if source is None else Path(source)
+    clip = CLIP.load(folder / "clip", sd.text_encoder) if (folder / "clip").is_dir() else None
+    return evaluate(sd, output, settings, clip=clip, batch=batch)
+
+
+def evaluate(
+    sd: StableDiffusion,
+    output: Path,
+    settings: Settings | None = None,
+    *,
+    judge: Judge | None = None,
+    clip: CLIP | None = None,
+    batch: int = 16,
+) -> dict[str, Any]:
+    """Judge pictures drawn from held-out prompts, beside real scenes, and return what is written to evaluation.json.
+
+    Every attribute has three shares with their 95% intervals: of drawn pictures, of real scenes of the same captions
+    (how good the judge is) and of these after the autoencoder (the most that the denoiser can reach). Attributes that
+    the judge gets right in less than 97% of real scenes have "quoted": false.
+    """
+    settings, judge = settings or Settings(), judge or Judge.load()
+    scenes = settings.scenes()
+    captions = [one.caption for one in scenes]
+    real = np.stack([render(one) for one in scenes])
+    drawn = draw(sd, captions, settings, output / "drawn", batch)
+    decoded, fidelity = reconstruct(sd, real, batch)
+    pictures = {"drawn": drawn, "real": real, "reconstructed": decoded}
+    verdicts = {name: verdicts_of(judge, pixels, batch) for name, pixels in pictures.items()}
+    result = {
+        "settings": asdict(settings) | {"sampler": sd.defaults.sampler.name, "guidance": guidance(sd, settings)},
+        "attributes": attributes(scenes, verdicts),
+        "autoencoder": fidelity,
+        "clip": None if clip is None else clip_figures(sd, clip, drawn, real, captions, batch),
+        "nearest_sprites": nearest(scenes, drawn),
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    save_atomically(lambda path: path.write_text(text), output / "evaluation.json")
+    figure = report.picture(result, scenes, drawn, verdicts["drawn"])
+    save_atomically(lambda path: figure.save(path, format="PNG"), output / "evaluation.png")
+    return result
+
+
+def draw(sd: StableDiffusion, prompts: list[str], settings: Settings, folder: Path, batch: int) -> np.ndarray:
+    """Draw every prompt, (n, h, w, 3) uint8; batches that `folder` has from an earlier call are not drawn again.
+
+    Raises ValueError when these were drawn with other settings or another model.
+    """
+    choices = {"guidance": guidance(sd, settings), "batch": batch, "model": fingerprint(sd)}
+    described = {"settings": asdict(settings), **choices}
+    note = folder / "settings.json"
+    if note.exists() and json.loads(note.read_text()) != described:
+        raise ValueError(f"{folder} holds pictures of another model or other settings; remove it, or write elsewhere")
+    text = json.dumps(described, indent=2) + "\n"
+    save_atomically(lambda path: path.write_text(text), note)
+    parts = []
+    for start in tqdm(range(0, len(prompts), batch), unit="batch", desc="drawing"):
+        path = folder / f"{start:06d}.npy"
+        if not path.exists():
+            pixels = _drawn(sd, prompts[start : start + batch], start, settings)
+            save_atomically(lambda target, pixels=pixels: _write(target, pixels), path)
+        parts.append(np.load(path))
+    return np.concatenate(parts)
+
+
+def guidance(sd: StableDiffusion, settings: Settings) -> float:
+    """The guidance that is used."""
+    return sd.defaults.guidance_scale if settings.guidance is None else settings.guidance
+
+
+def fingerprint(sd: StableDiffusion) -> str:
+    """A short name of the weights: equal for equal ones."""
+    digest = hashlib.sha256()
+    for part in (sd.text_encoder, sd.unet, sd.autoencoder):
+        for value in part.state_dict().values():
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.inference_mode()
+def reconstruct(sd: StableDiffusion, real: np.ndarray, batch: int) -> tuple[np.ndarray, dict[str, float]]:
+    """The scenes encoded and decoded again, and how near they come to the originals."""
+    again = [sd.decode_to_tensor(sd.encode_image(images)) for images in batches(real, batch)]
+    decoded = np.concatenate([to_pixels(images) for images in again])
+    pairs = [((a + 1) / 2, (b + 1) / 2) for a, b in zip(batches(real, batch), batches(decoded, batch), strict=True)]
+    loudness = torch.cat([psnr(a, b) for a, b in pairs]).mean()
+    likeness = torch.cat([ssim(a, b) for a, b in pairs]).mean()
+    return decoded, {"psnr": round(float(loudness), 2), "ssim": round(float(likeness), 4)}
+
+
+def verdicts_of(judge: Judge, pixels: np.ndarray, batch: int) -> list[Verdict]:
+    """What the judge sees in pictures (n, 128, 128, 3)."""
+    return [verdict for images in batches(pixels, batch) for verdict in judge.verdicts(images)]
+
+
+def attributes(scenes: list[Scene], verdicts: dict[str, list[Verdict]]) -> dict[str, Any]:
+    """For every attribute its meaning, goal, the shares of each kind of picture, and whether they may be quoted."""
+    tallies = {kind: tally(scenes, seen) for kind, seen in verdicts.items()}
+    result = {}
+    for name, meaning in ATTRIBUTES.items():
+        shares: dict[str, Share] = {kind: counts[name] for kind, counts in tallies.items()}
+        real = shares["real"]
+        quoted = real.of > 0 and real.right / real.of >= QUOTED_FROM
+        figures = {kind: share.to_dict() for kind, share in shares.items()}
+        result[name] = {"meaning": meaning, "goal": GOALS.get(name), "quoted": quoted, **figures}
+    return result
+
+
+@torch.inference_mode()
+def clip_figures(
+    sd: StableDiffusion, clip: CLIP, drawn: np.ndarray, real: np.ndarray, captions: list[str], batch: int
+) -> dict[str, Any]:
+    """Mean cosine of picture and caption, for drawn, real and shuffled pictures; finding a caption among 64."""
+    groups = [captions[start : start + batch] for start in range(0, len(captions), batch)]
+    texts = torch.cat([clip.encode_text(sd.tokenizer(group)) for group in groups])
+    seen = {
+        name: torch.cat([clip.encode_image(images) for images in batches(pixels, batch)])
+        for name, pixels in (("drawn", drawn), ("real", real))
+    }
+    scores = {name: (images * texts).sum(1).mean() for name, images in seen.items()}
+    # a picture beside the caption of another: what a cosine is worth that means nothing
+    scores["shuffled"] = (seen["drawn"] * texts.roll(max(1, len(texts) // 2), 0)).sum(1).mean()
+    found = {name: retrieval(images, texts, captions).to_dict() for name, images in seen.items()}
+    return {"score": {name: round(float(score), 4) for name, score in scores.items()}, "right_of_64": found}
+
+
+def nearest(scenes: list[Scene], drawn: np.ndarray, count: int = 8) -> list[dict[str, Any]]:
+    """For the first drawings of one object in a colour new to it: the nearest sprite, and the nearest in training."""
+    result = []
+    for index in [i for i, one in enumerate(scenes) if memory.suits(one)][:count]:
+        best, trained = memory.nearest_sprites(drawn[index], scenes[index])
+        thing = scenes[index].things[0]
+        composed = (best.thing.noun, best.thing.color) == (thing.noun, thing.color)
+        result.append(
+            {"index": index, "prompt": scenes[index].caption, "composed": composed}
+            | {
+                name: {**asdict(match.thing), "rmse": round(match.error, 4)}
+                for name, match in (("nearest", best), ("nearest_in_training", trained))
+            }
+        )
+    return result
+
+
+def batches(pixels: np.ndarray, batch: int) -> Iterator[Tensor]:
+    """Pictures (n, h, w, 3) uint8 as images in [-1, 1], a batch at a time."""
+    return (to_images(pixels[start : start + batch]) for start in range(0, len(pixels), batch))
+
+
+def _drawn(sd: StableDiffusion, prompts: list[str], first: int, settings: Settings) -> np.ndarray:
+    seeds = list(range(first, first + len(prompts)))
+    pictures = sd(
+        prompts, seed=seeds, num_inference_steps=settings.steps, guidance_scale=settings.guidance, progress=False
+    )
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def _write(path: Path, pixels: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, pixels)

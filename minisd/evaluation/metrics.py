@@ -1,0 +1,91 @@
+"""The numbers of the evaluation: shares with their intervals, PSNR, SSIM, finding the right caption."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Z95 = 1.959964  # the standard normal's 97.5% quantile
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of the cases were right."""
+
+    right: int
+    of: int
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The counts, the share, and its 95% interval; the share of no cases is None."""
+        low, high = wilson(self.right, self.of)
+        share = round(self.right / self.of, 4) if self.of else None
+        return {"right": self.right, "of": self.of, "share": share, "low": round(low, 4), "high": round(high, 4)}
+
+
+def wilson(right: int, of: int, z: float = Z95) -> tuple[float, float]:
+    """The interval that holds the true share behind `right` of `of` with 95% confidence; (0, 1) for no cases.
+
+    Source: Wilson 1927; method 3 of Newcombe 1998, "Two-sided confidence intervals for the single proportion".
+    """
+    if not 0 <= right <= of:
+        raise ValueError(f"{right} right of {of} cases; expected 0 ≤ right ≤ of")
+    if of == 0:
+        return 0.0, 1.0
+    # (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)
+    p = right / of
+    middle = p + z**2 / (2 * of)
+    half = z * sqrt(p * (1 - p) / of + z**2 / (4 * of**2))
+    scale = 1 + z**2 / of
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images (n, c, h, w) in [0, 1], one number each; infinite for equal ones."""
+    # PSNR = −10 log₁₀ mean (a − b)²
+    return -10 * (a - b).square().mean((1, 2, 3)).log10()
+
+
+def ssim(a: Tensor, b: Tensor, size: int = 11, sigma: float = 1.5) -> Tensor:
+    """Structural similarity of images (n, c, h, w) in [0, 1], one number each in [-1, 1]; 1 for equal images.
+
+    Taken in every channel, where the Gaussian window fits, and averaged.
+    Source: Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity", equation 13.
+    """
+    channels = a.shape[1]
+    a, b = a.double(), b.double()  # variances are small differences of squares
+    offsets = torch.arange(size, dtype=a.dtype, device=a.device) - (size - 1) / 2
+    bell = torch.exp(-offsets.square() / (2 * sigma**2))
+    window = torch.outer(bell, bell) / bell.sum() ** 2
+    kernel = window.expand(channels, 1, size, size)
+
+    def mean(x: Tensor) -> Tensor:
+        return F.conv2d(x, kernel, groups=channels)
+
+    c1, c2 = 0.01**2, 0.03**2
+    mean_a, mean_b = mean(a), mean(b)
+    variance_a = mean(a * a) - mean_a**2
+    variance_b = mean(b * b) - mean_b**2
+    covariance = mean(a * b) - mean_a * mean_b
+    # SSIM = (2 μₐμ_b + C₁)(2 σₐ_b + C₂) / ((μₐ² + μ_b² + C₁)(σₐ² + σ_b² + C₂))
+    above = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    below = (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
+    return (above / below).mean((1, 2, 3))
+
+
+def retrieval(images: Tensor, texts: Tensor, captions: list[str], group: int = 64) -> Share:
+    """How often a picture's own caption is the nearest among the `group` captions of its group.
+
+    images and texts (n, d), unit vectors; captions of the same words count as the same. What does not fill a group is
+    left out, unless there is no full one.
+    """
+    group = min(group, len(captions))
+    right = 0
+    starts = range(0, len(captions) - group + 1, group)
+    for start in starts:
+        chosen = (images[start : start + group] @ texts[start : start + group].T).argmax(1).tolist()
+        right += sum(captions[start + k] == captions[start + best] for k, best in enumerate(chosen))
+    return Share(right, len(starts) * group)
