@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 from unittest import mock
 
@@ -27,8 +28,9 @@ import minisd.pipeline
 import minisd.unet
 from minisd.attention import record_attention
 from minisd.autoencoder import Autoencoder
-from minisd.config import SD15, SD21, ModelConfig
+from minisd.config import SD15, SD21, TINY, ModelConfig
 from minisd.pipeline import StableDiffusion
+from minisd.samplers import SAMPLERS
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
@@ -140,11 +142,11 @@ def embedding_on_cpu(timesteps: Tensor, dim: int) -> Tensor:
 
 
 def scenarios(mode: FakeGPU) -> Iterator[tuple[str, Callable[[], Any]]]:
-    sd = build(SD15, mode)
-    for sampler in ("ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m"):
-        yield f"draw with {sampler}", lambda sampler=sampler: draw(sd, sampler)  # type: ignore[misc]
-    sd2 = build(SD21, mode)
-    yield "draw with SD 2.1", lambda: draw(sd2)
+    sd, sd2, tiny = build(SD15, mode), build(SD21, mode), build(TINY, mode)
+    yield "SD 1.5", lambda: draw(sd)
+    yield "SD 2.1", lambda: draw(sd2)
+    for sampler in SAMPLERS:
+        yield sampler, partial(draw, tiny, sampler)
     yield "redraw", lambda: redraw(sd)
     yield "steps", lambda: steps(sd)
     yield "record", lambda: record(sd)

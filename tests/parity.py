@@ -197,7 +197,7 @@ def random_weights(network: nn.Module, dtype: torch.dtype, seed: int = 0) -> dic
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of two outputs, in standard deviations of the second."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    return float((ours - theirs).abs().max() / theirs.std())
+    return float((ours - theirs).detach().abs().max() / theirs.detach().std())
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:

@@ -101,6 +101,7 @@ def test_sample_by_hand() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_full_size() -> None:
     start = time.perf_counter()
     pair = autoencoders(SD1_AUTOENCODER, torch.float32)

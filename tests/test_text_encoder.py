@@ -95,6 +95,7 @@ def test_quick_gelu_by_hand() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_full_size() -> None:
     start = time.perf_counter()
     found = text_difference(text_encoders(SD1_TEXT, torch.float32))

@@ -94,6 +94,7 @@ def full_size() -> Pair:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 28)])
 def test_full_size(full_size: Pair, height: int, width: int) -> None:
     start = time.perf_counter()
