@@ -335,7 +335,7 @@ def _open_picture(path: Path, sd: StableDiffusion, width: int | None, height: in
 
 def _unknown_words(sd: StableDiffusion, text: str) -> str:
     """A warning about words that the model never learned, with some that it did; "" where it knows all."""
-    unknown = sd.unknown_words(re.sub(r"[^\w'-]+", " ", text))
+    unknown = sd.unknown_words(text)
     if not unknown:
         return ""
     from minisd.training.captions import vocabulary

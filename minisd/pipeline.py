@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ MAX_SEED = 2**63 - 1
 class Step:
     """What one call of the UNet brought.
 
-    index: of the call, from 0. t: the timestep the UNet was given. latents: after the step, (n, 4, h/8, w/8), at the
-    model's own (variance-preserving) scale whatever the sampler. x0: the clean latents predicted at this call.
-    noise: the noise predicted, after guidance.
+    index: of the call, from 0. calls: how many there will be (PNDM and Heun make more than they have steps).
+    t: the timestep the UNet was given. latents: after the step, (n, 4, h/8, w/8), at the model's own
+    (variance-preserving) scale whatever the sampler. x0: the clean latents predicted at this call. noise: the noise
+    predicted, after guidance.
     """
 
     index: int
+    calls: int
     t: float
     latents: Tensor
     x0: Tensor
@@ -105,7 +108,7 @@ class StableDiffusion:
         """The words of the prompt with a token that the text encoder never learned: its embedding is all zeros."""
         table = self.text_encoder.token_embedding.weight
         words = []
-        for word in dict.fromkeys(prompt.split()):
+        for word in dict.fromkeys(re.findall(r"[\w'-]+", prompt)):
             ids = self.tokenizer.encode(word)
             if ids and not bool(table[torch.tensor(ids, device=table.device)].any(dim=1).all()):
                 words.append(word)
@@ -134,6 +137,11 @@ class StableDiffusion:
         uses seed + i) or one per image. sampler: a name or a `Sampler`. What is None comes from `self.defaults`.
         Raises ValueError for a value out of range, before any work is done.
         """
+        if self.unet.config.in_channels != self.autoencoder.config.latent_channels:
+            raise ValueError(
+                f"this UNet takes {self.unet.config.in_channels} channels, as those for inpainting do, which need a mask; "
+                f"expected one that takes {self.autoencoder.config.latent_channels}"
+            )
         prompts = _listed(prompt, "prompt")
         negatives = _listed(negative_prompt, "negative_prompt")
         negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
@@ -176,7 +184,7 @@ class StableDiffusion:
             x = run.model_input(state)
             prediction = self.predict(x, t, context, guidance)
             state, x0 = run.step(state, prediction, draw() if run.needs_noise(index) else None)
-            yield Step(index, t, run.latents(state), x0, run.noise(x, x0, index))
+            yield Step(index, run.calls, t, run.latents(state), x0, run.noise(x, x0, index))
 
     def predict(self, latents: Tensor, t: float, context: Tensor, guidance: float = 1.0) -> Tensor:
         """The UNet's prediction, guided when the context (2n, 77, d) holds negative and positive prompts.
@@ -231,7 +239,7 @@ class StableDiffusion:
             sampler=sampler,
             clip_skip=clip_skip,
         )
-        pictures = self._finish(steps, numbers, num_inference_steps, progress)
+        pictures = self._finish(steps, numbers, progress)
         return pictures[0] if isinstance(prompt, str) and num_images_per_prompt == 1 else pictures
 
     def image_to_image(
@@ -241,17 +249,14 @@ class StableDiffusion:
         progress = choices.pop("progress", None)
         numbers = seeds(choices.pop("seed", None), 1)
         steps = self.denoise(prompt, image, strength=strength, seed=numbers, **choices)
-        return self._finish(steps, numbers, None, progress)[0]
+        return self._finish(steps, numbers, progress)[0]
 
-    def _finish(
-        self, steps: Iterator[Step], numbers: list[int], total: int | None, progress: bool | None
-    ) -> list[Image.Image]:
-        bar = tqdm(steps, total=total, disable=None if progress is None else not progress, unit="step", leave=False)
-        latents = None
-        for step in bar:
-            latents = step.latents
-        assert latents is not None
-        pictures = self.decode(_finite(latents, "UNet"))
+    def _finish(self, steps: Iterator[Step], numbers: list[int], progress: bool | None) -> list[Image.Image]:
+        with tqdm(disable=None if progress is None else not progress, unit="step", leave=False) as bar:
+            for step in steps:
+                bar.total = step.calls
+                bar.update()
+        pictures = self.decode(_finite(step.latents, "UNet"))
         for picture, number in zip(pictures, numbers, strict=True):
             picture.info["seed"] = number
         return pictures
