@@ -1,0 +1,295 @@
+"""The pictures that the notebooks draw, and what every notebook begins with: one style, small files, text for each.
+
+Pictures are drawn pixel by pixel with Pillow, so that the same notebook gives the same bytes again. The colours can be
+told apart with any kind of colour vision (Okabe and Ito 2008; Nuñez et al. 2018 for "cividis").
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from cycler import cycler
+from IPython.display import display
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from minisd.pipeline import StableDiffusion, best_device
+from minisd.tokenizer import Tokenizer, normalize, split_words
+
+INK, FAINT, PAPER = "#1a1a1a", "#6b6b6b", "#ffffff"
+BLUE, ORANGE, GREEN, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"
+STAGES = ("tokenizer", "text encoder", "noise", "unet", "sampler", "autoencoder")
+
+
+def shipped() -> bool:
+    """Whether notebooks run on the model in this package, because MINISD_MODEL names no other."""
+    return not os.environ.get("MINISD_MODEL")
+
+
+def model_source() -> str:
+    """Where the notebooks' model is: what MINISD_MODEL says (a hub id or a folder), or the folder of the tiny one."""
+    return os.environ.get("MINISD_MODEL") or str(resources.files("minisd") / "assets/tiny")
+
+
+def load_model() -> StableDiffusion:
+    """The notebooks' model. The tiny one runs on the CPU everywhere, so that its pictures are the same everywhere."""
+    return StableDiffusion.from_pretrained(model_source(), device="cpu" if shipped() else best_device())
+
+
+def notebook_setup(seed: int = 0) -> None:
+    """Begin a notebook: fix the seeds and the resolution of plots, and say which model it runs on."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    matplotlib.rcParams.update({"figure.dpi": 72, "savefig.dpi": 72, "font.size": 12, "axes.grid": True})
+    matplotlib.rcParams.update({"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams["axes.prop_cycle"] = cycler(color=[BLUE, ORANGE, GREEN, PURPLE, SKY])
+    if shipped():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        print("Model: the tiny one that comes with minisd, on the CPU. Nothing is downloaded.")
+    else:
+        print(f"Model: {Path(model_source()).name} (MINISD_MODEL), on {best_device()}.")
+        print("It draws other pictures than those stored, and what is said of the tiny model need not hold for it.")
+
+
+def show(picture: Image.Image | Figure, alt: str) -> None:
+    """Show a picture or a plot, with a text for those who cannot see it. Raises ValueError where the text is missing.
+
+    Few colours are kept exactly, as PNG; what the model draws is shown as JPEG, which takes a fifth of the space.
+    """
+    if not alt.strip():
+        raise ValueError("the picture has no text; say in `alt` what it shows")
+    buffer, kind = io.BytesIO(), "png"
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png", dpi=72, bbox_inches="tight", metadata={"Software": None})
+        plt.close(picture)
+    elif picture.mode != "RGB" or picture.getcolors(4096):
+        picture.save(buffer, format="PNG", optimize=True)
+    else:
+        kind = "jpeg"
+        picture.save(buffer, format="JPEG", quality=88, subsampling=0, optimize=True)
+    data = {f"image/{kind}": b64encode(buffer.getvalue()).decode(), "text/plain": alt}
+    display(data, metadata={f"image/{kind}": {"alt": alt}}, raw=True)
+
+
+def enlarge(picture: Image.Image, side: int = 256) -> Image.Image:
+    """Repeat pixels, a whole number of times, until the longer side is near `side`; a larger picture stays as it is."""
+    factor = max(1, round(side / max(picture.size)))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def film_strip(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), side: int = 128) -> Image.Image:
+    """Lay pictures of one size out as a table, with a name above each column and left of each row.
+
+    side: about how many pixels a picture gets. Raises ValueError where rows differ in length.
+    """
+    lengths = {len(row) for row in rows.values()}
+    if len(lengths) != 1 or 0 in lengths or (columns and len(columns) not in lengths):
+        raise ValueError(f"rows of {sorted(lengths)} pictures under {len(columns)} column names; make them match")
+    table = {name: [enlarge(picture.convert("RGB"), side) for picture in row] for name, row in rows.items()}
+    width, height = next(iter(table.values()))[0].size
+    left = max((int(_font(13).getlength(line)) for name in rows for line in name.split("\n")), default=0)
+    left, top, gap = left + 10 if left else 0, 22 if columns else 0, 4
+    across, down = lengths.pop() * (width + gap) - gap, len(table) * (height + gap) - gap
+    sheet = Image.new("RGB", (left + across, top + down), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for x, name in enumerate(columns):
+        draw.text((left + x * (width + gap) + width / 2, top / 2), name, INK, _font(13), anchor="mm")
+    for y, (name, row) in enumerate(table.items()):
+        draw.multiline_text((0, top + y * (height + gap) + height / 2), name, INK, _font(13), anchor="lm")
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (left + x * (width + gap), top + y * (height + gap)))
+    return sheet
+
+
+def paint(values: Tensor, low: float | None = None, high: float | None = None, colors: str = "cividis") -> Image.Image:
+    """A matrix (h, w) as a picture of h × w pixels, from the darkest colour at `low` to the brightest at `high`."""
+    table = values.detach().float().cpu().numpy()
+    low, high = float(table.min()) if low is None else low, float(table.max()) if high is None else high
+    unit = np.clip((table - low) / max(high - low, 1e-12), 0, 1)
+    return Image.fromarray((matplotlib.colormaps[colors](unit)[..., :3] * 255).round().astype(np.uint8))
+
+
+def channels(latents: Tensor) -> list[Image.Image]:
+    """The channels of latents (1, c, h, w), each as a grey picture: black is −3, white is 3, about what noise spans."""
+    return [paint(channel, -3, 3, "gray") for channel in latents[0]]
+
+
+def heat_over(picture: Image.Image, weights: Tensor, strength: float = 0.65) -> Image.Image:
+    """Lay weights (h, w) ≥ 0 over a picture as a heat map: bright where they are large."""
+    heat = paint(weights, 0).resize(picture.size, Image.Resampling.BICUBIC)
+    return Image.blend(picture.convert("L").convert("RGB"), heat, strength)
+
+
+def token_row(tokens: Sequence[str], below: Sequence[object] = (), weights: Iterable[float] = ()) -> Image.Image:
+    """Tokens in boxes, with something below each, such as its id; weights in [0, 1] colour the boxes."""
+    shares = [float(weight) for weight in weights] or [0.0] * len(tokens)
+    notes = [str(note) for note in below] or [""] * len(tokens)
+    names = [token.replace("</w>", "") for token in tokens]
+    widths = [int(max(_font(14).getlength(a), _font(12).getlength(b))) + 20 for a, b in zip(names, notes, strict=True)]
+    sheet = Image.new("RGB", (sum(widths) + 6 * len(widths), 58 if below else 36), PAPER)
+    draw, x = ImageDraw.Draw(sheet), 0
+    for name, note, share, width in zip(names, notes, shares, widths, strict=True):
+        fill = tuple(round(255 * (1 - share) + share * part) for part in (0x56, 0xB4, 0xE9))
+        draw.rounded_rectangle((x, 2, x + width, 34), 6, fill, BLUE)
+        draw.text((x + width / 2, 18), name, INK, _font(14), anchor="mm")
+        draw.text((x + width / 2, 46), note, FAINT, _font(12), anchor="mm")
+        x += width + 6
+    return sheet
+
+
+def you_are_here(*lit: str) -> Image.Image:
+    """The diagram of the pipeline with some of its parts lit, by their names in `STAGES`; none lights all."""
+    if unknown := set(lit) - set(STAGES):
+        raise ValueError(f"no part is called {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
+    sheet = Image.new("RGB", (880, 132), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    boxes = {
+        "tokenizer": (90, 8, 190, 48),
+        "text encoder": (260, 8, 370, 48),
+        "noise": (90, 84, 190, 124),
+        "unet": (300, 84, 400, 124),
+        "sampler": (490, 84, 590, 124),
+        "autoencoder": (680, 84, 800, 124),
+    }
+    for name, box in boxes.items():
+        on = not lit or name in lit
+        draw.rounded_rectangle(box, 8, SKY if on else "#eeeeee", BLUE if on else "#bbbbbb", 2)
+        middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        draw.text(middle, "UNet" if name == "unet" else name, INK if on else FAINT, _font(14), anchor="mm")
+    arrows = [
+        ((62, 28), (90, 28), ""),
+        ((190, 28), (260, 28), "ids"),
+        ((190, 104), (300, 104), "latents"),
+        ((400, 104), (490, 104), "prediction"),
+        ((590, 104), (680, 104), "latents"),
+        ((800, 104), (828, 104), ""),
+    ]
+    for start, end, label in arrows:
+        _arrow(draw, start, end)
+        draw.text(((start[0] + end[0]) / 2 - 3, start[1] - 10), label, FAINT, _font(12), anchor="mm")
+    draw.line([(370, 28), (385, 28), (385, 78)], FAINT, 2)
+    _arrow(draw, (385, 70), (385, 84))
+    draw.text((394, 42), "context: what the words mean", FAINT, _font(12), anchor="lm")
+    draw.line([(540, 84), (540, 66), (330, 66)], FAINT, 2)
+    _arrow(draw, (330, 66), (330, 84))
+    draw.text((550, 70), "again and again, with less noise each time", FAINT, _font(12), anchor="lm")
+    draw.text((4, 28), "prompt", INK, _font(14), anchor="lm")
+    draw.text((832, 104), "picture", INK, _font(13), anchor="lm")
+    return sheet.quantize(32)
+
+
+def slider(draw: Callable[[int], Image.Image], name: str, count: int, alt: str) -> None:
+    """A slider over the pictures draw(0) … draw(count − 1), for a running notebook only: it is never stored."""
+    from ipywidgets import HTML, IntSlider, VBox
+    from ipywidgets import Image as Frame
+
+    def encode(value: int) -> bytes:
+        buffer = io.BytesIO()
+        enlarge(draw(value)).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    handle = IntSlider(value=0, min=0, max=count - 1, description=name, continuous_update=False)
+    frame = Frame(value=encode(0), format="png")
+    handle.observe(lambda change: setattr(frame, "value", encode(change["new"])), names="value")
+    display(VBox([handle, frame, HTML(f"<small>{alt}</small>")]))
+
+
+def check(question: Callable[[], bool]) -> None:
+    """Say "yes" where an exercise is solved and "not yet" where it is not, or where the answer raises an error."""
+    try:
+        print("yes" if question() else "not yet")
+    except NotImplementedError:
+        print("not yet")
+    except Exception as error:  # the learner's own code may fail in any way
+        print(f"not yet: {type(error).__name__}: {error}")
+
+
+def _arrow(draw: ImageDraw.ImageDraw, start: tuple[int, int], end: tuple[int, int]) -> None:
+    (x, y), down = end, end[1] > start[1]
+    draw.line([start, end], FAINT, 2)
+    draw.polygon([end, (x - 4, y - 8), (x + 4, y - 8)] if down else [end, (x - 8, y - 4), (x - 8, y + 4)], FAINT)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # matplotlib brings DejaVu Sans along, so letters look the same on every machine
+    path = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def merge_tree(tokenizer: Tokenizer, prompt: str) -> Image.Image:
+    """How the bytes of a prompt become tokens: a tree for each word, a rank at each merge, the ids on top."""
+    words = [_word_tree(tokenizer.merge_steps(word)) for word in split_words(normalize(prompt))]
+    top = max(level for nodes in words for _, level, *_ in nodes)
+    pitch, gap, bottom = 54, 16, 66 * top + 46
+    bytes_in_all = sum(1 for nodes in words for node in nodes if node[1] == 0)
+    sheet = Image.new("RGB", (pitch * bytes_in_all + gap * (len(words) - 1), bottom + 22), PAPER)
+    draw, left = ImageDraw.Draw(sheet), pitch / 2
+    for nodes in words:
+        places = [(left + pitch * x, bottom - 66 * level) for x, level, *_ in nodes]
+        below = {child for *_, children in nodes for child in children}
+        for place, (*_, children) in zip(places, nodes, strict=True):
+            for child in children:
+                draw.line([place, places[child]], FAINT, 2)
+        for number, ((x, y), (_, _, symbol, children)) in enumerate(zip(places, nodes, strict=True)):
+            rank = f"rank {tokenizer.ranks[nodes[children[0]][2], nodes[children[1]][2]]:,}" if children else ""
+            half = max(_font(13).getlength(symbol), _font(11).getlength(rank)) / 2 + 5
+            box = (x - half, y - 14, x + half, y + (22 if rank else 13))
+            draw.rounded_rectangle(box, 5, PAPER if number in below else SKY, FAINT if number in below else BLUE)
+            draw.text((x, y), symbol, INK, _font(13), anchor="mm")
+            draw.text((x, y + 14), rank, FAINT if number in below else INK, _font(11), anchor="mm")
+            if number not in below:
+                draw.text((x, y - 26), str(tokenizer.vocabulary[symbol]), BLUE, _font(14), anchor="mm")
+        left += pitch * sum(1 for node in nodes if node[1] == 0) + gap
+    return sheet.quantize(32)
+
+
+def _word_tree(steps: list[list[str]]) -> list[tuple[float, int, str, tuple[int, ...]]]:
+    """The nodes of a word's tree, each (place, level, symbol, numbers of its two children)."""
+    nodes: list[tuple[float, int, str, tuple[int, ...]]] = [(x, 0, symbol, ()) for x, symbol in enumerate(steps[0])]
+    row = list(range(len(nodes)))
+    for before, after in pairwise(steps):
+        at = next(i for i, symbol in enumerate(after) if symbol != before[i])
+        (left, low, *_), (right, high, *_) = nodes[row[at]], nodes[row[at + 1]]
+        nodes.append(((left + right) / 2, max(low, high) + 1, after[at], (row[at], row[at + 1])))
+        row[at : at + 2] = [len(nodes) - 1]
+    return nodes
+
+
+def token_rows(tokenizer: Tokenizer, prompts: Sequence[str], length: int = 77) -> Image.Image:
+    """What becomes of prompts in `length` places: start, text, end and padding; behind the bar, what is cut off."""
+    kinds = {"start": INK, "text": SKY, "end": ORANGE, "padding": "#e2e2e2", "cut off": PURPLE}
+    counts = [len(tokenizer.encode(prompt)) for prompt in prompts]
+    side, pitch = 9, 52
+    extra = max(0, max(counts) - (length - 2))
+    sheet = Image.new("RGB", (side * (length + extra) + 10, pitch * len(prompts) + 24), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for y, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+        kept, y0 = min(count, length - 2), pitch * y + 20
+        cells = ["start", *["text"] * kept, "end", *["padding"] * (length - 2 - kept), *["cut off"] * (count - kept)]
+        name = prompt if len(prompt) < 70 else prompt[:66] + " …"
+        draw.text((0, y0 - 10), f"{name}   ({count} tokens)", INK, _font(12), anchor="lm")
+        for x, kind in enumerate(cells):
+            left = side * x + (8 if x >= length else 0)
+            draw.rectangle((left, y0, left + side - 2, y0 + 18), kinds[kind])
+        draw.line([(side * length + 2, y0 - 3), (side * length + 2, y0 + 21)], INK, 2)
+    x = 0
+    for kind, color in kinds.items():
+        draw.rectangle((x, sheet.height - 16, x + 12, sheet.height - 4), color)
+        draw.text((x + 18, sheet.height - 10), kind, INK, _font(12), anchor="lm")
+        x += 34 + int(_font(12).getlength(kind))
+    return sheet.quantize(32)

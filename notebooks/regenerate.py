@@ -1,0 +1,104 @@
+"""Rebuild the stored outputs of the notebooks: `python notebooks/regenerate.py [notebook …]`, without names all.
+
+Each notebook is stripped, run from top to bottom in a fresh kernel on the shipped model, and written in one piece.
+Nothing that changes from run to run is kept (timings, widget state, versions), so a second run gives the same bytes.
+With `--check` nothing is written, and the exit status is 1 where a notebook would change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+HERE = Path(__file__).resolve().parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def notebooks() -> list[Path]:
+    """All notebooks in reading order, then the solutions."""
+    return [*sorted(HERE.glob("*.ipynb")), *sorted(HERE.glob("solutions/*.ipynb"))]
+
+
+def kernel_environment(model: str | None = None) -> dict[str, str]:
+    """The environment that a kernel gets: no network, one style of plots, and the shipped model or the one given."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("MPLBACKEND", "MINISD_MODEL")}
+    paths = [str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return environment | ({"MINISD_MODEL": model} if model else {})
+
+
+def strip(notebook: NotebookNode) -> NotebookNode:
+    """A copy without outputs, execution counts, and all metadata but the cells' tags; cells are numbered anew."""
+    cells = []
+    for number, cell in enumerate(notebook.cells):
+        tags = cell.metadata.get("tags")
+        new = {"id": f"cell-{number:02}", "cell_type": cell.cell_type, "source": cell.source}
+        new["metadata"] = {"tags": sorted(tags)} if tags else {}
+        cells.append(new | ({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {}))
+    return nbformat.from_dict({"nbformat": 4, "nbformat_minor": 5, "metadata": METADATA, "cells": cells})
+
+
+def execute(notebook: NotebookNode, folder: Path, model: str | None = None, timeout: int = 600) -> NotebookNode:
+    """Run a stripped copy in a fresh kernel that works in `folder`; raise CellExecutionError where a cell fails.
+
+    Widgets and what was written to stderr are left out, and text that was printed in pieces is joined.
+    """
+    fresh = strip(notebook)
+    client = NotebookClient(
+        fresh,
+        kernel_name="python3",
+        timeout=timeout,
+        record_timing=False,
+        store_widget_state=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute(env=kernel_environment(model))
+    for cell in fresh.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _passing(output)]
+    fresh.metadata = nbformat.from_dict(METADATA)
+    return fresh
+
+
+def _passing(output: NotebookNode) -> bool:
+    return output.get("name") == "stderr" or WIDGET in output.get("data", {})
+
+
+def write(notebook: NotebookNode, path: Path) -> None:
+    """Write beside the old file, then take its place."""
+    new = path.with_suffix(".new")
+    new.write_text(nbformat.writes(notebook), encoding="utf-8", newline="\n")
+    os.replace(new, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Rebuild the stored outputs of the notebooks.")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="which ones; by default all")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a notebook would change")
+    choices = parser.parse_args()
+    changed = 0
+    for path in choices.notebooks or notebooks():
+        began, before = time.time(), path.read_text(encoding="utf-8")
+        fresh = execute(nbformat.reads(before, as_version=4), path.resolve().parent)
+        same = nbformat.writes(fresh) == before.removesuffix("\n") or nbformat.writes(fresh) == before
+        changed += not same
+        if not same and not choices.check:
+            write(fresh, path)
+        print(f"{path.name}: {'unchanged' if same else 'changed'}, {time.time() - began:.0f} s", flush=True)
+    return 1 if choices.check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""The gate of the notebooks: what nbval does not see, and proof by mutation that gate and nbval catch a false output.
+
+nbval itself runs every notebook (`--nbval`, see pyproject.toml) and compares what is printed and drawn. It passes a
+notebook without outputs, though, and one that was never run; so the stored files are examined here.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "notebooks"
+PAGES = [*sorted(FOLDER.glob("*.ipynb")), *sorted(FOLDER.glob("solutions/*.ipynb"))]
+LESSONS = [page for page in PAGES if page.parent == FOLDER]
+ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|work|opt|usr|var|mnt|private)/|[A-Z]:\\\\?\w")
+IMAGES = ("image/png", "image/jpeg")
+ANY_MODEL = ("00_tour.ipynb",)
+
+
+@pytest.fixture(scope="module")
+def regenerate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("regenerate", FOLDER / "regenerate.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def images(cell: NotebookNode) -> list[tuple[NotebookNode, str]]:
+    return [(output, kind) for output in cell.outputs for kind in IMAGES if kind in output.get("data", {})]
+
+
+def faults(notebook: NotebookNode) -> list[str]:
+    """What is wrong with a stored notebook: empty where nothing is."""
+    found, cells = [], code_cells(notebook)
+    counts = [cell.execution_count for cell in cells]
+    if counts != list(range(1, len(cells) + 1)):
+        found.append(f"cells have not been run in order: {counts}")
+    if not any(cell.outputs for cell in cells):
+        found.append("no cell has an output")
+    for number, cell in enumerate(cells, start=1):
+        tags = set(cell.metadata.get("tags", []))
+        kinds = {output.output_type for output in cell.outputs}
+        if "error" in kinds and "raises-exception" not in tags:
+            found.append(f"cell {number} holds an error and has no tag raises-exception")
+        if any(output.get("name") == "stderr" for output in cell.outputs):
+            found.append(f"cell {number} keeps what was written to stderr")
+        if images(cell) and not tags & {"compare-image", "nbval-ignore-output"}:
+            found.append(f"cell {number} shows a picture and has no tag compare-image")
+        if "compare-image" in tags and not images(cell):
+            found.append(f"cell {number} has the tag compare-image and no picture")
+        if not all(output.metadata.get(kind, {}).get("alt", "").strip() for output, kind in images(cell)):
+            found.append(f"cell {number} shows a picture without alt text")
+        if len(cell.source.splitlines()) > 25:
+            found.append(f"cell {number} is longer than 25 lines")
+    for before, cell in zip([None, *notebook.cells], notebook.cells, strict=False):
+        if cell.cell_type == "code" and (before is None or before.cell_type != "markdown"):
+            found.append(f"no words before the cell that begins {cell.source[:30]!r}")
+    texts = [cell.source for cell in notebook.cells]
+    texts += [str(output) for cell in cells for output in cell.outputs if not set(IMAGES) & set(output.get("data", {}))]
+    found += [f"absolute path near {text[m.start() :][:30]!r}" for text in texts if (m := ABSOLUTE.search(text))]
+    if sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown") < sum(
+        len(cell.source.splitlines()) for cell in cells
+    ):
+        found.append("more lines of code than words")
+    return found
+
+
+def links(path: Path) -> list[str]:
+    """Relative links of a page, in Markdown and HTML."""
+    if path.suffix == ".ipynb":
+        text = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+    else:
+        text = path.read_text(encoding="utf-8")
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    return [link for link in found if not link.startswith(("http://", "https://", "mailto:"))]
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors that Jupyter gives a notebook's headings."""
+    cells = nbformat.read(path, 4).cells if path.suffix == ".ipynb" else []
+    return {
+        line.lstrip("#").strip().replace(" ", "-")
+        for cell in cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line.startswith("#")
+    }
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_stored_notebook_is_complete(path: Path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    assert faults(notebook) == []
+    assert path.stat().st_size < 300_000, "larger than 300 KB"
+
+
+@pytest.mark.parametrize("path", [*PAGES, FOLDER / "README.md"], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path: Path):
+    for link in links(path):
+        target, _, anchor = link.partition("#")
+        page = (path.parent / target).resolve() if target else path
+        assert page.exists(), f"{path.name} links to {link}"
+        assert not anchor or page.suffix != ".ipynb" or anchor in headings(page), f"no heading for {link}"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_lesson_has_its_parts(path: Path):
+    text = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+    for part in ("# ", "Predict, then run", "Break it", "Your turn", "You can now", "Papers", "**Time**", "**Memory**"):
+        assert part in text, f"{path.name} has no {part!r}"
+    assert path.name in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_every_exercise_has_a_solution_that_passes_the_same_check(path: Path):
+    def checks(page: Path) -> list[tuple[str, str]]:
+        cells = code_cells(nbformat.read(page, 4))
+        said = [(c.source, "".join(o.get("text", "") for o in c.outputs)) for c in cells]
+        return [(source, text) for source, text in said if re.search(r"^check\(", source, re.MULTILINE)]
+
+    asked, solved = checks(path), checks(FOLDER / "solutions" / f"{path.stem}_solutions.ipynb")
+    assert 2 <= len(asked) <= 4
+    assert [source for source, _ in asked] == [source for source, _ in solved]
+    assert {text for _, text in asked} == {"not yet\n"}
+    assert {text for _, text in solved} == {"yes\n"}
+
+
+@pytest.mark.parametrize("name", ANY_MODEL)
+def test_notebook_runs_on_a_model_of_other_widths(name: str, small_model: Path, regenerate: ModuleType):
+    notebook = regenerate.execute(nbformat.read(FOLDER / name, 4), FOLDER, str(small_model), timeout=120)
+    said = "".join(o.get("text", "") for c in code_cells(notebook) for o in c.outputs)
+    assert "Model: small (MINISD_MODEL), on" in said and "32 × 32 pixels" in said
+
+
+# Proof that the gate closes. A small notebook stands in for the real ones; each change must be found.
+
+SAMPLE = [
+    ("markdown", "Words, more of them than lines of code: first a number, and then a picture of a slope.", []),
+    ("code", "from PIL import Image\nfrom minisd.figures import show\nprint(f'{1 / 3:.4f}')", []),
+    ("markdown", "The picture:", []),
+    ("code", "show(Image.linear_gradient('L'), alt='A slope from black to white.')", ["compare-image"]),
+]
+
+
+@pytest.fixture(scope="module")
+def sample(regenerate: ModuleType) -> NotebookNode:
+    cells = []
+    for kind, source, tags in SAMPLE:
+        cell = (nbformat.v4.new_code_cell if kind == "code" else nbformat.v4.new_markdown_cell)(source)
+        cells.append(cell)
+        if tags:
+            cell.metadata["tags"] = tags
+    return regenerate.execute(nbformat.v4.new_notebook(cells=cells), FOLDER, timeout=120)
+
+
+def shifted(levels: int) -> Callable[[NotebookNode], None]:
+    def change(notebook: NotebookNode) -> None:
+        data = code_cells(notebook)[1].outputs[0]["data"]
+        picture = Image.open(io.BytesIO(b64decode(data["image/png"]))).convert("L")
+        buffer = io.BytesIO()
+        picture.point(lambda value: value + levels if value < 128 else value - levels).save(buffer, format="PNG")
+        data["image/png"] = b64encode(buffer.getvalue()).decode()
+
+    return change
+
+
+def printed(notebook: NotebookNode) -> None:
+    code_cells(notebook)[0].outputs[0]["text"] = "0.3334\n"
+
+
+def without_picture(notebook: NotebookNode) -> None:
+    code_cells(notebook)[1].outputs = []
+
+
+def test_nbval_finds_every_changed_output(sample: NotebookNode, tmp_path: Path):
+    changes = {
+        "same": lambda notebook: None,
+        "slightly": shifted(1),
+        "printed": printed,
+        "drawn": shifted(3),
+        "removed": without_picture,
+    }
+    shutil.copy(FOLDER / "conftest.py", tmp_path)
+    shutil.copy(FOLDER / "regenerate.py", tmp_path)
+    for name, change in changes.items():
+        notebook = copy.deepcopy(sample)
+        change(notebook)
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-cell-timeout=120", "-p", "no:cacheprovider", "-rA"]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "PYTEST_ADDOPTS": ""}
+    options = {"capture_output": True, "text": True, "env": environment}
+    report = subprocess.run([*command, "--rootdir", tmp_path, tmp_path], **options).stdout
+    lines = re.findall(r"^(PASSED|FAILED) \S*?(\w+)\.ipynb::.*?Cell (\d)", report, re.MULTILINE)
+    verdicts = {f"{name}:{cell}": verdict for verdict, name, cell in lines}
+    expected = {f"{name}:{cell}": "PASSED" for name in changes for cell in (0, 1)}
+    expected |= {"printed:0": "FAILED", "drawn:1": "FAILED", "removed:1": "FAILED"}
+    assert verdicts == expected, report
+
+
+def unrun(notebook: NotebookNode) -> None:
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
+
+
+def out_of_order(notebook: NotebookNode) -> None:
+    code_cells(notebook)[0].execution_count = 7
+
+
+def failed(notebook: NotebookNode) -> None:
+    error = nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceback=[])
+    code_cells(notebook)[0].outputs.append(error)
+
+
+def with_path(notebook: NotebookNode) -> None:
+    code_cells(notebook)[0].outputs[0]["text"] = "saved in /home/somebody/fox.png\n"
+
+
+def untagged(notebook: NotebookNode) -> None:
+    code_cells(notebook)[1].metadata["tags"] = []
+
+
+def without_alt(notebook: NotebookNode) -> None:
+    code_cells(notebook)[1].outputs[0].metadata["image/png"]["alt"] = ""
+
+
+def wordless(notebook: NotebookNode) -> None:
+    del notebook.cells[2]
+
+
+def lengthy(notebook: NotebookNode) -> None:
+    code_cells(notebook)[0].source += "\npass" * 30
+
+
+def test_gate_passes_the_sample(sample: NotebookNode):
+    assert faults(sample) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (unrun, "have not been run"),
+        (out_of_order, "in order"),
+        (failed, "holds an error"),
+        (with_path, "absolute path"),
+        (untagged, "no tag compare-image"),
+        (without_picture, "no picture"),
+        (without_alt, "without alt text"),
+        (wordless, "no words before"),
+        (lengthy, "longer than 25 lines"),
+    ],
+)
+def test_gate_finds_every_fault(sample: NotebookNode, change: Callable[[NotebookNode], None], fault: str):
+    notebook = copy.deepcopy(sample)
+    change(notebook)
+    assert any(fault in line for line in faults(notebook)), faults(notebook)
+
+
+def test_running_again_gives_the_same_bytes(sample: NotebookNode, regenerate: ModuleType):
+    again = regenerate.execute(sample, FOLDER, timeout=120)
+    assert nbformat.writes(again) == nbformat.writes(sample)
