@@ -139,7 +139,7 @@ class StableDiffusion:
         """
         if self.unet.config.in_channels != self.autoencoder.config.latent_channels:
             raise ValueError(
-                f"this UNet takes {self.unet.config.in_channels} channels, as those for inpainting do, which need a mask; "
+                f"this UNet takes {self.unet.config.in_channels} channels: an inpainting model, which needs a mask; "
                 f"expected one that takes {self.autoencoder.config.latent_channels}"
             )
         prompts = _listed(prompt, "prompt")
@@ -324,7 +324,7 @@ def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
 
 
 def _listed(text: str | Sequence[str], name: str) -> list[str]:
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else []
     if not texts or not all(isinstance(one, str) for one in texts):
         raise TypeError(f"{name} must be a string or a non-empty list of strings; got {text!r}")
     return texts
