@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SamplerName = Literal["ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m"]
 Spacing = Literal["leading", "trailing", "linspace"]
 Precision = Literal["float32", "float16", "bfloat16"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 app = typer.Typer(
@@ -102,6 +103,9 @@ def generate(
         str | None, typer.Option(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Of the model's files, such as fp16.")] = None,
+    prediction: Annotated[
+        Prediction | None, typer.Option("--prediction-type", help="What a single file of SD 2 predicts.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first there is]")] = None,
     dtype: Annotated[Precision | None, typer.Option(help="[default: float16 on cuda, else float32]")] = None,
     batch: Annotated[int, typer.Option(min=1, help="How many pictures are drawn at a time.")] = 4,
@@ -120,7 +124,7 @@ def generate(
     target = Target.parse(output, prompt, several=images > 1 and not grid, overwrite=overwrite)
     say: Callable[[str], None] = _ignore if quiet else _say
     started = time.perf_counter()
-    sd = _load(model, variant, device, dtype)
+    sd = _load(model, device, dtype, variant=variant, prediction_type=prediction)
     say(f"{model or 'tiny'} on {sd.device} in {str(sd.dtype).removeprefix('torch.')}, "
         f"loaded in {time.perf_counter() - started:.1f} s")
     if unknown := _unknown_words(sd, f"{prompt} {negative}"):
@@ -143,6 +147,9 @@ def generate(
 def info(
     source: Annotated[str, typer.Argument(metavar="MODEL|PICTURE", help="A hub id, folder or file.")] = "tiny",
     variant: Annotated[str | None, typer.Option(help="Of the model's files, such as fp16.")] = None,
+    prediction: Annotated[
+        Prediction | None, typer.Option("--prediction-type", help="What a single file of SD 2 predicts.")
+    ] = None,
 ) -> None:
     """Say what a model consists of, or how a picture was drawn.
 
@@ -155,7 +162,7 @@ def info(
     if not source.lower().endswith(PICTURES):
         from minisd.checkpoint import open_checkpoint
 
-        print(open_checkpoint(source, variant=variant).describe())
+        print(open_checkpoint(source, variant=variant, prediction_type=prediction).describe())
         return
     from minisd.metadata import read_parameters
 
@@ -163,6 +170,30 @@ def info(
     if text is None:
         raise OSError(f"{source} does not say how it was drawn; expected a `parameters` text, as in a PNG of minisd")
     print(text)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path | None, typer.Option(help="Model folder. [default: the tiny one]")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report and the pictures.")] = Path(
+        "runs/evaluation"
+    ),
+    count: Annotated[int, typer.Option(min=1, help="How many held-out prompts are drawn.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
+    guidance: Annotated[float | None, typer.Option(help="[default: the model's]")] = None,
+) -> None:
+    """Draw prompts whose combinations were held out of training, and judge what came of them.
+
+    Writes evaluation.json and evaluation.png. Called again after a break, it goes on where it stopped.
+    """
+    from minisd.evaluation import evaluate_model
+    from minisd.evaluation.measure import Settings
+
+    result = evaluate_model(model, output, Settings(count=count, steps=steps, guidance=guidance))
+    for name, shares in result["attributes"].items():
+        drawn, real = ("{share} [{low}, {high}] of {of}".format(**shares[kind]) for kind in ("drawn", "real"))
+        _say(f"{name:<12} drawn {drawn:<32} real scenes {real}" + ("" if shares["quoted"] else "  (judge below 97%)"))
+    print(output / "evaluation.json")
 
 
 @dataclass(frozen=True)
@@ -286,14 +317,14 @@ def _draw(
     say(f"drawn in {time.perf_counter() - started:.1f} s")
 
 
-def _load(model: str | None, variant: str | None, device: str | None, dtype: str | None) -> StableDiffusion:
+def _load(model: str | None, device: str | None, dtype: str | None, **choices: Any) -> StableDiffusion:
     import torch
 
     from minisd.pipeline import StableDiffusion
 
     place = None if device is None else _usable_device(device)
     precision = None if dtype is None else getattr(torch, dtype)
-    return StableDiffusion.from_pretrained(model, device=place, dtype=precision, variant=variant)
+    return StableDiffusion.from_pretrained(model, device=place, dtype=precision, **choices)
 
 
 def _usable_device(name: str) -> torch.device:
