@@ -20,7 +20,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from cycler import cycler
 from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -56,7 +55,7 @@ def notebook_setup(seed: int = 0) -> None:
     torch.manual_seed(seed)
     matplotlib.rcParams.update({"figure.dpi": 72, "savefig.dpi": 72, "font.size": 12, "axes.grid": True})
     matplotlib.rcParams.update({"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
-    matplotlib.rcParams["axes.prop_cycle"] = cycler(color=[BLUE, ORANGE, GREEN, PURPLE, SKY])
+    matplotlib.rcParams["axes.prop_cycle"] = plt.cycler(color=[BLUE, ORANGE, GREEN, PURPLE, SKY])
     if shipped():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         print("Model: the tiny one that comes with minisd, on the CPU. Nothing is downloaded.")
