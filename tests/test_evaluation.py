@@ -220,9 +220,9 @@ def test_shipped_judge_fits_the_catalogue_and_the_budget() -> None:
 
 def test_judge_learns_saves_and_loads(tmp_path: Path) -> None:
     small = JudgeConfig(Vocabulary.of_scenes(), widths=(8, 16, 16), groups=4)
-    trainer = train(JudgeTask(small), Options(tmp_path, steps=30, batch=8, lr=3e-3, warmup=5, decays=(0.5,)))
-    losses = [line["loss"] for line in trainer.losses]
-    assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:3])
+    trainer = train(JudgeTask(small), Options(tmp_path, steps=60, batch=8, lr=1e-2, warmup=5, decays=(0.5,)))
+    # day, sunset and night are the easiest to tell apart; who guesses has a loss of ln 3, or 1.04 knowing the odds
+    assert np.mean([line["time"] for line in trainer.losses[-10:]]) < math.log(3) / 2
     loaded = Judge.load(tmp_path / "export" / "judge")
     images = torch.rand(2, 3, 128, 128) * 2 - 1
     with trainer.averaged() as model, torch.no_grad():
