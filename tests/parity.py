@@ -7,7 +7,6 @@ networks in double precision, so that every mistake of `test_mutations.py` shows
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from minisd.unet import UNet
 TOLERANCE = 1e-10  # of the output's standard deviation, in float64
 FULL_SIZE_TOLERANCE = 1e-5  # the same, in float32
 
-Values = Mapping[str, Any]
+Values = dict[str, Any]
 
 # What the published config.json files of Stable Diffusion 1.5 and 2.1 say, typed here once more.
 SD1_TEXT: Values = {

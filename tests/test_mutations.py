@@ -166,7 +166,7 @@ def twice_the_heads_in_text(network: Any, patch: pytest.MonkeyPatch) -> None:
 
 def no_causal_mask(network: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        minisd.text_encoder, "attend", lambda *inputs, causal: minisd.attention.attend(*inputs, causal=False)
+        minisd.text_encoder, "attend", lambda *inputs, causal: minisd.attention.attend(*inputs)
     )
 
 
