@@ -25,13 +25,14 @@ def picture(result: dict[str, Any], scenes: list[Scene], drawn: np.ndarray, verd
     """Draw the report. The samples are the first ones, not chosen ones."""
     samples = min(COLUMNS * ROWS, len(scenes))
     rows, sprites = -(-samples // COLUMNS), result["nearest_sprites"][:COLUMNS]
-    figure = Figure(figsize=(16, 5.2 + 2.6 * rows + (4.4 if sprites else 0)), layout="constrained")
-    heights = [5.2, 2.6 * rows] + ([4.4] if sprites else [])
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights)
+    figure = Figure(figsize=(16, 5.2 + 2.9 * rows + (4.4 if sprites else 0)), layout="constrained")
+    heights = [5.2, 2.9 * rows] + ([4.4] if sprites else [])
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     _bars(parts[0].subplots(), result)
     for axes, index in zip(parts[1].subplots(rows, COLUMNS, squeeze=False).flat, range(rows * COLUMNS), strict=True):
-        axes.axis("off")
-        if index < samples:
+        if index >= samples:
+            axes.axis("off")
+        else:
             _sample(axes, drawn[index], scenes[index], verdicts[index])
     if sprites:
         parts[2].suptitle("a colour new to the object: drawn, and below it the nearest sprite that training had")
@@ -62,7 +63,7 @@ def _bars(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_xticks(range(len(names)), [label.replace("_", " ") for label in labels])
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("share that is right, 95% interval")
-    axes.legend(loc="lower left", ncols=3)
+    axes.legend(loc="lower left", ncols=3, framealpha=1)
     settings, fidelity = result["settings"], result["autoencoder"]
     title = (
         f"{settings['count']} prompts, {settings['steps']} steps, guidance {settings['guidance']:g} | "
@@ -77,20 +78,15 @@ def _bars(axes: Axes, result: dict[str, Any]) -> None:
 def _sample(axes: Axes, pixels: np.ndarray, scene: Scene, verdict: Verdict) -> None:
     """A drawing between its prompt and what the judge saw, green or red, with the attributes that are wrong."""
     wrong = [name for name, cases in marks(scene, verdict).items() if not all(cases) and name != "everything"]
+    words = [in_words(verdict)] if not wrong else [f"wrong: {', '.join(wrong)}".replace("_", " "), in_words(verdict)]
     axes.imshow(pixels)
-    axes.set_title("\n".join(textwrap.wrap(scene.caption, 28)), fontsize=8)
-    seen = "\n".join(textwrap.wrap(in_words(verdict), 30))
-    wrongs = ", ".join(wrong).replace("_", " ")
-    axes.text(
-        0.5,
-        -0.03,
-        f"✗ {wrongs}\n{seen}" if wrong else f"✓ {seen}",
-        color=WRONG if wrong else RIGHT,
-        fontsize=8,
-        ha="center",
-        va="top",
-        transform=axes.transAxes,
-    )
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(_wrapped(scene.caption), fontsize=8)
+    axes.set_xlabel("\n".join(map(_wrapped, words)), fontsize=8, color=WRONG if wrong else RIGHT)
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 28))
 
 
 def _nearest(column: np.ndarray, found: dict[str, Any] | None, scenes: list[Scene], drawn: np.ndarray) -> None:
@@ -101,7 +97,7 @@ def _nearest(column: np.ndarray, found: dict[str, Any] | None, scenes: list[Scen
     match = {key: value for key, value in found["nearest_in_training"].items() if key != "rmse"}
     scene = scenes[found["index"]]
     column[0].imshow(drawn[found["index"]])
-    column[0].set_title("\n".join(textwrap.wrap(found["prompt"], 28)), fontsize=8)
+    column[0].set_title(_wrapped(found["prompt"]), fontsize=8)
     column[1].imshow(memory.shown(memory.Match(Thing(**match), 0.0), scene))
     nearest = found["nearest"]
     words = " ".join(filter(None, (nearest["color"], nearest["noun"])))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minisd.blocks import Downsample, ResBlock
 from minisd.images import to_images, to_pixels
 from minisd.training.backgrounds import SIZE, TIMES
-from minisd.training.loop import generator, save_atomically
+from minisd.training.loop import channels_last, generator, save_atomically
 from minisd.training.scenes import Mixture, Scene, colors, object_names, places, plain_backgrounds, render, scene
 from minisd.training.sprites import entries
 
@@ -112,6 +112,7 @@ class Judge(nn.Module):
         self.cells = nn.Conv2d(middle, 1 + len(words.nouns) + len(words.colors), 1)
         self.norm = nn.GroupNorm(config.groups, coarse)
         self.whole = nn.Linear(coarse, len(words.backgrounds) + len(words.times))
+        assert self.cells.bias is not None
         nn.init.constant_(self.cells.bias[:1], -3.0)  # most cells hold no centre
 
     def forward(self, images: Tensor) -> Answers:
@@ -126,9 +127,12 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def verdicts(self, images: Tensor) -> list[Verdict]:
-        """Say what each of the images (n, 3, 128, 128) in [-1, 1] shows."""
-        heat, noun, color, background, time = self(images)
-        best = Answers(heat.sigmoid(), noun.argmax(1), color.argmax(1), background.argmax(1), time.argmax(1))
+        """Say what each of the images (n, 3, 128, 128) in [-1, 1] shows, from it and its mirror image together."""
+        ahead, mirrored = self(images), self(images.flip(-1))
+        # only cells have sides: heat, noun and color are turned back
+        turned = Answers(*(answer.flip(-1) if answer.ndim > 2 else answer for answer in mirrored))
+        heat, noun, color, background, time = (one + other for one, other in zip(ahead, turned, strict=True))
+        best = Answers((heat / 2).sigmoid(), noun.argmax(1), color.argmax(1), background.argmax(1), time.argmax(1))
         return decode(best, self.config.vocabulary)
 
     def save(self, folder: Path) -> None:
@@ -260,8 +264,7 @@ class JudgeTask:
     def __init__(self, config: JudgeConfig | None = None, seed: int = 0) -> None:
         self.seed, self.mixture = seed, Mixture(single=0.4, relation=0.35, count=0.25)
         torch.manual_seed(seed)
-        self.model: nn.Module = Judge(config or JudgeConfig(Vocabulary.of_scenes()))
-        self.model = self.model.to(memory_format=torch.channels_last)
+        self.model: nn.Module = channels_last(Judge(config or JudgeConfig(Vocabulary.of_scenes())))
 
     def loss(self, step: int, positions: range, local: slice, progress: float) -> tuple[Tensor, dict[str, float]]:
         assert isinstance(self.model, Judge)
