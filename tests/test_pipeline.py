@@ -78,7 +78,7 @@ def test_shipped_folder_draws_the_same_in_diffusers(shipped: StableDiffusion) ->
 @pytest.mark.parametrize(
     ("name", "scheduler", "extra"),
     [
-        ("ddim", "DDIMScheduler", {"clip_sample": False}),
+        ("ddim", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
         ("euler", "EulerDiscreteScheduler", {}),
         ("heun", "HeunDiscreteScheduler", {}),
         ("dpmpp_2m", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
