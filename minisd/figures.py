@@ -79,7 +79,7 @@ def show(picture: Image.Image | Figure, alt: str) -> None:
         picture.save(buffer, format="PNG", optimize=True)
     else:
         kind = "jpeg"
-        picture.save(buffer, format="JPEG", quality=88, subsampling=0, optimize=True)
+        picture.save(buffer, format="JPEG", quality=84, subsampling=2, optimize=True)
     data = {f"image/{kind}": b64encode(buffer.getvalue()).decode(), "text/plain": alt}
     display(data, metadata={f"image/{kind}": {"alt": alt}}, raw=True)
 

@@ -90,7 +90,7 @@ class AutoencoderTask:
             flips = torch.rand(len(positions), generator=rng)[local] < 0.5
             images = _crop(images, places, flips, self.crop)
         side = images.shape[-1] // self.model.config.downscale
-        noise = torch.randn(len(positions), 4, side, side, generator=rng)[local][: len(images)]
+        noise = torch.randn(len(positions), 4, side, side, generator=rng)[local][:: 4 if whole else 1]
         images = images.contiguous(memory_format=torch.channels_last)
         output, posterior = self.model(images, noise)
         reconstruction = reconstruction_loss(output, images, self.weights)
