@@ -303,6 +303,8 @@ def test_interrupting_leaves_whole_pictures_only_and_exits_130(small_model, tmp_
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell that starts jobs in the background lets them ignore Ctrl-C, and they hand that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None and process.stdout.readline() == "fox-1.png\n"
     time.sleep(0.2)
