@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from minisd.training.data import Scenes, mirrored, render_scenes
+from minisd.training.captions import mirrored
+from minisd.training.data import Scenes, render_scenes
 from minisd.training.loop import Options, Shuffled, learning_rate, save_atomically
 from minisd.training.scenes import flipped, render, scene
 

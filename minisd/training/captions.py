@@ -18,6 +18,7 @@ PLACE_PHRASES = {
 OTHER_PLACE_PHRASES = {"meadow": "on a meadow", "beach": "at the beach", "desert": "in a desert", "sea": "underwater"}
 TIME_PHRASES = {"sunset": "at sunset", "night": "at night"}
 RELATION_PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "next": "next to"}
+MIRROR = {"left": "right", "right": "left"}
 NUMBERS = {2: "two", 3: "three"}
 LOOSE = 0.2  # the share of captions that depart from the canonical form
 
@@ -89,3 +90,8 @@ def vocabulary() -> list[str]:
     ]
     phrases += [word for entry in CATALOGUE for word in (entry.noun, entry.many, entry.synonym)]
     return sorted({word for phrase in phrases for word in phrase.split()})
+
+
+def mirrored(caption: str) -> str:
+    """The caption of the mirror image: left and right exchanged."""
+    return " ".join(MIRROR.get(word, word) for word in caption.split(" "))

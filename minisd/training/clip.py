@@ -24,7 +24,8 @@ from minisd.blocks import Downsample, ResBlock
 from minisd.config import TextEncoderConfig
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
-from minisd.training.data import Scenes, mirrored
+from minisd.training.captions import mirrored
+from minisd.training.data import Scenes
 from minisd.training.loop import Shuffled, channels_last, generator, processes, save_atomically
 
 

@@ -48,9 +48,3 @@ class Scenes:
     def images(self, indices: list[int]) -> Tensor:
         """Pictures (n, 3, 128, 128) in [-1, 1], channels last in memory."""
         return to_images(self.pixels[indices])
-
-
-def mirrored(caption: str) -> str:
-    """The caption of the mirror image: left and right exchanged."""
-    swap = {"left": "right", "right": "left"}
-    return " ".join(swap.get(word, word) for word in caption.split(" "))

@@ -118,9 +118,8 @@ def render(scene: Scene) -> np.ndarray:
 def flipped(scene: Scene) -> Scene:
     """The mirror image of a scene, with left and right exchanged in its caption."""
     things = tuple(replace(thing, x=SIZE - thing.x, flip=not thing.flip) for thing in scene.things)
-    swap = {"left": "right", "right": "left"}
-    caption = " ".join(swap.get(word, word) for word in scene.caption.split())
-    relation = swap.get(scene.relation, scene.relation) if scene.relation else None
+    relation = captions.MIRROR.get(scene.relation, scene.relation) if scene.relation else None
+    caption = captions.mirrored(scene.caption)
     return replace(scene, things=things, caption=caption, relation=relation, mirrored=not scene.mirrored)
 
 
