@@ -189,6 +189,7 @@ def _index(model: Model) -> dict[str, Any]:
     task = "Inpaint" if model.config.unet.in_channels == 9 else ""
     return {
         "_class_name": f"StableDiffusion{task}Pipeline",
+        "_diffusers_version": "0.38.0",  # of the layout; its inpainting pipeline refuses a folder that names none
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],

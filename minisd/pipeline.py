@@ -17,15 +17,16 @@ from tqdm import tqdm
 from minisd import checkpoint
 from minisd.autoencoder import Autoencoder
 from minisd.config import ModelConfig
+from minisd.editing import Hole, extend, hide, latent_mask, paste, read_mask, slerp
 from minisd.folder import Defaults
+from minisd.guidance import Guidance
 from minisd.images import from_pil, to_pil
+from minisd.noise import Noise, seeds
 from minisd.samplers import Run, Sampler
 from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
-
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +47,22 @@ class Step:
     noise: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What a run starts from, checked; see `StableDiffusion.denoise`."""
+
+    prompts: list[str]
+    negatives: list[str]
+    prompt_embeds: Tensor | None
+    image: Image.Image | Tensor | None
+    mask: Tensor | None
+    latents: Tensor | None
+    clip_skip: int
+    strength: float
+
+
 class StableDiffusion:
-    """Text to image, image to image: the public class that runs the parts.
+    """Text to image, image to image, inpainting: the public class that runs the parts.
 
     The parts are attributes to take apart: tokenizer, text_encoder, unet, autoencoder, schedule. The object keeps no
     state between calls, so threads may share it.
@@ -118,79 +133,99 @@ class StableDiffusion:
         self,
         prompt: str | Sequence[str],
         image: Image.Image | Tensor | None = None,
+        mask_image: Image.Image | Tensor | None = None,
         *,
         negative_prompt: str | Sequence[str] = "",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,
         width: int | None = None,
-        strength: float = 0.8,
+        strength: float | None = None,
         seed: int | Sequence[int] | None = None,
         sampler: str | Sampler | None = None,
         clip_skip: int = 1,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
     ) -> Iterator[Step]:
         """Run the sampler, one `Step` per call of the UNet; `decode(step.latents)` of the last is the picture.
 
-        prompt: one, or one per image. image: start from this picture (resized by nobody: its sides must be multiples
-        of 8), of which `strength` in (0, 1] is redrawn: int(steps · strength) steps run. guidance_scale: 1 follows the
-        prompt alone, 0 the negative prompt alone, larger values exaggerate the difference. seed: one number (image i
-        uses seed + i) or one per image. sampler: a name or a `Sampler`. What is None comes from `self.defaults`.
+        prompt: one, or one per image.
+        image: start from this picture. Nobody resizes it: its sides must be multiples of 8.
+        mask_image: of the picture's size; only what is white is redrawn.
+        strength: how much of the picture is redrawn, in (0, 1]: int(steps · strength) steps run. By default 0.8, and 1
+        with a mask.
+        guidance_scale, guidance_rescale, guidance_interval: see `guidance.Guidance`.
+        seed: one number (image i uses seed + i) or one per image.
+        sampler: a name or a `Sampler`.
+        latents: the first noise, unit Gaussian (n, 4, h/8, w/8), in place of the seed's.
+        prompt_embeds: the context (n, 77, width), in place of the prompt's.
+
+        What is None comes from `self.defaults`. Stop early by leaving the loop.
         Raises ValueError for a value out of range, before any work is done.
         """
-        if self.unet.config.in_channels != self.autoencoder.config.latent_channels:
-            raise ValueError(
-                f"this UNet takes {self.unet.config.in_channels} channels: an inpainting model, which needs a mask; "
-                f"expected one that takes {self.autoencoder.config.latent_channels}"
-            )
         prompts = _listed(prompt, "prompt")
         negatives = _listed(negative_prompt, "negative_prompt")
         negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
         if len(negatives) != len(prompts):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+        guidance = Guidance(
+            self.defaults.guidance_scale if guidance_scale is None else float(guidance_scale),
+            guidance_rescale,
+            guidance_interval,
+        )
+        shape = self._latent_shape(height, width, image)
+        mask = self._read_mask(image, mask_image)
         steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        guidance = self.defaults.guidance_scale if guidance_scale is None else float(guidance_scale)
-        if not abs(guidance) < float("inf"):
-            raise ValueError(
-                f"guidance_scale={guidance}; expected a finite number, such as {self.defaults.guidance_scale}"
-            )
+        strength = (0.8 if mask is None else 1.0) if strength is None else strength
+        skipped = 0 if image is None else _skipped_steps(steps, strength)
         chosen = self.defaults.sampler if sampler is None else sampler
         chosen = Sampler(chosen) if isinstance(chosen, str) else chosen
-        skipped = 0 if image is None else _skipped_steps(steps, strength)
         run = chosen.plan(self.schedule, steps, start=skipped)
-        generators = [torch.Generator().manual_seed(s) for s in seeds(seed, len(prompts))]
-        shape = self._latent_shape(height, width, image)
-        return self._denoise(prompts, negatives, image, guidance, run, generators, shape, clip_skip)
+        noise = Noise.seeded(seeds(seed, len(prompts)), shape, self.device)
+        if latents is not None:
+            _check_shape("latents", latents, (len(prompts), *shape))
+        if prompt_embeds is not None:
+            _check_shape("prompt_embeds", prompt_embeds, (len(prompts), 77, self.config.text_encoder.hidden_size))
+        given = _Given(prompts, negatives, prompt_embeds, image, mask, latents, clip_skip, strength)
+        return self._denoise(given, guidance, run, noise)
 
     @torch.inference_mode()
-    def _denoise(
-        self,
-        prompts: list[str],
-        negatives: list[str],
-        image: Image.Image | Tensor | None,
-        guidance: float,
-        run: Run,
-        generators: list[torch.Generator],
-        shape: tuple[int, int, int],
-        clip_skip: int,
-    ) -> Iterator[Step]:
-        def draw() -> Tensor:
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
-
-        texts = ([] if guidance == 1 else negatives) + ([] if guidance == 0 else prompts)
-        context = self.encode_text(texts, clip_skip)
-        latents = None if image is None else self.encode_image(image).float()
-        state = run.start(draw(), latents)
+    def _denoise(self, given: _Given, guidance: Guidance, run: Run, noise: Noise) -> Iterator[Step]:
+        plain, against = self._contexts(given, guidance)
+        first = noise.draw() if given.latents is None else given.latents.float().to(self.device)
+        latents = None if given.image is None else self.encode_image(given.image).float()
+        hole = self._hole(given, latents)
+        # a mask at full strength begins with noise alone: nothing of what was under it shall shine through
+        state = run.start(first, None if hole and given.strength == 1 else latents)
+        beside = hole.channels(len(first)) if hole else None
         for index, t in enumerate(run.timesteps):
             x = run.model_input(state)
-            prediction = self.predict(x, t, context, guidance)
-            state, x0 = run.step(state, prediction, draw() if run.needs_noise(index) else None)
+            seen = x if beside is None else torch.cat([x, beside], dim=1)
+            acts = against is not None and guidance.acts(index / run.calls)
+            context = torch.cat([against, plain]) if against is not None and acts else plain
+            prediction = self.predict(seen, t, context, guidance)
+            state, x0 = run.step(state, prediction, noise.draw() if run.needs_noise(index) else None)
+            state = hole.keep(run, state, first) if hole else state
             yield Step(index, run.calls, t, run.latents(state), x0, run.noise(x, x0, index))
 
-    def predict(self, latents: Tensor, t: float, context: Tensor, guidance: float = 1.0) -> Tensor:
+    def _contexts(self, given: _Given, guidance: Guidance) -> tuple[Tensor, Tensor | None]:
+        """The context of the prompts and, where guidance needs it, that of the negative ones; one call for both."""
+        if guidance.scale == 0:
+            return self.encode_text(given.negatives, given.clip_skip), None
+        guided = guidance.scale != 1
+        if given.prompt_embeds is not None:
+            plain = given.prompt_embeds.to(self.device, self.dtype)
+            return plain, self.encode_text(given.negatives, given.clip_skip) if guided else None
+        contexts = self.encode_text([*given.prompts, *(given.negatives if guided else ())], given.clip_skip)
+        return contexts[: len(given.prompts)], contexts[len(given.prompts) :] if guided else None
+
+    def predict(self, latents: Tensor, t: float, context: Tensor, guidance: Guidance | float = 1.0) -> Tensor:
         """The UNet's prediction, guided when the context (2n, 77, d) holds negative and positive prompts.
 
-        latents (n, 4, h/8, w/8) -> prediction (n, 4, h/8, w/8), float32.
-        Source: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", equation 6.
+        latents (n, 4, h/8, w/8), or with 9 channels for an inpainting UNet -> prediction (n, 4, h/8, w/8), float32.
+        guidance: a scale, or more that `Guidance` can say.
         """
         both = len(context) == 2 * len(latents)
         x = torch.cat([latents, latents]) if both else latents
@@ -198,9 +233,8 @@ class StableDiffusion:
         prediction = self.unet(x.to(self.dtype), timestep, context).float()
         if not both:
             return prediction
-        # ε = ε_negative + s (ε_positive − ε_negative)
-        negative, positive = prediction.chunk(2)
-        return negative + guidance * (positive - negative)
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        return guidance.combine(*prediction.chunk(2))
 
     def __call__(
         self,
@@ -250,6 +284,85 @@ class StableDiffusion:
         numbers = seeds(choices.pop("seed", None), 1)
         steps = self.denoise(prompt, image, strength=strength, seed=numbers, **choices)
         return self._finish(steps, numbers, progress)[0]
+
+    def inpaint(
+        self, prompt: str, image: Image.Image, mask_image: Image.Image | Tensor, strength: float = 1.0, **choices: Any
+    ) -> Image.Image:
+        """Redraw what is white in the mask; what is black comes back exactly. Arguments as for `denoise`.
+
+        Works with any UNet, and with one of 9 input channels, trained for it, as such.
+        """
+        mask = read_mask(mask_image, image.size)
+        progress = choices.pop("progress", None)
+        numbers = seeds(choices.pop("seed", None), 1)
+        steps = self.denoise(prompt, image, mask, strength=strength, seed=numbers, **choices)
+        drawn = self._finish(steps, numbers, progress)[0]
+        result = paste(drawn, to_pil(from_pil(image))[0], mask)
+        result.info["seed"] = numbers[0]
+        return result
+
+    def outpaint(
+        self,
+        prompt: str,
+        image: Image.Image,
+        *,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        **choices: Any,
+    ) -> Image.Image:
+        """Draw beyond the edges of a picture, by so many pixels on each side, multiples of 8; `inpaint` does it."""
+        canvas, mask = extend(to_pil(from_pil(image))[0], left, right, top, bottom)
+        return self.inpaint(prompt, canvas, mask, **choices)
+
+    def interpolate(
+        self,
+        prompts: tuple[str, str],
+        seeds: tuple[int, int],
+        count: int = 8,
+        progress: bool | None = None,
+        **choices: Any,
+    ) -> list[Image.Image]:
+        """Draw `count` pictures on the way from one prompt and seed to another, both ends included.
+
+        Contexts go along a straight line, first noises along an arc (`editing.slerp`). Arguments as for `denoise`.
+        """
+        if count < 2:
+            raise ValueError(f"count={count}; expected 2 or more: both ends are drawn")
+        shares = torch.linspace(0, 1, count).tolist()
+        shape = self._latent_shape(choices.get("height"), choices.get("width"), None)
+        start, end = (Noise.seeded([seed], shape, self.device).draw() for seed in seeds)
+        one, two = self.encode_text(list(prompts), choices.get("clip_skip", 1)).split(1)
+        noises = torch.cat([slerp(start, end, share) for share in shares])
+        contexts = torch.cat([(1 - share) * one + share * two for share in shares])
+        steps = self.denoise(
+            [prompts[0]] * count, latents=noises, prompt_embeds=contexts, seed=[seeds[0]] * count, **choices
+        )
+        return self._finish(steps, [seeds[0]] * count, progress)
+
+    def _read_mask(self, image: Image.Image | Tensor | None, mask: Image.Image | Tensor | None) -> Tensor | None:
+        channels, plain = self.unet.config.in_channels, self.autoencoder.config.latent_channels
+        if mask is None:
+            if channels != plain:
+                raise ValueError(
+                    f"this UNet takes {channels} channels: an inpainting model, which needs image and mask_image; "
+                    f"for text alone expected one that takes {plain}"
+                )
+            return None
+        if image is None:
+            raise ValueError("mask_image says which part of a picture is redrawn; pass the picture too, as image")
+        size = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
+        return read_mask(mask, size)
+
+    def _hole(self, given: _Given, latents: Tensor | None) -> Hole | None:
+        if given.mask is None or given.image is None or latents is None:
+            return None
+        masked = None
+        if self.unet.config.in_channels != self.autoencoder.config.latent_channels:
+            images = given.image if isinstance(given.image, Tensor) else from_pil(given.image)
+            masked = self.encode_image(hide(images, given.mask)).float()
+        return Hole(latent_mask(given.mask, self.autoencoder.config.downscale).to(latents), latents, masked)
 
     def _finish(self, steps: Iterator[Step], numbers: list[int], progress: bool | None) -> list[Image.Image]:
         with tqdm(disable=None if progress is None else not progress, unit="step", leave=False) as bar:
@@ -310,24 +423,16 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed per image: a number counts up, a list is taken as it is, None draws a first one at random."""
-    if seed is None:
-        seed = int(torch.randint(2**31, ()))
-    numbers = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    if len(numbers) != count:
-        raise ValueError(f"{len(numbers)} seeds for {count} images; give one number, or one for each")
-    for number in numbers:
-        if not 0 <= number <= MAX_SEED:
-            raise ValueError(f"seed={number}; expected a whole number from 0 to {MAX_SEED}")
-    return numbers
-
-
 def _listed(text: str | Sequence[str], name: str) -> list[str]:
     texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else []
     if not texts or not all(isinstance(one, str) for one in texts):
         raise TypeError(f"{name} must be a string or a non-empty list of strings; got {text!r}")
     return texts
+
+
+def _check_shape(name: str, given: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(given.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {expected}")
 
 
 def _skipped_steps(steps: int, strength: float) -> int:
