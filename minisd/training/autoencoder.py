@@ -36,7 +36,8 @@ class Weights:
     quarter: float = 0.25
     edges: float = 0.5
     kl: float = 1e-4
-    equivariance: float = 0.25
+    equivariance: float = 0.5
+    equivariance_every: int = 4
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, weights: Weights) -> Tensor:
@@ -95,7 +96,7 @@ class AutoencoderTask:
         output, posterior = self.model(images, noise)
         reconstruction = reconstruction_loss(output, images, self.weights)
         loss = reconstruction + self.weights.kl * posterior.kl().mean() / posterior.mean[0].numel()
-        if self.weights.equivariance and not self.decoder_only:
+        if self.weights.equivariance and not self.decoder_only and step % self.weights.equivariance_every == 0:
             # shrunken latents should decode to the shrunken picture: latents that behave like a picture diffuse well
             shrunk = self.model.decode(F.avg_pool2d(posterior.sample(noise), 2))
             loss = loss + self.weights.equivariance * F.l1_loss(shrunk, F.avg_pool2d(images, 2))

@@ -27,11 +27,18 @@ def scenes(
     folder: Path,
     count: Annotated[int, typer.Option(help="How many pictures (49 KB each).")] = 40_000,
     seed: Annotated[int, typer.Option(help="Names the endless stream of scenes.")] = 0,
+    mixture: Annotated[
+        tuple[float, float, float], typer.Option(help="Weights of one object, of two in a relation, of several alike.")
+    ] = (0.6, 0.25, 0.15),
 ) -> None:
     """Render captioned scenes into FOLDER, about 300 a second on one core."""
     from minisd.training.data import render_scenes
+    from minisd.training.scenes import Mixture
 
-    render_scenes(folder, count, seed)
+    try:
+        render_scenes(folder, count, seed, mixture=Mixture(*mixture))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.command()
@@ -85,12 +92,14 @@ def clip(
 
 @app.command()
 def latents(scenes: SceneFolder = Path("runs/scenes"), model: Model = Path("runs/autoencoder/export")) -> None:
-    """Encode every scene once, for the training of the UNet."""
+    """Encode every scene once, for the training of the UNet; under torchrun on several processes."""
     from minisd.training.data import Scenes
+    from minisd.training.loop import process_group
     from minisd.training.parts import load_autoencoder
     from minisd.training.unet import cache_latents
 
-    cache_latents(load_autoencoder(model / "vae"), Scenes(scenes), scenes / "latents.safetensors")
+    with process_group():
+        cache_latents(load_autoencoder(model / "vae"), Scenes(scenes), scenes / "latents.safetensors")
 
 
 @app.command()

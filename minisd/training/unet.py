@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.data import Scenes
-from minisd.training.loop import Shuffled, channels_last, generator, save_atomically
+from minisd.training.loop import Shuffled, channels_last, generator, processes, rank, save_atomically
 from minisd.unet import UNet
 
 SAMPLING = Defaults(Sampler("dpmpp_2m", spacing="trailing"), num_inference_steps=20, guidance_scale=4.0)
@@ -53,14 +55,24 @@ PROMPTS = (
 
 @torch.no_grad()
 def cache_latents(autoencoder: Autoencoder, scenes: Scenes, path: Path, batch: int = 16) -> None:
-    """Encode every scene once: the scaled means, float32 (count, 4, 16, 16), into one safetensors file."""
+    """Encode every scene once: the scaled means, float32 (count, 4, 16, 16), into one safetensors file.
+
+    Under torchrun each process encodes its share of the scenes, and the first one writes the file.
+    """
     autoencoder = channels_last(autoencoder.eval())
+    share = torch.arange(len(scenes)).tensor_split(processes())[rank()]
     parts = [
         autoencoder.encode(scenes.images(indices.tolist()).contiguous(memory_format=torch.channels_last)).mean
-        for indices in tqdm(torch.arange(len(scenes)).split(batch), unit="batch", mininterval=10)
+        for indices in tqdm(share.split(batch), unit="batch", mininterval=10, disable=rank() > 0)
     ]
     latents = torch.cat(parts) * autoencoder.config.scaling_factor
-    save_atomically(lambda target: save_file({"latents": latents.contiguous()}, target), path)
+    shares: list[Any] = [None] * processes()
+    if processes() > 1:
+        dist.gather_object(latents, shares if rank() == 0 else None)
+    else:
+        shares = [latents]
+    if rank() == 0:
+        save_atomically(lambda target: save_file({"latents": torch.cat(shares).contiguous()}, target), path)
 
 
 class UNetTask:
@@ -109,9 +121,7 @@ class UNetTask:
         noisy = self.schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         prediction = self.model(noisy, timesteps, context)
         error = (prediction - self.schedule.target(latents, noise, timesteps)).square().mean((1, 2, 3))
-        # w = min(SNR + 1, 5) / (SNR + 1): full weight where layout is decided, little where only grain is left
-        above = self.schedule.snr(timesteps).float() + 1
-        weight = above.clamp(max=5) / above
+        weight = loss_weight(self.schedule.snr(timesteps).float())
         return (weight * error).mean(), {"mse": float(error.detach().mean())}
 
     @torch.no_grad()
@@ -129,6 +139,17 @@ class UNetTask:
         target = folder / "unet"
         save_atomically(lambda path: save_file(weights, path), target / "diffusion_pytorch_model.safetensors")
         save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), target / "config.json")
+
+
+def loss_weight(snr: Tensor, floor: float = 0.25, ceiling: float = 5.0) -> Tensor:
+    """The weight of a timestep's squared error in v, from its signal-to-noise ratio; both (n,).
+
+    As an error of the clean latents it weighs min(SNR + floor, ceiling). Min-SNR weighting has no floor, and all but
+    ignores the noisiest steps, where layout is decided. With a floor of 1 these would make up most of the loss, though
+    nearly all that is left of it there cannot be learned: the words do not say where in the picture things are.
+    """
+    # w = min(SNR + 1/4, 5) / (SNR + 1)
+    return (snr + floor).clamp(max=ceiling) / (snr + 1)
 
 
 def start(unet: UNet) -> UNet:
