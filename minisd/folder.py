@@ -18,6 +18,7 @@ from torch import nn
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
+from minisd.preview import SD1, Factors
 from minisd.samplers import Sampler
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import BOS, EOS, Tokenizer
@@ -55,12 +56,14 @@ class Defaults:
     """How a model is sampled unless the caller says otherwise.
 
     A folder's `minisd.json` says it. Without one the folder's scheduler names the sampler: 25 steps for DPM++ 2M,
-    50 for the others, guidance 7.5. A single file, which has neither, gets the values below.
+    50 for the others, guidance 7.5. A single file, which has neither, gets the values below. preview: the linear map
+    from its latents to colours.
     """
 
     sampler: Sampler = Sampler("dpmpp_2m", karras=True)
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
+    preview: Factors = SD1
 
 
 class Model(Protocol):
@@ -114,7 +117,8 @@ def _read_defaults(folder: Path, scheduler: Mapping[str, Any]) -> Defaults:
     if path.is_file():
         values = read_json(path)
         try:
-            return Defaults(**values | {"sampler": Sampler(**values["sampler"])})
+            preview = tuple((r, g, b) for r, g, b in values.get("preview", SD1))
+            return Defaults(**values | {"sampler": Sampler(**values["sampler"]), "preview": preview})
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path} has no valid generation defaults ({error!r}); fetch it again") from error
     names = {name: sampler for sampler, (name, _) in SCHEDULERS.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Self
@@ -22,6 +23,7 @@ from minisd.folder import Defaults
 from minisd.guidance import Guidance
 from minisd.images import from_pil, to_pil
 from minisd.noise import Noise, seeds
+from minisd.preview import linear_preview
 from minisd.samplers import Run, Sampler
 from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
@@ -115,9 +117,20 @@ class StableDiffusion:
 
     @torch.inference_mode()
     def decode_to_tensor(self, latents: Tensor) -> Tensor:
-        """Latents (n, 4, h/8, w/8), scaled, to images (n, 3, h, w), about [-1, 1] and not clipped."""
+        """Latents (n, 4, h/8, w/8), scaled, to images (n, 3, h, w), about [-1, 1] and not clipped.
+
+        In float16 some decoders overflow; then a float32 copy decodes, and a warning says so.
+        """
         unscaled = latents.to(self.device, self.dtype) / self.autoencoder.config.scaling_factor
-        return _finite(self.autoencoder.decode(unscaled), "autoencoder's decoder")
+        images = self.autoencoder.decode(unscaled)
+        if self.dtype == torch.float16 and not bool(torch.isfinite(images).all()) and bool(latents.isfinite().all()):
+            warnings.warn("the autoencoder overflows in float16; decoding again in float32", stacklevel=2)
+            images = deepcopy(self.autoencoder).float().decode(unscaled.float())
+        return _finite(images, "autoencoder's decoder")
+
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Latents (n, 4, h/8, w/8), scaled, to PIL pictures of their own small size, in no time: see `preview.py`."""
+        return to_pil(linear_preview(latents, self.defaults.preview))
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of the prompt with a token that the text encoder never learned: its embedding is all zeros."""

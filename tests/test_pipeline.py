@@ -229,6 +229,21 @@ def test_scaling_factor_is_applied_once_each_way(random_model: StableDiffusion) 
         )
 
 
+def test_a_decoder_that_overflows_in_float16_decodes_in_float32() -> None:
+    torch.manual_seed(0)
+    parts = TextEncoder(TINY.text_encoder), UNet(TINY.unet), Autoencoder(TINY.autoencoder)
+    with torch.no_grad():  # the norm behind it brings the numbers back, so only their size in between is at fault
+        parts[2].decoder.up_blocks[-1].resnets[-1].conv2.weight.mul_(2e5)
+    full = StableDiffusion(TINY, Tokenizer.from_pretrained(), *(part.eval() for part in parts))
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = full.decode_to_tensor(latents)
+    half = StableDiffusion(TINY, full.tokenizer, *(part.half() for part in parts))
+    with pytest.warns(UserWarning, match="overflows in float16"):
+        drawn = half.decode_to_tensor(latents)
+    assert torch.allclose(drawn, expected, atol=0.02 * float(expected.abs().max()))
+    assert half.autoencoder.decoder.conv_in.weight.dtype == torch.float16
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "autoencoder"])
 def test_nan_names_the_part(part: str) -> None:
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from minisd.training.captions import mirrored
 from minisd.training.data import Scenes, render_scenes
 from minisd.training.loop import Options, Shuffled, learning_rate, save_atomically
 from minisd.training.scenes import flipped, render, scene
+from minisd.training.unet import loss_weight
 
 SCRIPT = Path(__file__).with_name("small_training.py")
 PARTS = ("autoencoder", "clip", "unet")
@@ -133,6 +134,12 @@ def test_learning_rate_by_hand(tmp_path: Path) -> None:
     assert learning_rate(options, 30, 0.3) == pytest.approx(1.0)
     assert learning_rate(options, 75, 0.75) == pytest.approx(0.5)
     assert learning_rate(options, 100, 1.0) == pytest.approx(0.0)
+
+
+def test_loss_weight_by_hand() -> None:
+    # as an error of the clean latents, times SNR + 1, it is min(SNR + 1/4, 5)
+    weights = loss_weight(torch.tensor([0.0, 1.0, 4.75, 100.0]))
+    assert torch.allclose(weights, torch.tensor([0.25, 1.25 / 2, 5 / 5.75, 5 / 101]))
 
 
 def test_options_want_a_length(tmp_path: Path) -> None:

@@ -6,15 +6,19 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from minisd.config import TINY
 from minisd.folder import Defaults
+from minisd.images import to_images
 from minisd.pipeline import StableDiffusion
+from minisd.preview import fit_preview
 from minisd.tokenizer import Tokenizer
 from minisd.training.loop import save_atomically
 from minisd.training.parts import load_autoencoder, load_text_encoder, load_unet
+from minisd.training.scenes import render, scene
 from minisd.training.unet import SAMPLING
 
 
@@ -38,6 +42,10 @@ def assemble(vae: Path, text: Path, unet: Path, target: Path, defaults: Defaults
     autoencoder, text_encoder = load_autoencoder(vae / "vae"), load_text_encoder(text / "text_encoder")
     denoiser = load_unet(unet / "unet")
     config = replace(TINY, text_encoder=text_encoder.config, autoencoder=autoencoder.config, unet=denoiser.config)
+    images = to_images(np.stack([render(scene(0, index)) for index in range(64)]))
+    with torch.inference_mode():
+        latents = autoencoder.encode(images).mean * autoencoder.config.scaling_factor
+    defaults = replace(defaults, preview=fit_preview(latents, images))
     sd = StableDiffusion(config, Tokenizer.from_pretrained(), text_encoder, denoiser, autoencoder, defaults)
     sd.save_pretrained(target, torch.float16)
     tower = {key: value.half() for key, value in load_file(text / "clip/model.safetensors").items()}
