@@ -8,12 +8,11 @@ something that cannot be, 130 interrupted.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,11 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from minisd import __version__
+from minisd.drawing import Drawing, Target, draw_all
 from minisd.training.commands import app as training
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from minisd.pipeline import StableDiffusion
     from minisd.samplers import Sampler
@@ -98,7 +97,19 @@ def generate(
         Path | None,
         typer.Option(help="Start from this picture, scaled and cropped to the size.", exists=True, dir_okay=False),
     ] = None,
-    strength: Annotated[float, typer.Option(help="How much of --image is redrawn, above 0 to 1.")] = 0.8,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Redraw only what is white in this picture of --image's size.", exists=True, dir_okay=False),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of --image is redrawn, above 0 to 1. [default: 0.8, with --mask 1]")
+    ] = None,
+    outpaint: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(help="Draw beyond --image's edges: pixels left, right, top, bottom.", metavar="L R T B"),
+    ] = None,
+    rescale: Annotated[float, typer.Option(help="Tame strong guidance, 0 (off) to 1.")] = 0.0,
+    clip_skip: Annotated[int, typer.Option(help="Which layer of the text encoder, counted from its end.")] = 1,
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")
     ] = None,
@@ -119,6 +130,7 @@ def generate(
       minisd generate "a castle at night" --seed 7 --output castle.png
       minisd generate "a red car" --images 9 --grid --steps 30 --sampler euler
       minisd generate "a snowman" --image photo.jpg --strength 0.6
+      minisd generate "a snowman" --image photo.jpg --mask mask.png
       minisd generate "a fox" --model stable-diffusion-v1-5/stable-diffusion-v1-5
     """
     target = Target.parse(output, prompt, several=images > 1 and not grid, overwrite=overwrite)
@@ -138,9 +150,14 @@ def generate(
         width=width,
         height=height,
         image=image,
+        mask=mask,
         strength=strength,
+        outpaint=outpaint,
+        guidance_rescale=rescale,
+        clip_skip=clip_skip,
     )
-    _draw(sd, drawing, target, seed=seed, images=images, batch=batch, grid=grid, model=model, say=say)
+    choices: dict[str, Any] = {"seed": seed, "images": images, "batch": batch, "grid": grid, "model": model}
+    draw_all(sd, drawing, target, **choices, quiet=quiet, say=say)
 
 
 @app.command()
@@ -196,127 +213,6 @@ def evaluate(
     print(output / "evaluation.json")
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where pictures go: their folder and the beginning of their names; `seeded` names end in the seed."""
-
-    folder: Path
-    stem: str
-    seeded: bool
-    overwrite: bool
-
-    @classmethod
-    def parse(cls, output: str | None, prompt: str, several: bool, overwrite: bool) -> Target:
-        """Read --output.
-
-        Raises BadParameter for a name that is neither a .png nor a folder, OSError where nothing can be written.
-        """
-        path = Path(output or "")
-        if output and path.suffix.lower() == ".png" and not path.is_dir():
-            target = cls(path.parent, path.stem, several, overwrite)
-        elif not output or path.is_dir() or output.endswith(("/", os.sep)):
-            slug = "-".join(re.findall(r"\w+", prompt.lower()))[:40].strip("-")
-            target = cls(path, slug or "picture", True, overwrite)
-        else:
-            raise typer.BadParameter(
-                f"--output {output} is no .png file and no folder; end it in .png, or in / for a new folder"
-            )
-        absolute = target.folder.absolute()
-        there = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise OSError(f"--output: {there} is no folder, or is not writable; choose another place")
-        return target
-
-    def save(self, picture: Image.Image, seed: int, text: str) -> None:
-        """Write a picture and print its name."""
-        from minisd.metadata import save_png
-
-        name = f"{self.stem}-{seed}.png" if self.seeded else f"{self.stem}.png"
-        print(save_png(picture, self.folder / name, text, self.overwrite), flush=True)
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """All that decides how a picture looks, but for the model and the seed."""
-
-    prompt: str
-    negative_prompt: str
-    num_inference_steps: int
-    guidance_scale: float
-    sampler: Sampler
-    width: int | None
-    height: int | None
-    image: Path | None
-    strength: float
-
-    def draw(self, sd: StableDiffusion, seeds: list[int], progress: bool | None) -> list[Image.Image]:
-        """Draw one picture for each seed."""
-        choices: dict[str, Any] = {
-            "negative_prompt": self.negative_prompt,
-            "num_inference_steps": self.num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "sampler": self.sampler,
-            "progress": progress,
-        }
-        if self.image is None:
-            return sd([self.prompt] * len(seeds), width=self.width, height=self.height, seed=seeds, **choices)
-        start = _open_picture(self.image, sd, self.width, self.height)
-        return [sd.image_to_image(self.prompt, start, self.strength, seed=seed, **choices) for seed in seeds]
-
-    def parameters(self, seed: int, size: tuple[int, int], model: str, images: int = 1) -> str:
-        """The text for the picture's `parameters` chunk."""
-        from minisd.metadata import parameters_text, sampler_label
-
-        settings: dict[str, Any] = {
-            "Steps": self.num_inference_steps,
-            "Sampler": sampler_label(self.sampler.name, self.sampler.karras),
-            "CFG scale": f"{self.guidance_scale:g}",
-            "Seed": seed,
-            "Size": f"{size[0]}x{size[1]}",
-            "Model": model,
-        }
-        if self.sampler.spacing:
-            settings["Timestep spacing"] = self.sampler.spacing
-        if self.image is not None:
-            settings["Denoising strength"] = f"{self.strength:g}"
-        if images > 1:
-            settings["Images"] = images
-        return parameters_text(self.prompt, self.negative_prompt, settings | {"Version": f"minisd {__version__}"})
-
-
-def _draw(
-    sd: StableDiffusion,
-    drawing: Drawing,
-    target: Target,
-    *,
-    seed: int | None,
-    images: int,
-    batch: int,
-    grid: bool,
-    model: str | None,
-    say: Callable[[str], None],
-) -> None:
-    """Draw a batch at a time, saving pictures as they come, or the grid of all of them at the end."""
-    from minisd.images import grid as lay_out
-    from minisd.pipeline import seeds
-
-    numbers = seeds(seed, images)
-    sampler, name = drawing.sampler, Path(model).stem if model and Path(model).exists() else model or "tiny"
-    say(f"seed {numbers[0]}{f' to {numbers[-1]}' if images > 1 else ''}, {drawing.num_inference_steps} steps of "
-        f"{sampler.name}{' with Karras levels' if sampler.karras else ''}, guidance {drawing.guidance_scale:g}")
-    started, pictures = time.perf_counter(), []
-    for first in range(0, images, batch):
-        some = numbers[first : first + batch]
-        drawn = drawing.draw(sd, some, progress=False if say is _ignore else None)
-        pictures += drawn if grid else []
-        for number, picture in zip(some, [] if grid else drawn, strict=not grid):
-            target.save(picture, number, drawing.parameters(number, picture.size, name))
-    if grid:
-        text = drawing.parameters(numbers[0], pictures[0].size, name, images)
-        target.save(lay_out(pictures), numbers[0], text)
-    say(f"drawn in {time.perf_counter() - started:.1f} s")
-
-
 def _load(model: str | None, device: str | None, dtype: str | None, **choices: Any) -> StableDiffusion:
     import torch
 
@@ -347,21 +243,6 @@ def _choose_sampler(default: Sampler, name: str | None, spacing: str | None, kar
 
     changes = {key: value for key, value in (("spacing", spacing), ("karras", karras)) if value is not None}
     return replace(default if name is None else Sampler(name), **changes)  # type: ignore[arg-type]
-
-
-def _open_picture(path: Path, sd: StableDiffusion, width: int | None, height: int | None) -> Image.Image:
-    """Read a picture, and scale and crop it to the size asked for, by default the model's own."""
-    from PIL import Image, ImageOps
-
-    from minisd.images import from_pil, to_pil
-
-    side = sd.unet.config.sample_size * sd.autoencoder.config.downscale
-    try:
-        with Image.open(path) as opened:
-            picture = to_pil(from_pil(opened))[0]
-    except (OSError, SyntaxError) as error:
-        raise OSError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
-    return ImageOps.fit(picture, (width or side, height or side), Image.Resampling.LANCZOS)
 
 
 def _unknown_words(sd: StableDiffusion, text: str) -> str:

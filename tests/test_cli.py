@@ -64,6 +64,22 @@ def test_generate_draws_what_python_draws(run, small_model):
         assert fact in err
 
 
+def test_mask_and_outpaint_keep_the_picture(run):
+    start = Image.effect_noise((32, 32), 60).convert("RGB")
+    start.save("start.png")
+    Image.fromarray(np.pad(np.full((16, 16), 255, np.uint8), 8)).save("mask.png")
+    before = np.asarray(start)
+    assert run("generate", "fox", "--image", "start.png", "--mask", "mask.png", "-o", "hole.png")[0] == 0
+    after = np.asarray(Image.open("hole.png"))
+    assert np.array_equal(after[:8], before[:8]) and (after[8:24, 8:24] != before[8:24, 8:24]).any()
+    text = read_parameters("hole.png")
+    assert text is not None and "Denoising strength: 1, Mask: mask.png" in text
+    assert run("generate", "fox", "--image", "start.png", "--outpaint", "0", "16", "8", "0", "-o", "wide.png")[0] == 0
+    wide = Image.open("wide.png")
+    assert wide.size == (48, 40) and np.array_equal(np.asarray(wide)[8:, :32], before)
+    assert "Outpaint: 0 16 8 0" in (read_parameters("wide.png") or "")
+
+
 def test_every_picture_has_its_own_seed_whatever_the_batch(run):
     _, lines, _ = run("generate", "fox", "--seed", "5", "-n", "3", "--batch", "2")
     assert lines == ["fox-5.png", "fox-6.png", "fox-7.png"]
@@ -222,6 +238,12 @@ def test_every_sampler_can_be_chosen_and_has_a_community_name():
         (["generate", "fox", "--image", "none.png"], 2, ["none.png", "does not exist"]),
         (["generate", "fox", "--image", "text.txt"], 1, ["text.txt cannot be read as a picture", "PNG"]),
         (["generate", "fox", "--image", "plain.png", "--strength", "0"], 2, ["strength=0", "at most 1"]),
+        (["generate", "fox", "--mask", "plain.png"], 2, ["--mask changes a picture", "--image"]),
+        (["generate", "fox", "--image", "plain.png", "--mask", "plain.png"], 2, ["black everywhere"]),
+        (["generate", "fox", "--outpaint", "0", "8", "0", "0"], 2, ["--outpaint changes a picture"]),
+        (["generate", "fox", "--image", "plain.png", "--outpaint", *"0300"], 2, ["right=3", "multiple of 8"]),
+        (["generate", "fox", "--rescale", "2"], 2, ["guidance_rescale=2.0"]),
+        (["generate", "fox", "--clip-skip", "3"], 2, ["clip_skip=3"]),
         (["info", "none.png"], 1, ["none.png: No such file"]),
         (["info", "text.txt"], 1, ["text.txt"]),
         (["info", "plain.png"], 1, ["plain.png does not say how it was drawn"]),
