@@ -119,6 +119,9 @@ def generate(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first there is]")] = None,
     dtype: Annotated[Precision | None, typer.Option(help="[default: float16 on cuda, else float32]")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep each part on the GPU only while it computes, to save memory.")
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="How many pictures are drawn at a time.")] = 4,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the file names only.")] = False,
 ) -> None:
@@ -136,7 +139,7 @@ def generate(
     target = Target.parse(output, prompt, several=images > 1 and not grid, overwrite=overwrite)
     say: Callable[[str], None] = _ignore if quiet else _say
     started = time.perf_counter()
-    sd = _load(model, device, dtype, variant=variant, prediction_type=prediction)
+    sd = _load(model, device, dtype, variant=variant, prediction_type=prediction, offload=offload)
     say(f"{model or 'tiny'} on {sd.device} in {str(sd.dtype).removeprefix('torch.')}, "
         f"loaded in {time.perf_counter() - started:.1f} s")
     if unknown := _unknown_words(sd, f"{prompt} {negative}"):

@@ -12,6 +12,8 @@ import math
 import sys
 import time
 import traceback
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import minisd.pipeline
@@ -51,21 +54,83 @@ def register() -> FakeGPU:
     return FakeGPU()
 
 
-def on_gpu(network: nn.Module, mode: FakeGPU, dtype: torch.dtype = torch.float16) -> Any:
-    """Give a network from the meta device weights on the fake GPU."""
+def on_device(network: nn.Module, mode: FakeGPU, device: str, dtype: torch.dtype = torch.float16) -> Any:
+    """Give a network from the meta device weights on the fake GPU, or beside it on the (fake) CPU."""
     shapes = {key: value.shape for key, value in network.state_dict().items()}
     with mode:
         network.load_state_dict(
-            {key: torch.empty(shape, dtype=dtype, device=GPU) for key, shape in shapes.items()}, assign=True
+            {key: torch.empty(shape, dtype=dtype, device=device) for key, shape in shapes.items()}, assign=True
         )
     return network.eval().requires_grad_(False)
 
 
-def build(config: ModelConfig, mode: FakeGPU) -> StableDiffusion:
-    """A whole model of full size on the fake GPU."""
+def build(config: ModelConfig, mode: FakeGPU, offload: bool = False) -> StableDiffusion:
+    """A whole model of full size on the fake GPU, or with `offload` on the CPU beside it."""
     with torch.device("meta"):
         parts = TextEncoder(config.text_encoder), UNet(config.unet), Autoencoder(config.autoencoder)
-    return StableDiffusion(config, Tokenizer.from_pretrained(), *(on_gpu(part, mode) for part in parts))
+    placed = [on_device(part, mode, "cpu" if offload else GPU) for part in parts]
+    return StableDiffusion(config, Tokenizer.from_pretrained(), *placed, offload=torch.device(GPU) if offload else None)
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes on the fake GPU of every tensor that an operation returns, for as long as the tensor lives.
+
+    What shares memory is counted once. `peak` is the largest sum so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: Counter[int] = Counter()
+        self.bytes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and tensor.device.type == "fakegpu":
+                self.note(tensor)
+        return result
+
+    def note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if not self.alive[key]:
+            self.bytes[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self.alive[key] += 1
+        weakref.finalize(tensor, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        self.alive[key] -= 1
+        if not self.alive[key]:
+            self.now -= self.bytes[key]
+
+
+def offloaded(sd: StableDiffusion) -> dict[str, Any]:
+    """One picture of 512×512 in two guided steps: where the weights were while each part worked, and the peak there.
+
+    The peak is that of the part's weights and of everything it computes, in bytes.
+    """
+    parts = {"text encoder": sd.text_encoder, "UNet": sd.unet, "autoencoder": sd.autoencoder}
+    sizes = {name: sum(p.numel() * p.element_size() for p in part.parameters()) for name, part in parts.items()}
+    placed: dict[str, list[str]] = {}
+    peaks: dict[str, int] = {}
+    with no_numbers_read((512, 512)), Meter() as meter:
+        for name, method in (("text encoder", "forward"), ("UNet", "forward"), ("autoencoder", "decode")):
+            own = getattr(parts[name], method)
+
+            def watched(*args: Any, name: str = name, own: Any = own) -> Any:
+                placed[name] = [n for n, part in parts.items() if next(part.parameters()).device.type == "fakegpu"]
+                meter.peak = before = meter.now
+                result = own(*args)
+                peaks[name] = max(peaks.get(name, 0), sizes[name] + meter.peak - before)
+                return result
+
+            setattr(parts[name], method, watched)
+        sd("a fox in the snow", num_inference_steps=2, height=512, width=512, seed=0)
+    after = [name for name, part in parts.items() if next(part.parameters()).device.type == "fakegpu"]
+    return {"placed": placed, "peaks": peaks, "weights": sizes, "after": after}
 
 
 @contextmanager
@@ -154,6 +219,8 @@ def scenarios(mode: FakeGPU) -> Iterator[tuple[str, Callable[[], Any]]]:
     def planted(plant: Any) -> Any:
         with plant:
             return draw(sd)
+
+    yield "offload", lambda: offloaded(build(SD15, mode, offload=True))
 
     text, unet, autoencoder = sd.text_encoder, sd.unet, sd.autoencoder
     position = "text_model.embeddings.position_embedding.weight"

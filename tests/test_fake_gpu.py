@@ -64,6 +64,21 @@ def test_attention_is_recorded_on_the_device(outcomes: Any) -> None:
     assert outcomes["record"]["result"] == (12 + 2 * 16) * ["fakegpu"]
 
 
+def test_offloaded_parts_are_on_the_device_one_at_a_time_and_fit_four_gigabytes(outcomes: Any) -> None:
+    assert outcomes["offload"]["outcome"] == "ran through", outcomes["offload"]["error"]
+    result = outcomes["offload"]["result"]
+    assert result["placed"] == {name: [name] for name in ("text encoder", "UNet", "autoencoder")}
+    assert result["after"] == []
+    # two bytes for each parameter
+    assert result["weights"] == {"text encoder": 246_120_960, "UNet": 1_719_041_928, "autoencoder": 167_307_726}
+    print({name: f"{peak / 1e9:.2f} GB" for name, peak in result["peaks"].items()})
+    assert max(result["peaks"].values()) < 4e9
+    # the meter sees what is computed: each part makes tensors of at least these sizes, in float16
+    made = {"text encoder": 77 * 3072, "UNet": 2 * 4096 * 2560, "autoencoder": 256 * 512 * 512}
+    for name, numbers in made.items():
+        assert result["peaks"][name] > result["weights"][name] + 2 * numbers
+
+
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_tensor_left_on_the_cpu_is_found(outcomes: Any, name: str) -> None:
     assert outcomes[f"plant: {name}"]["outcome"] == "FakeTensorDeviceMismatchError"
