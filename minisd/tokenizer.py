@@ -9,6 +9,7 @@ bpe_simple_vocab_16e6.txt (MIT, assets/licenses/CLIP-MIT.txt), from the PyPI pac
 the vocabulary: 256 byte symbols, the same at the end of a word, a token for each merge, start and end.
 """
 
+import copy
 import heapq
 import json
 import re
@@ -82,9 +83,10 @@ class Tokenizer:
         self._tokens = sorted(vocabulary, key=vocabulary.__getitem__)
         self._bytes = {symbol: byte for byte, symbol in enumerate(self._symbols)}
         self._special = {BOS, EOS, pad_token}
+        self.added: dict[str, tuple[str, ...]] = {}
         # As in transformers, the pad token counts only as typed, other special tokens in either case.
-        self._exact = re.compile(f"({re.escape(pad_token)})")
-        self._folded = re.compile(f"({'|'.join(re.escape(t) for t in (BOS, EOS) if t != pad_token)})")
+        self._exact = _finder([pad_token])
+        self._folded = _finder({BOS, EOS} - {pad_token})
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str] | None = None) -> "Tokenizer":
@@ -100,6 +102,25 @@ class Tokenizer:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the tokenizer in {root} is damaged, fetch its files again: {error}") from error
 
+    def with_token(self, token: str, count: int = 1) -> "Tokenizer":
+        """A copy of this tokenizer that turns one more word into `count` new tokens, which take the next free ids.
+
+        As in transformers the word is found wherever it stands, in either case, before the text is split. As in
+        diffusers its tokens are the word, word_1, word_2 … Raises ValueError for a word that is a token already.
+        """
+        word = normalize(token).strip()
+        names = (word, *(f"{word}_{i}" for i in range(1, count)))
+        if not word or count < 1:
+            raise ValueError(f"expected a word that stands for 1 token or more, got {token!r} for {count}")
+        if taken := [name for name in names if {name, name + END_OF_WORD} & self.vocabulary.keys()]:
+            raise ValueError(f"{taken[0]!r} is a token already; choose a word that is none, such as '<{word}-new>'")
+        grown = copy.copy(self)
+        grown.added = self.added | {name: (name,) for name in names} | {word: names}
+        grown.vocabulary = self.vocabulary | {name: len(self._tokens) + i for i, name in enumerate(names)}
+        grown._tokens = self._tokens + ["".join(self._symbols[byte] for byte in name.encode()) for name in names]
+        grown._folded = _finder({BOS, EOS, *grown.added} - {self.pad_token})
+        return grown
+
     def tokenize(self, text: str) -> list[str]:
         """The tokens of a text as strings, `</w>` ending each word. Raises TypeError unless it is a str."""
         if not isinstance(text, str):
@@ -111,7 +132,7 @@ class Tokenizer:
                 continue
             for piece in self._folded.split(normalize(part)):
                 if self._folded.fullmatch(piece):
-                    tokens.append(piece)
+                    tokens += self.added.get(piece, (piece,))
                 else:
                     tokens += [token for word in split_words(piece) for token in self._merge(word)]
         return tokens
@@ -195,6 +216,11 @@ class Tokenizer:
             for changed in (*ranked(preceding[left]), *ranked(left)):
                 heapq.heappush(queue, changed)
             yield symbols
+
+
+def _finder(tokens: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds tokens in a text, the longest where several begin; `split` keeps them."""
+    return re.compile(f"({'|'.join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))})")
 
 
 def _room(max_length: int) -> int:

@@ -85,6 +85,20 @@ def read_tensors(
                 yield key, tensors.pop(key).to(device, dtype)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free texts that a .safetensors file carries beside its tensors; empty for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def read_pickle(path: Path) -> Any:
+    """Whatever a .ckpt, .bin or .pt file holds, as long as reading it runs no code; CheckpointError otherwise."""
+    _check_start(path)
+    return _unpickle(path)
+
+
 def pick_weights(names: Collection[str], stem: str, variant: str | None = None) -> list[str]:
     """Of the file names in a part's folder, those to read: one file, or an index of shards and the shards.
 
@@ -154,7 +168,7 @@ def _check_start(path: Path) -> None:
         raise CheckpointError(f"{path} is a web page, not weights; fetch it again, from the download link")
 
 
-def _load_pickle(path: Path) -> dict[str, Tensor]:
+def _unpickle(path: Path) -> Any:
     release = tuple(int(number) for number in torch.__version__.split(".")[:2])
     if release < SAFE_TORCH:
         raise CheckpointError(
@@ -163,13 +177,17 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         )
     try:
         with torch.serialization.safe_globals([(_Inert, CALLBACK)]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever a hostile or damaged pickle provokes
         refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*|GLOBAL [\w.]+", str(error))
         reason = f"asks for code and was refused ({refused[0]})" if refused else f"is damaged or incomplete ({error})"
         raise CheckpointError(
             f"{path} {reason}; fetch it again from a source you trust, best as .safetensors"
         ) from error
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    loaded = _unpickle(path)
     nested = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(nested, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a dictionary of tensors")
