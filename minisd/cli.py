@@ -8,6 +8,7 @@ something that cannot be, 130 interrupted.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import warnings
@@ -110,6 +111,13 @@ def generate(
     ] = None,
     rescale: Annotated[float, typer.Option(help="Tame strong guidance, 0 (off) to 1.")] = 0.0,
     clip_skip: Annotated[int, typer.Option(help="Which layer of the text encoder, counted from its end.")] = 1,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="Load this LoRA, at this strength. May be repeated.", metavar="FILE[:WEIGHT]"),
+    ] = None,
+    inversion: Annotated[
+        list[Path] | None, typer.Option("--textual-inversion", help="Load this word. May be repeated.", metavar="FILE")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")
     ] = None,
@@ -142,6 +150,7 @@ def generate(
     sd = _load(model, device, dtype, variant=variant, prediction_type=prediction, offload=offload)
     say(f"{model or 'tiny'} on {sd.device} in {str(sd.dtype).removeprefix('torch.')}, "
         f"loaded in {time.perf_counter() - started:.1f} s")
+    _load_adapters(sd, lora or [], inversion or [])
     if unknown := _unknown_words(sd, f"{prompt} {negative}"):
         _say(unknown)
     drawing = Drawing(
@@ -158,6 +167,7 @@ def generate(
         outpaint=outpaint,
         guidance_rescale=rescale,
         clip_skip=clip_skip,
+        loras=" ".join(f"{name} {weight:g}" for name, weight in sd.adapters.weights.items()),
     )
     choices: dict[str, Any] = {"seed": seed, "images": images, "batch": batch, "grid": grid, "model": model}
     draw_all(sd, drawing, target, **choices, quiet=quiet, say=say)
@@ -226,6 +236,16 @@ def _load(model: str | None, device: str | None, dtype: str | None, **choices: A
     return StableDiffusion.from_pretrained(model, device=place, dtype=precision, **choices)
 
 
+def _load_adapters(sd: StableDiffusion, loras: Sequence[str], inversions: Sequence[Path]) -> None:
+    """Load LoRAs, each given as FILE or FILE:WEIGHT, and textual inversions."""
+    for given in loras:
+        match = None if Path(given).exists() else re.fullmatch(r"(.+):(-?\d*\.?\d+)", given)
+        file, weight = match.groups() if match else (given, "1")
+        sd.load_lora(file, weight=float(weight))
+    for path in inversions:
+        sd.load_textual_inversion(path)
+
+
 def _usable_device(name: str) -> torch.device:
     import torch
 
@@ -233,7 +253,7 @@ def _usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        from minisd.pipeline import best_device
+        from minisd.parts import best_device
 
         raise typer.BadParameter(
             f"--device {name} cannot be used on this machine; leave it out to take {best_device()}"

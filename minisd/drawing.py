@@ -77,6 +77,7 @@ class Drawing:
     outpaint: tuple[int, int, int, int] | None = None
     guidance_rescale: float = 0.0
     clip_skip: int = 1
+    loras: str = ""
 
     def __post_init__(self) -> None:
         if self.image is None and (self.mask or self.outpaint):
@@ -137,6 +138,8 @@ class Drawing:
         }
         if self.sampler.spacing:
             settings["Timestep spacing"] = self.sampler.spacing
+        if self.loras:
+            settings["LoRA"] = self.loras
         if self.image is not None and self.outpaint is None:
             usual = 0.8 if self.mask is None else 1.0
             settings["Denoising strength"] = f"{usual if self.strength is None else self.strength:g}"
@@ -168,7 +171,7 @@ def draw_all(
 ) -> None:
     """Draw a batch at a time, saving pictures as they come, or the grid of all of them at the end."""
     from minisd.images import grid as lay_out
-    from minisd.pipeline import seeds
+    from minisd.noise import seeds
 
     numbers = seeds(seed, images)
     sampler, name = drawing.sampler, Path(model).stem if model and Path(model).exists() else model or "tiny"

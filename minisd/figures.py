@@ -25,7 +25,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from minisd.pipeline import StableDiffusion, best_device
+from minisd.images import to_pil
+from minisd.parts import best_device
+from minisd.pipeline import StableDiffusion
 from minisd.tokenizer import Tokenizer, normalize, split_words
 
 INK, FAINT, PAPER = "#1a1a1a", "#6b6b6b", "#ffffff"
@@ -292,3 +294,83 @@ def token_rows(tokenizer: Tokenizer, prompts: Sequence[str], length: int = 77) -
         draw.text((x + 18, sheet.height - 10), kind, INK, _font(12), anchor="lm")
         x += 34 + int(_font(12).getlength(kind))
     return sheet.quantize(32)
+
+
+def shape_ladder(maps: Mapping[str, Tensor], sheets: int = 2) -> Image.Image:
+    """Feature maps (1, c, h, w) from left to right, each a pile of its most varied channels, as large as h and w say.
+
+    Three channels are taken for a picture in [-1, 1]. Below stand the name, the shape and how many numbers it holds.
+    """
+    tiles = []
+    for name, x in maps.items():
+        _, c, h, w = x.shape
+        size = (round(8 * w**0.5), round(8 * h**0.5))
+        if c == 3:
+            faces = to_pil(x)
+        else:
+            low, high = x[0].flatten(1).quantile(torch.tensor([0.01, 0.99]), dim=1)  # single places may stick out
+            order = (high - low).argsort(descending=True)[: sheets if c > 4 else c].tolist()
+            faces = [paint(x[0, channel], low[channel].item(), high[channel].item()) for channel in order]
+        tiles.append(
+            (name, f"{c} × {h} × {w}", f"{x.numel():,}", [face.resize(size, Image.Resampling.BOX) for face in faces])
+        )
+    step, foot = 10, 58
+    widths = [max(faces[0].width + step * (len(faces) - 1), 96) + 10 for *_, faces in tiles]
+    top = max(faces[0].height + step * (len(faces) - 1) for *_, faces in tiles)
+    sheet = Image.new("RGB", (sum(widths), top + foot), PAPER)
+    draw, left = ImageDraw.Draw(sheet), 0
+    for (*texts, faces), width in zip(tiles, widths, strict=True):
+        pile = faces[0].width + step * (len(faces) - 1)
+        for depth, face in reversed(list(enumerate(faces))):
+            x0 = left + (width - pile) // 2 + step * depth
+            y0 = top - face.height - step * depth
+            sheet.paste(face, (x0, y0))
+            draw.rectangle((x0, y0, x0 + face.width - 1, y0 + face.height - 1), None, PAPER)
+        for row, (text, color) in enumerate(zip(texts, (INK, BLUE, FAINT), strict=True)):
+            draw.text((left + width / 2, top + 14 + 16 * row), text, color, _font(12), anchor="mm")
+        left += width
+    return sheet
+
+
+def heat_map(
+    values: Tensor,
+    rows: Sequence[str | Image.Image],
+    columns: Sequence[str | Image.Image],
+    low: float | None = None,
+    high: float | None = None,
+    digits: int | None = 2,
+    cell: int = 40,
+) -> Image.Image:
+    """A matrix as a table of coloured cells, dark at `low` and bright at `high`, with a word or a picture at each line.
+
+    digits: decimals written into the cells, None for no numbers. Raises ValueError where names do not match the matrix.
+    """
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(f"a matrix of {tuple(values.shape)} with {len(rows)} row and {len(columns)} column names")
+    left, top = (8 + max(_label(name, cell).width for name in names) for names in (rows, columns))
+    cells = paint(values, low, high).resize((cell * len(columns), cell * len(rows)), Image.Resampling.NEAREST)
+    sheet = Image.new("RGB", (left + cells.width, top + cells.height), PAPER)
+    sheet.paste(cells, (left, top))
+    draw = ImageDraw.Draw(sheet)
+    for y, name in enumerate(rows):
+        label = _label(name, cell)
+        sheet.paste(label, (left - 6 - label.width, top + cell * y + (cell - label.height) // 2))
+    for x, name in enumerate(columns):
+        label = _label(name, cell)
+        label = label.rotate(90, expand=True) if isinstance(name, str) else label
+        sheet.paste(label, (left + cell * x + (cell - label.width) // 2, top - 6 - label.height))
+    for (y, x), value in np.ndenumerate(values.detach().float().cpu().numpy()) if digits is not None else ():
+        middle = (left + cell * x + cell // 2, top + cell * y + cell // 2)
+        red, green, blue = sheet.getpixel(middle)  # type: ignore[misc]
+        dark = 0.3 * red + 0.59 * green + 0.11 * blue < 128
+        draw.text(middle, f"{value:.{digits}f}", PAPER if dark else INK, _font(11), anchor="mm")
+    return sheet
+
+
+def _label(name: str | Image.Image, side: int) -> Image.Image:
+    """A name as a picture of its letters; a picture shrunk to the side of a cell."""
+    if isinstance(name, Image.Image):
+        return name.convert("RGB").resize((side - 4, side - 4), Image.Resampling.LANCZOS)
+    label = Image.new("RGB", (int(_font(12).getlength(name)) + 2, 16), PAPER)
+    ImageDraw.Draw(label).text((0, 8), name, INK, _font(12), anchor="lm")
+    return label

@@ -36,7 +36,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from minisd import TINY, Autoencoder, Sampler, StableDiffusion, TextEncoder, Tokenizer, UNet
-    from minisd.pipeline import Defaults
+    from minisd.folder import Defaults
 
     text = replace(TINY.text_encoder, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     vae = replace(TINY.autoencoder, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, sample_size=32)

@@ -27,6 +27,7 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import minisd.parts
 import minisd.pipeline
 import minisd.unet
 from minisd.attention import record_attention
@@ -150,7 +151,11 @@ def no_numbers_read(size: tuple[int, int]) -> Iterator[list[str]]:
         assert images.shape[1:] == (3, *size)
         return [Image.new("RGB", (1, 1)) for _ in range(len(images))]
 
-    with mock.patch.object(minisd.pipeline, "_finite", note), mock.patch.object(minisd.pipeline, "to_pil", blank):
+    with (
+        mock.patch.object(minisd.parts, "finite", note),
+        mock.patch.object(minisd.pipeline, "finite", note),
+        mock.patch.object(minisd.parts, "to_pil", blank),
+    ):
         yield checked
 
 

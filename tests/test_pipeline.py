@@ -12,7 +12,8 @@ from minisd.autoencoder import Autoencoder
 from minisd.config import TINY
 from minisd.folder import Defaults
 from minisd.images import from_pil, grid, to_images, to_pixels
-from minisd.pipeline import StableDiffusion, seeds
+from minisd.noise import seeds
+from minisd.pipeline import StableDiffusion
 from minisd.samplers import Sampler
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer

@@ -1,0 +1,240 @@
+"""The parts of a model: loaded, on a device, and called one at a time; `pipeline.py` puts them together."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from minisd import adapters, checkpoint
+from minisd.autoencoder import Autoencoder
+from minisd.config import ModelConfig
+from minisd.folder import Defaults
+from minisd.guidance import Guidance
+from minisd.images import from_pil, to_pil
+from minisd.preview import linear_preview
+from minisd.schedule import Schedule
+from minisd.text_encoder import TextEncoder
+from minisd.tiling import tiled
+from minisd.tokenizer import Tokenizer
+from minisd.unet import UNet
+
+
+class Parts:
+    """Tokenizer, text encoder, UNet, autoencoder and noise schedule of one model, and what each of them does.
+
+    offload: the device on which a part is only while it computes. tile: encode and decode large pictures in tiles.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder,
+        unet: UNet,
+        autoencoder: Autoencoder,
+        defaults: Defaults | None = None,
+        offload: torch.device | None = None,
+        tile: bool = False,
+    ) -> None:
+        self.config, self.defaults = config, defaults or Defaults()
+        self.tokenizer, self.text_encoder, self.unet, self.autoencoder = tokenizer, text_encoder, unet, autoencoder
+        self.schedule = Schedule(config.schedule)
+        self.adapters = adapters.Adapters()
+        self.offload, self.tile = offload, unet.config.sample_size * 3 // 2 if tile else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts compute; with `offload` each of them is there only while it does."""
+        return self.offload or self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self.unet.conv_in.weight.dtype
+
+    @contextmanager
+    def _using(self, part: nn.Module) -> Iterator[None]:
+        """Within this block a part is on the device. With `offload` it was not, and is not afterwards."""
+        if self.offload is None or next(part.parameters()).device == self.offload:
+            yield
+            return
+        home = part.state_dict()
+        try:
+            part.load_state_dict({key: value.to(self.offload) for key, value in home.items()}, assign=True)
+            yield
+        finally:
+            part.load_state_dict(home, assign=True)
+
+    @torch.inference_mode()
+    def encode_text(self, prompts: str | Sequence[str], clip_skip: int = 1) -> Tensor:
+        """Prompts to context (n, 77, width). Words past the 77th token are dropped, with a warning that says which."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for prompt in prompts:
+            if lost := self.tokenizer.truncated(prompt):
+                warnings.warn(f"the prompt is longer than 77 tokens; this was left out: {lost!r}", stacklevel=2)
+        ids = self.tokenizer(prompts).to(self.device)
+        with self._using(self.text_encoder):
+            return finite(self.text_encoder(ids, clip_skip), "text encoder")
+
+    @torch.inference_mode()
+    def encode_image(self, image: Image.Image | Tensor) -> Tensor:
+        """A PIL picture, or images (n, 3, h, w) in [-1, 1], to latents (n, 4, h/8, w/8): the scaled mean."""
+        images = image if isinstance(image, Tensor) else from_pil(image)
+        with self._using(self.autoencoder):
+            mean = self._one_by_one(lambda x: self.autoencoder.encode(x).mean, images.to(self.device, self.dtype))
+        return finite(mean * self.autoencoder.config.scaling_factor, "autoencoder's encoder")
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Latents (n, 4, h/8, w/8), scaled, to PIL pictures."""
+        return to_pil(self.decode_to_tensor(latents))
+
+    @torch.inference_mode()
+    def decode_to_tensor(self, latents: Tensor) -> Tensor:
+        """Latents (n, 4, h/8, w/8), scaled, to images (n, 3, h, w), about [-1, 1] and not clipped.
+
+        In float16 some decoders overflow; then a float32 copy decodes, and a warning says so.
+        """
+        unscaled = latents.to(self.device, self.dtype) / self.autoencoder.config.scaling_factor
+        with self._using(self.autoencoder):
+            try:
+                return finite(self._one_by_one(self.autoencoder.decode, unscaled), "autoencoder's decoder")
+            except FloatingPointError:
+                if self.dtype != torch.float16 or not bool(torch.isfinite(latents).all()):
+                    raise
+            warnings.warn("the autoencoder overflows in float16; decoding again in float32", stacklevel=2)
+            again = self._one_by_one(deepcopy(self.autoencoder).float().decode, unscaled.float())
+        return finite(again, "autoencoder's decoder")
+
+    def _one_by_one(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run the encoder or the decoder on the whole batch; with `tile` one picture, and one tile, at a time."""
+        if self.tile is None:
+            return function(x)
+        factor = self.autoencoder.config.downscale
+        tile, zoom = (self.tile, factor) if x.shape[1] != 3 else (self.tile * factor, 1 / factor)
+        return torch.cat([tiled(function, one, tile, tile // 2, zoom) for one in x.split(1)]).to(x.dtype)
+
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Latents (n, 4, h/8, w/8), scaled, to PIL pictures of their own small size, in no time: see `preview.py`."""
+        return to_pil(linear_preview(latents, self.defaults.preview))
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of the prompt with a token that the text encoder never learned: its embedding is all zeros."""
+        for word in self.tokenizer.added:
+            prompt = re.sub(re.escape(word), " ", prompt, flags=re.IGNORECASE)
+        table = self.text_encoder.token_embedding.weight
+        words = []
+        for word in dict.fromkeys(re.findall(r"[\w'-]+", prompt)):
+            ids = self.tokenizer.encode(word)
+            if ids and not bool(table[torch.tensor(ids, device=table.device)].any(dim=1).all()):
+                words.append(word)
+        return words
+
+    def predict(self, latents: Tensor, t: float, context: Tensor, guidance: Guidance | float = 1.0) -> Tensor:
+        """The UNet's prediction, guided when the context (2n, 77, d) holds negative and positive prompts.
+
+        latents (n, 4, h/8, w/8), or with 9 channels for an inpainting UNet -> prediction (n, 4, h/8, w/8), float32.
+        guidance: a scale, or more that `Guidance` can say.
+        """
+        both = len(context) == 2 * len(latents)
+        x = torch.cat([latents, latents]) if both else latents
+        timestep = torch.tensor(t, device=self.device, dtype=torch.float32)
+        with self._using(self.unet):
+            prediction = self.unet(x.to(self.dtype), timestep, context).float()
+        if not both:
+            return prediction
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        return guidance.combine(*prediction.chunk(2))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+        tile: bool = False,
+        **choices: Any,
+    ) -> Self:
+        """Load a model: nothing for the shipped tiny one, a hub id, a diffusers folder, a .safetensors or .ckpt file.
+
+        device: by default cuda, mps or cpu, the first that is there. dtype: by default float16 on cuda, else float32.
+        offload: keep the parts in main memory, each on the device only while it computes. In float16 the largest, the
+        UNet, takes 1.7 GB there in place of 2.1 GB for all three. Slower, and threads may not share the result.
+        tile: encode and decode one picture at a time, and those of more than 1½ times the model's own size in tiles.
+        Other choices (variant, prediction_type, revision …) go to `checkpoint.load`, which says what it raises.
+        """
+        place = torch.device(device) if device is not None else best_device()
+        precision = dtype or (torch.float16 if place.type == "cuda" else torch.float32)
+        loaded = checkpoint.load(source, device="cpu" if offload else place, dtype=precision, **choices)
+        parts = loaded.tokenizer, loaded.text_encoder, loaded.unet, loaded.autoencoder
+        return cls(loaded.config, *parts, loaded.defaults, offload=place if offload else None, tile=tile)
+
+    def save_pretrained(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write a folder that diffusers, transformers and minisd load. dtype: by default the weights' own.
+
+        Fused LoRAs are saved in the weights. Raises ValueError while there are others, or textual inversions, which
+        such a folder cannot hold.
+        """
+        if self.adapters.loras and not self.adapters.fused:
+            raise ValueError(f"{', '.join(self.adapters.loras)} is not fused; call fuse_lora() or unload_lora() first")
+        if self.tokenizer.added:
+            raise ValueError(f"a model folder cannot hold {', '.join(self.tokenizer.added)}; keep their own files")
+        checkpoint.save(self, folder, dtype)
+
+    def load_lora(self, path: str | PathLike[str], name: str | None = None, weight: float = 1.0) -> str:
+        """Load a LoRA beside those already there, acting with `weight`; return its name, by default the file's.
+
+        path: a .safetensors, .bin or .pt file in the layouts of diffusers, peft or kohya, or a folder with one. Raises
+        CheckpointError, naming keys and shapes, where it does not fit, and ValueError for a name that is taken.
+        """
+        return self.adapters.load(path, {"unet": self.unet, "text_encoder": self.text_encoder}, name, weight)
+
+    def set_adapters(self, weights: Mapping[str, float]) -> None:
+        """Let the named LoRAs act with these weights, and the others not at all. ValueError for an unknown name."""
+        self.adapters.set_weights(weights)
+
+    def fuse_lora(self) -> None:
+        """Add the loaded LoRAs to the weights, so that drawing costs nothing extra; `unfuse_lora` undoes it exactly."""
+        self.adapters.fuse()
+
+    def unfuse_lora(self) -> None:
+        """Put back the weights as they were before `fuse_lora`, bit for bit; the LoRAs act beside them again."""
+        self.adapters.unfuse()
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Remove one LoRA, or all of them, exactly, fused or not."""
+        self.adapters.unload(name)
+
+    def load_textual_inversion(self, path: str | PathLike[str], token: str | None = None) -> str:
+        """Teach the text encoder a word, and return it. path: a file of diffusers or the web UI. token: another word.
+
+        Raises CheckpointError for other files, ValueError for a word that is known already or vectors that do not fit.
+        """
+        word, vectors = adapters.read_textual_inversion(path, token)
+        self.tokenizer = adapters.add_word(self.tokenizer, self.text_encoder, word, vectors)
+        return word
+
+
+def best_device() -> torch.device:
+    """The fastest device of this machine: cuda, then mps, then cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def finite(x: Tensor, part: str) -> Tensor:
+    if not bool(torch.isfinite(x).all()):
+        advice = "load the model in float32" if x.dtype == torch.float16 else "check the checkpoint"
+        raise FloatingPointError(f"the {part} returned NaN or infinity in {x.dtype}; {advice}")
+    return x
