@@ -299,7 +299,10 @@ def _settings(path: Path) -> Mapping[str, Any]:
     """peft's configuration: in the file's own metadata, as diffusers writes it, or in adapter_config.json beside it."""
     if path.stem == "adapter_model":
         return read_json(path.with_name("adapter_config.json"))
-    settings = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
+    try:
+        settings = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"the lora_adapter_metadata of {path} is not JSON ({error}); fetch it again") from error
     return settings if isinstance(settings, dict) else {}
 
 
@@ -311,7 +314,7 @@ def _told_alpha(settings: Mapping[str, Any], name: str, rank: int) -> float:
         return settings.get(f"{part}.{key}", settings.get(key, default))
 
     alpha = told("lora_alpha", rank)
-    for pattern, other in told("alpha_pattern", {}).items():
+    for pattern, other in (told("alpha_pattern", None) or {}).items():
         if any(re.fullmatch(rf"(.*\.)?({pattern})", each) for each in (layer, layer.removeprefix("text_model."))):
             alpha = other
             break
