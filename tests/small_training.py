@@ -16,6 +16,7 @@ from minisd.text_encoder import TextEncoder
 from minisd.training.autoencoder import AutoencoderTask
 from minisd.training.clip import CLIPTask, ImageEncoderConfig
 from minisd.training.data import Scenes
+from minisd.training.layout import layouts
 from minisd.training.loop import Options, Task, rank, train
 from minisd.training.scenes import vocabulary
 from minisd.training.unet import UNetTask
@@ -39,7 +40,8 @@ def small_task(part: str, folder: Path, output: Path) -> Task:
     output.mkdir(parents=True, exist_ok=True)
     save_file({"latents": torch.randn(len(scenes), 4, 16, 16)}, latents)
     config = replace(TINY, text_encoder=TEXT, autoencoder=AUTOENCODER, unet=UNET)
-    return UNetTask(latents, scenes.captions, Autoencoder(AUTOENCODER), TextEncoder(TEXT), config)
+    layout = layouts(scenes.descriptions)
+    return UNetTask(latents, scenes.captions, Autoencoder(AUTOENCODER), TextEncoder(TEXT), config, layout=layout)
 
 
 def main() -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from minisd.pipeline import StableDiffusion
 
 app = typer.Typer(no_args_is_help=True, help="Train the parts of the tiny model, one after the other.")
 
@@ -20,6 +25,11 @@ Seed = Annotated[int, typer.Option(help="Of the data's order, the noise and the 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")]
 From = Annotated[Path | None, typer.Option("--from", help="Start from the weights of this model folder.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder with the parts that are already trained.")]
+Base = Annotated[str | None, typer.Option("--model", help="Folder, file or hub id. [default: the tiny one]")]
+Pictures = Annotated[
+    Path | None, typer.Option(help="Folder of pictures and metadata.jsonl. [default: a unicorn's, shipped]")
+]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Draw this for the sheet. May be repeated.")]
 
 
 @app.command()
@@ -121,19 +131,72 @@ def unet(
     """Train the denoiser on cached latents; under torchrun on several processes."""
     from minisd.config import TINY
     from minisd.training.data import Scenes
+    from minisd.training.layout import layouts
     from minisd.training.parts import load_autoencoder, load_text_encoder, load_unet
     from minisd.training.unet import UNetTask
 
+    data = Scenes(scenes)
     task = UNetTask(
         scenes / "latents.safetensors",
-        Scenes(scenes).captions,
+        data.captions,
         load_autoencoder(vae / "vae"),
         load_text_encoder(text / "text_encoder"),
         TINY,
         seed=seed,
         model=None if start is None else load_unet(start / "unet"),
+        layout=layouts(data.descriptions),
     )
     _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
+
+
+@app.command()
+def lora(
+    pictures: Pictures = None,
+    output: Output = Path("runs/lora"),
+    base: Base = None,
+    rank: Annotated[int, typer.Option(min=1, help="Of the updates: more can hold more, in a larger file.")] = 8,
+    layers: Annotated[Literal["attention", "all"], typer.Option(help="Which layers of the UNet are updated.")] = "all",
+    prompts: Prompts = None,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch: Batch = 8,
+    lr: Rate = 1e-3,
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Teach a model a thing or a style from a few pictures: a LoRA, for `minisd generate --lora`."""
+    from minisd.training.adapting import EXAMPLES, LoRATask
+
+    sd = _base(base)
+    with _told():
+        task = LoRATask(sd, pictures or EXAMPLES, rank=rank, layers=layers, seed=seed, prompts=prompts or ())
+    _adapt(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
+
+
+@app.command()
+def inversion(
+    token: Annotated[str, typer.Option(help="The new word.")] = "<unicorn>",
+    word: Annotated[str, typer.Option(help="The word of the captions in whose place it stands.")] = "unicorn",
+    initial: Annotated[str, typer.Option(help="The word, known to the model, from whose vector it begins.")] = "horse",
+    vectors: Annotated[int, typer.Option(min=1, help="How many vectors the word has.")] = 4,
+    pictures: Pictures = None,
+    output: Output = Path("runs/inversion"),
+    base: Base = None,
+    prompts: Prompts = None,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch: Batch = 8,
+    lr: Rate = 5e-3,
+    seed: Seed = 0,
+    resume: Resume = False,
+) -> None:
+    """Teach a model a word from a few pictures: a textual inversion, for `minisd generate --textual-inversion`."""
+    from minisd.training.adapting import EXAMPLES, InversionTask
+
+    sd = _base(base)
+    with _told():
+        task = InversionTask(sd, pictures or EXAMPLES, token, word, initial, vectors, seed=seed, prompts=prompts or ())
+    _adapt(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
 
 
 @app.command()
@@ -185,6 +248,30 @@ def sheet(
     sd = StableDiffusion.from_pretrained(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     grid(sd(list(PROMPTS), seed=[seed] * len(PROMPTS)), columns=8, captions=PROMPTS).save(output)
+
+
+def _base(model: str | None) -> StableDiffusion:
+    import torch
+
+    from minisd.pipeline import StableDiffusion
+
+    return StableDiffusion.from_pretrained(model, dtype=torch.float32)
+
+
+def _adapt(task: Any, output: Path, **choices: Any) -> None:
+    """Run a short training and say where the adapter is."""
+    _train(task, output, decays=(0.99,), warmup=20, **choices)
+    for path in sorted((output / "export").glob("*.safetensors")):
+        print(path)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Within this block wrong values and missing files are the caller's fault, and told as such."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _train(task: Any, output: Path, **choices: Any) -> None:

@@ -28,6 +28,7 @@ from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.data import Scenes
+from minisd.training.layout import Layout, WithLayout, layout_loss
 from minisd.training.loop import Shuffled, channels_last, generator, processes, rank, save_atomically
 from minisd.unet import UNet
 
@@ -79,7 +80,8 @@ class UNetTask:
     """What `loop.train` needs to train the UNet on cached latents, with the frozen text encoder's context.
 
     dropout: the share of captions replaced by the empty one, which is what guidance needs.
-    model: train this one further.
+    model: train this one further. layout: where the objects are; the UNet is asked for it too (see `layout.py`), with a
+    weight that falls from `ask` to 0 in the course of the run.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class UNetTask:
         seed: int = 0,
         dropout: float = 0.1,
         model: UNet | None = None,
+        layout: Layout | None = None,
+        ask: float = 0.05,
     ) -> None:
         self.latents = load_file(latents)["latents"]
         if len(self.latents) != len(captions):
@@ -103,7 +107,8 @@ class UNetTask:
         self.ids = self.tokenizer([*captions, ""])
         torch.manual_seed(seed)
         model = (model or start(UNet(config.unet))).requires_grad_()
-        self.model: nn.Module = channels_last(model)
+        self.layout, self.ask = layout, ask
+        self.model: nn.Module = channels_last(model if layout is None else WithLayout(model))
         self.order = Shuffled(len(captions), seed)
 
     def loss(self, step: int, positions: range, local: slice, progress: float) -> tuple[Tensor, dict[str, float]]:
@@ -119,26 +124,41 @@ class UNetTask:
         with torch.no_grad():
             context = self.text_encoder(self.ids[torch.where(dropped[local], len(self.ids) - 1, indices)])
         noisy = self.schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        prediction = self.model(noisy, timesteps, context)
+        output = self.model(noisy, timesteps, context)
+        prediction, answers = output if self.layout else (output, [])
         error = (prediction - self.schedule.target(latents, noise, timesteps)).square().mean((1, 2, 3))
-        weight = loss_weight(self.schedule.snr(timesteps).float())
-        return (weight * error).mean(), {"mse": float(error.detach().mean())}
+        snr = self.schedule.snr(timesteps).float()
+        loss = (loss_weight(snr) * error).mean()
+        details = {"denoising": float(loss.detach()), "mse": float(error.detach().mean())}
+        if self.layout:
+            # in pure noise nothing is anywhere yet: ask in proportion to what can be seen
+            seen = snr / (snr + 0.1)
+            missed = sum((seen * layout_loss(answer, self.layout[indices])).mean() for answer in answers)
+            loss = loss + self.ask * (1 - progress) * missed
+            details["layout"] = float(torch.as_tensor(missed).detach())
+        return loss, details
 
     @torch.no_grad()
     def sheet(self, model: nn.Module) -> Image.Image:
         """The fixed prompts, drawn with seed 0."""
-        assert isinstance(model, UNet)
+        model = _unet(model)
         sd = StableDiffusion(self.config, self.tokenizer, self.text_encoder, model, self.autoencoder, SAMPLING)
         return grid(sd(list(PROMPTS), seed=[0] * len(PROMPTS), progress=False), columns=8)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write `unet/` as diffusers does."""
-        assert isinstance(model, UNet)
+        model = _unet(model)
         config = {"_class_name": "UNet2DConditionModel", **model.config.to_dict()}
         weights = {key: value.contiguous() for key, value in model.state_dict().items()}
         target = folder / "unet"
         save_atomically(lambda path: save_file(weights, path), target / "diffusion_pytorch_model.safetensors")
         save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), target / "config.json")
+
+
+def _unet(model: nn.Module) -> UNet:
+    model = model.unet if isinstance(model, WithLayout) else model
+    assert isinstance(model, UNet)
+    return model
 
 
 def loss_weight(snr: Tensor, floor: float = 0.25, ceiling: float = 5.0) -> Tensor:
