@@ -174,6 +174,48 @@ def generate(
 
 
 @app.command()
+def interpolate(
+    start: Annotated[str, typer.Argument(help="The first picture, in words.")],
+    end: Annotated[str, typer.Argument(help="The last picture, in words.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="A .png file or a folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files, instead of numbering.")] = False,
+    count: Annotated[int, typer.Option("--images", "-n", min=2, help="How many, both ends included.")] = 8,
+    seeds: Annotated[tuple[int, int], typer.Option(help="Of the first and of the last picture.")] = (0, 1),
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompts; 1 is plain.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first there is]")] = None,
+) -> None:
+    """Draw the pictures on the way from one prompt and seed to another, side by side in one file.
+
+    \b
+    Example:
+      minisd interpolate "a red car on the beach" "a blue car in the snow" --seeds 3 3
+    """
+    from minisd.images import grid
+
+    target = Target.parse(output, f"{start} to {end}", several=False, overwrite=overwrite)
+    sd = _load(model, device, None)
+    if unknown := _unknown_words(sd, f"{start} {end}"):
+        _say(unknown)
+    drawing = Drawing(
+        prompt=f"{start} to {end}",
+        negative_prompt="",
+        num_inference_steps=sd.defaults.num_inference_steps if steps is None else steps,
+        guidance_scale=sd.defaults.guidance_scale if guidance is None else guidance,
+        sampler=sd.defaults.sampler,
+        width=None,
+        height=None,
+    )
+    choices = {"num_inference_steps": drawing.num_inference_steps, "guidance_scale": drawing.guidance_scale}
+    pictures = sd.interpolate((start, end), seeds, count, **choices)
+    text = drawing.parameters(seeds[0], pictures[0].size, Path(model).stem if model else "tiny", count)
+    target.save(grid(pictures, columns=count), seeds[0], text)
+
+
+@app.command()
 def info(
     source: Annotated[str, typer.Argument(metavar="MODEL|PICTURE", help="A hub id, folder or file.")] = "tiny",
     variant: Annotated[str | None, typer.Option(help="Of the model's files, such as fp16.")] = None,

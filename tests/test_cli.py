@@ -30,7 +30,7 @@ def run(small_model, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("MINISD_DEBUG", raising=False)
 
     def command(*arguments: str, model: str | None = str(small_model)) -> tuple[int, list[str], str]:
-        chosen = ["--model", model] if arguments[0] == "generate" and model else []
+        chosen = ["--model", model] if arguments[0] in ("generate", "interpolate") and model else []
         code = cli.main([*arguments, *chosen])
         out, err = capsys.readouterr()
         assert "Traceback" not in err
@@ -62,6 +62,17 @@ def test_generate_draws_what_python_draws(run, small_model):
     assert np.array_equal(np.asarray(Image.open("red-fox-7.png")), np.asarray(expected))
     for fact in (str(small_model), "cpu", "float32", "seed 7", "2 steps of ddim"):
         assert fact in err
+
+
+def test_interpolate_draws_its_ends(run, small_model):
+    code, lines, _ = run("interpolate", "fox", "snow", "-n", "3", "--seeds", "4", "9", "-o", "way.png")
+    assert (code, lines) == (0, ["way.png"])
+    strip = np.asarray(Image.open("way.png")).astype(int)
+    sd = StableDiffusion.from_pretrained(small_model, device="cpu")
+    for place, prompt, seed in ((0, "fox", 4), (64, "snow", 9)):
+        assert np.abs(strip[:, place : place + 32] - np.asarray(sd(prompt, seed=seed)).astype(int)).max() <= 1
+    assert "fox to snow" in (read_parameters("way.png") or "")
+    assert run("interpolate", "fox", "snow", "-n", "1")[0] == 2
 
 
 def test_mask_and_outpaint_keep_the_picture(run):
