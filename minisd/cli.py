@@ -209,8 +209,13 @@ def interpolate(
         width=None,
         height=None,
     )
-    choices = {"num_inference_steps": drawing.num_inference_steps, "guidance_scale": drawing.guidance_scale}
-    pictures = sd.interpolate((start, end), seeds, count, **choices)
+    pictures = sd.interpolate(
+        (start, end),
+        seeds,
+        count,
+        num_inference_steps=drawing.num_inference_steps,
+        guidance_scale=drawing.guidance_scale,
+    )
     text = drawing.parameters(seeds[0], pictures[0].size, Path(model).stem if model else "tiny", count)
     target.save(grid(pictures, columns=count), seeds[0], text)
 
