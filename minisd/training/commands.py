@@ -291,13 +291,22 @@ def _train(task: Any, output: Path, **choices: Any) -> None:
             output / "log.jsonl",
             Sitting(
                 part=output.name,
-                command=" ".join(["minisd", *sys.argv[1:]]),
+                command=_command(),
                 minutes=round((trainer.elapsed - began[1]) / 60, 1),
                 steps=steps,
                 samples=steps * options.batch,
                 loss=round(sum(line["loss"] for line in last) / max(len(last), 1), 5),
             ),
         )
+
+
+def _command() -> str:
+    """What was typed: `minisd train …`, or this module under torchrun."""
+    from minisd.training.loop import processes
+
+    words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
+    together = f"torchrun --nproc-per-node {processes()} -m minisd.training.commands"
+    return " ".join(["minisd train" if processes() == 1 else together, *words])
 
 
 def _state(folder: Path) -> tuple[int, float]:
