@@ -279,7 +279,7 @@ def _spellings(name: str) -> Iterator[str]:
 def _misfits(keys: Mapping[str, str], header: Mapping[str, TensorInfo], layer: Layer) -> Iterator[str]:
     """What is wrong with the tensors found for one layer; a 1×1 convolution may be written as a linear layer."""
     if missing := [factor for factor in "AB" if factor not in keys]:
-        there = next(iter(keys.values()))
+        there = keys.get("A") or keys.get("B") or keys["alpha"]
         yield f"{there} has no partner: lora_{missing[0]} ({'down' if missing[0] == 'A' else 'up'}) is missing"
         return
     out, *rest = layer.weight.shape
