@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from minisd.autoencoder import Autoencoder
-from minisd.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from minisd.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
+from minisd.folder import Defaults
+from minisd.pipeline import StableDiffusion
 from minisd.text_encoder import TextEncoder
+from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 
 TOLERANCE = 1e-10  # of the output's standard deviation, in float64
@@ -258,3 +261,16 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 
 def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def lively_model(config: ModelConfig, defaults: Defaults | None = None) -> StableDiffusion:
+    """A model with random weights, large enough that prompt, picture and mask matter."""
+    torch.manual_seed(0)
+    parts = TextEncoder(config.text_encoder), UNet(config.unet), Autoencoder(config.autoencoder)
+    with torch.no_grad():
+        for part in parts:
+            for name, parameter in part.named_parameters():
+                if parameter.dim() > 1 and "embedding" not in name:
+                    parameter.mul_(2)
+    text_encoder, unet, autoencoder = (part.eval().requires_grad_(False) for part in parts)
+    return StableDiffusion(config, Tokenizer.from_pretrained(), text_encoder, unet, autoencoder, defaults)

@@ -11,40 +11,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity import lively_model
 from PIL import Image
 
-from minisd.autoencoder import Autoencoder
 from minisd.config import TINY
 from minisd.editing import extend, latent_mask, paste, read_mask, slerp
 from minisd.folder import Defaults
 from minisd.guidance import Guidance
 from minisd.pipeline import StableDiffusion
 from minisd.samplers import Sampler
-from minisd.text_encoder import TextEncoder
-from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet
 
 SIDE = 64
 DDIM = Defaults(Sampler("ddim", spacing="leading"), num_inference_steps=6, guidance_scale=3.0)
 
 
 def random_model(channels: int = 4) -> StableDiffusion:
-    """A model of the tiny size, its weights large enough that prompt and mask matter, its latents without spread."""
-    torch.manual_seed(0)
-    config = replace(TINY, unet=replace(TINY.unet, in_channels=channels))
-    parts = TextEncoder(config.text_encoder), UNet(config.unet), Autoencoder(config.autoencoder)
+    """A model of the tiny size with large random weights, whose latents have no spread."""
+    sd = lively_model(replace(TINY, unet=replace(TINY.unet, in_channels=channels)), DDIM)
     with torch.no_grad():
-        for part in parts:
-            for name, parameter in part.named_parameters():
-                if parameter.dim() > 1 and "embedding" not in name:
-                    parameter.mul_(2)
         # diffusers draws a sample of the latents, minisd takes the mean: without spread they are the same
-        quant = parts[2].quant_conv
+        quant = sd.autoencoder.quant_conv
         assert quant.bias is not None
         quant.weight[4:] = 0
         quant.bias[4:] = -30
-    text_encoder, unet, autoencoder = (part.eval().requires_grad_(False) for part in parts)
-    return StableDiffusion(config, Tokenizer.from_pretrained(), text_encoder, unet, autoencoder, DDIM)
+    return sd
 
 
 @pytest.fixture(scope="module")

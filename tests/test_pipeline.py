@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from parity import lively_model
 from PIL import Image
 
 from minisd.autoencoder import Autoencoder
@@ -29,16 +30,7 @@ def shipped() -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def random_model() -> StableDiffusion:
-    """A model of the tiny size whose random weights are large enough that the prompt matters."""
-    torch.manual_seed(0)
-    parts = TextEncoder(TINY.text_encoder), UNet(TINY.unet), Autoencoder(TINY.autoencoder)
-    with torch.no_grad():
-        for part in parts:
-            for name, parameter in part.named_parameters():
-                if parameter.dim() > 1 and "embedding" not in name:
-                    parameter.mul_(2)
-    text_encoder, unet, autoencoder = (part.eval().requires_grad_(False) for part in parts)
-    return StableDiffusion(TINY, Tokenizer.from_pretrained(), text_encoder, unet, autoencoder)
+    return lively_model(TINY)
 
 
 def last(sd: StableDiffusion, *arguments: object, **choices: object) -> torch.Tensor:
