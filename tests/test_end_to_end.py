@@ -9,6 +9,8 @@ from PIL import Image
 
 from minisd import Sampler, StableDiffusion
 
+pytestmark = pytest.mark.timeout(900)  # minutes of work on two cores
+
 PROMPTS = ["a fox in the snow", "an astronaut riding a horse on the moon"]
 
 

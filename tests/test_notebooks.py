@@ -147,6 +147,7 @@ def test_every_exercise_has_a_solution_that_passes_the_same_check(path: Path):
     assert {text for _, text in solved} == {"yes\n"}
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ANY_MODEL)
 def test_notebook_runs_on_a_model_of_other_widths(name: str, small_model: Path, regenerate: ModuleType):
     notebook = regenerate.execute(nbformat.read(FOLDER / name, 4), FOLDER, str(small_model), timeout=120)
