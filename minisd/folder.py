@@ -219,13 +219,17 @@ def _scheduler(schedule: ScheduleConfig, sampler: Sampler) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": tokenizer.pad_token}
+    def token(content: str) -> dict[str, Any]:
+        # "normalized": looked for after lowering the case, so that <|ENDOFTEXT|> is one too
+        return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+
+    special = {"bos_token": token(BOS), "eos_token": token(EOS), "unk_token": token(EOS)}
+    pad = {"pad_token": tokenizer.pad_token}
+    typed = {name: {"__type": "AddedToken"} | value for name, value in special.items()}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace"}
     _write_json(folder / "vocab.json", tokenizer.vocabulary, indent=None)
-    _write_json(folder / "special_tokens_map.json", special)
-    _write_json(
-        folder / "tokenizer_config.json",
-        special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True},
-    )
+    _write_json(folder / "special_tokens_map.json", special | pad)
+    _write_json(folder / "tokenizer_config.json", config | pad | typed)
     merges = "".join(f"{left} {right}\n" for left, right in tokenizer.ranks)
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8", newline="\n")
 

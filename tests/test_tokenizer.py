@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minisd import StableDiffusion
 from minisd.tokenizer import Tokenizer, byte_symbols
 
 transformers = pytest.importorskip("transformers")
@@ -214,6 +215,15 @@ def test_stable_diffusion_2_pads_with_0(folder):
     expected = reference(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
     assert torch.equal(tokenizer(prompts), expected)
     assert tokenizer("a cat")[0, 3:].tolist() == [49407] + [0] * 73
+
+
+def test_transformers_reads_what_a_saved_model_writes(tokenizer, tmp_path, texts):
+    model = StableDiffusion.from_pretrained()
+    model.tokenizer = tokenizer
+    model.save_pretrained(tmp_path / "saved")
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "saved" / "tokenizer")
+    expected = theirs(texts, add_special_tokens=False).input_ids
+    assert [text for text, ids in zip(texts, expected, strict=True) if tokenizer.encode(text) != ids] == []
 
 
 def test_shipped_files_are_complete():
