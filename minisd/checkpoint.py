@@ -33,6 +33,7 @@ __all__ = [
     "open_checkpoint",
     "save",
 ]
+SHIPPED = Path(str(resources.files("minisd") / "assets/tiny"))
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -164,7 +165,7 @@ def describe(source: str | os.PathLike[str] | None = None, **choices: Any) -> st
 
 def _locate(source: str | os.PathLike[str] | None, variant: str | None, revision: str | None) -> Path:
     if source is None or source == "tiny":
-        return Path(str(resources.files("minisd") / "assets/tiny"))
+        return SHIPPED
     path = Path(source)
     if path.exists():
         return path

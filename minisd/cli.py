@@ -273,6 +273,61 @@ def evaluate(
     print(output / "evaluation.json")
 
 
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Option(help='A model folder, "tiny", or "full": Stable Diffusion 1.5 with random weights.')
+    ] = "full",
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .json file; a picture is drawn beside it.")] = Path(
+        "runs/bench.json"
+    ),
+    size: Annotated[
+        list[int] | None, typer.Option(help="In pixels; may be repeated. [default: 512, with tiny 128]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Of the whole picture; 0 draws none.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each part is timed.")] = 5,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: the first there is]")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="[default: float16 on cuda, else float32]")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of each process, on a CPU. [default: its cores]")] = (
+        os.cpu_count() or 1
+    ),
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile UNet and decoder, of both libraries.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Measure minisd only, without diffusers.")] = False,
+) -> None:
+    """Time minisd and diffusers in turns, on the same weights: import, load, text, step, decode, a picture; and memory.
+
+    Nothing else should be running. At full size on two cores this takes about half an hour; --steps 2 a third of it.
+    """
+    from contextlib import nullcontext
+    from importlib.util import find_spec
+
+    from minisd import bench as benches
+    from minisd.parts import best_device
+
+    place = str(best_device()) if device is None else str(_usable_device(device))
+    settings = benches.Settings(
+        sizes=tuple(size or [128 if model == "tiny" else 512]),
+        steps=steps,
+        repeats=repeats,
+        device=place,
+        dtype=dtype or ("float16" if place.startswith("cuda") else "float32"),
+        threads=threads,
+        compiled=compiled,
+        libraries=("minisd",) if alone or find_spec("diffusers") is None else ("minisd", "diffusers"),
+    )
+    if model == "tiny":
+        from minisd.checkpoint import SHIPPED
+
+        source: Any = nullcontext(SHIPPED)
+    else:
+        source = benches.random_weights() if model == "full" else nullcontext(Path(model))
+    with source as folder:
+        report = benches.run(folder, settings, say=_say)
+    benches.write(report, output)
+    _say(benches.table(report))
+    print(output)
+
+
 def _load(model: str | None, device: str | None, dtype: str | None, **choices: Any) -> StableDiffusion:
     import torch
 

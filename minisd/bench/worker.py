@@ -1,0 +1,211 @@
+"""One library in one process: it reads requests, a line of JSON each, computes, and answers with seconds.
+
+Both libraries get the same weights, the same inputs and the same number of threads. `python -m minisd.bench.worker
+minisd|diffusers` is started by `minisd.bench`; nothing else should be running.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+PROMPT = "a fox in the snow"
+GUIDANCE = 7.5
+TIMESTEP = 481
+
+
+class Library(Protocol):
+    """What is measured, of either library. Sizes are in pixels, latents (n, 4, h/8, w/8)."""
+
+    def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool) -> None: ...
+    def text(self) -> Tensor:
+        """The prompt and the empty one to contexts (2, 77, width), the empty one first."""
+        ...
+
+    def step(self, latents: Tensor, context: Tensor) -> Tensor:
+        """One guided prediction: a batch of two through the UNet, and their combination."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images (n, 3, h, w)."""
+        ...
+
+    def picture(self, latents: Tensor, size: int, steps: int) -> Any:
+        """The prompt to a PIL picture, with DDIM from this first noise."""
+        ...
+
+
+class Minisd:
+    """This package."""
+
+    def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool) -> None:
+        from minisd import StableDiffusion
+
+        self.sd = StableDiffusion.from_pretrained(folder, device=device, dtype=dtype)
+        if compiled:
+            self.sd.unet = torch.compile(self.sd.unet, fullgraph=True)  # type: ignore[assignment]
+            self.sd.autoencoder.decode = torch.compile(self.sd.autoencoder.decode)  # type: ignore[method-assign]
+
+    def text(self) -> Tensor:
+        return self.sd.encode_text(["", PROMPT])
+
+    @torch.inference_mode()
+    def step(self, latents: Tensor, context: Tensor) -> Tensor:
+        return self.sd.predict(latents, TIMESTEP, context, GUIDANCE)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.sd.decode_to_tensor(latents)
+
+    def picture(self, latents: Tensor, size: int, steps: int) -> Any:
+        from minisd import Sampler
+
+        *_, last = self.sd.denoise(
+            PROMPT, latents=latents, height=size, width=size, num_inference_steps=steps, guidance_scale=GUIDANCE,
+            sampler=Sampler("ddim", "leading"),
+        )  # fmt: skip
+        return self.sd.decode(last.latents)[0]
+
+
+class Diffusers:
+    """diffusers, as its documentation tells to use it."""
+
+    def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool) -> None:
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+        self.pipe: Any = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        self.pipe.to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.scheduler = DDIMScheduler.from_config(
+            self.pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+            timestep_spacing="leading",
+        )  # fmt: skip
+        if compiled:
+            self.pipe.unet = torch.compile(self.pipe.unet, fullgraph=True)
+            self.pipe.vae.decode = torch.compile(self.pipe.vae.decode)
+
+    @torch.no_grad()
+    def text(self) -> Tensor:
+        plain, empty = self.pipe.encode_prompt(PROMPT, self.pipe.device, 1, True, "")
+        return torch.cat([empty, plain])
+
+    @torch.no_grad()
+    def step(self, latents: Tensor, context: Tensor) -> Tensor:
+        both = torch.cat([latents, latents]).to(self.pipe.unet.dtype)
+        empty, plain = self.pipe.unet(both, TIMESTEP, context, return_dict=False)[0].chunk(2)
+        return empty + GUIDANCE * (plain - empty)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+
+    def picture(self, latents: Tensor, size: int, steps: int) -> Any:
+        latents = latents.to(self.pipe.unet.dtype)
+        return self.pipe(
+            PROMPT, latents=latents, height=size, width=size, num_inference_steps=steps, guidance_scale=GUIDANCE
+        ).images[0]
+
+
+LIBRARIES: dict[str, Callable[[], Library]] = {"minisd": Minisd, "diffusers": Diffusers}
+
+
+def noise(size: int, device: str) -> Tensor:
+    """The first latents (1, 4, size/8, size/8) of a picture: the same in both processes."""
+    return torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(7)).to(device)
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes this process ever held: of the GPU's memory, or resident (mapped files included) on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+class Worker:
+    """Answers the requests of `minisd.bench`: {"do": …} with seconds, bytes or what else was asked for."""
+
+    def __init__(self, library: str) -> None:
+        self.library = LIBRARIES[library]()
+        self.device = "cpu"
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        return getattr(self, request.pop("do"))(**request)  # type: ignore[no-any-return]
+
+    def load(self, folder: str, device: str, dtype: str, threads: int, compiled: bool) -> dict[str, Any]:
+        """Load the model, and count it as loaded when a first, tiny UNet call has ended."""
+        torch.set_num_threads(threads)
+        torch.randn(256, 256) @ torch.randn(256, 256)  # start the threads, and CUDA
+        self.device = device
+        noise(8, device)
+        started = time.perf_counter()
+        self.library.load(folder, device, getattr(torch, dtype), compiled)
+        self.context = self.library.text()
+        loaded = time.perf_counter()
+        if not compiled:
+            self.library.step(noise(64, device), self.context)
+            self._wait()
+        return {"seconds": time.perf_counter() - started, "before_step": loaded - started}
+
+    def text(self) -> dict[str, Any]:
+        return self._time(lambda: self.library.text())
+
+    def step(self, size: int) -> dict[str, Any]:
+        latents = noise(size, self.device)
+        return self._time(lambda: self.library.step(latents, self.context))
+
+    def decode(self, size: int) -> dict[str, Any]:
+        latents = noise(size, self.device)
+        return self._time(lambda: self.library.decode(latents))
+
+    def picture(self, size: int, steps: int, path: str) -> dict[str, Any]:
+        latents = noise(size, self.device)
+        result: list[Any] = []
+        answer = self._time(lambda: result.append(self.library.picture(latents, size, steps)))
+        result[0].save(path)
+        return answer
+
+    def peak(self) -> dict[str, Any]:
+        return {"bytes": peak_memory(self.device)}
+
+    def ceiling(self, side: int) -> dict[str, Any]:
+        """Seconds of one product of two square matrices: what this machine can do at best, 2·side³ FLOPs."""
+        dtype = self.context.dtype
+        a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
+        return self._time(lambda: a @ b)
+
+    def _time(self, call: Callable[[], object]) -> dict[str, Any]:
+        self._wait()
+        started = time.perf_counter()
+        call()
+        self._wait()
+        return {"seconds": time.perf_counter() - started}
+
+    def _wait(self) -> None:
+        """Until the GPU has done what it was asked; a CPU has already."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+
+def main() -> None:
+    worker, answers = Worker(sys.argv[1]), sys.stdout
+    with redirect_stdout(sys.stderr):  # libraries may print; answers are one line each
+        for line in sys.stdin:
+            try:
+                answer = worker.answer(json.loads(line))
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
