@@ -104,9 +104,31 @@ def test_readme_names_every_source_file():
 
 
 def test_links_and_pictures_of_the_readmes_exist():
-    for page in (ROOT / "README.md", ROOT / "tests/README.md"):
+    for page in (ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "tests/README.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_chinese_readme_says_the_same():
+    """The same commands and Python, comments aside; the same links; every source file and every noun."""
+    chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+
+    def code(text: str) -> list[str]:
+        blocks = re.findall(r"^```(?:python)?\n(.+?)\n```$", text, flags=re.MULTILINE | re.DOTALL)
+        lines = [re.sub(r"\s+#.*", "", line).rstrip() for block in blocks for line in block.splitlines()]
+        starts = ("minisd ", "pip ", "python", "MINISD", "sd", "from", "import", "image", "context", "lat")
+        return [line for line in lines if line.startswith(starts)]
+
+    def links(text: str) -> set[str]:
+        return set(re.findall(r"\]\((?!https?:)([^)#]+)", text))
+
+    assert len(code(README)) > 30 and code(chinese) == code(README)
+    assert links(chinese) - {"README.md"} == links(README) - {"README.zh-CN.md"}
+    for path in (ROOT / "minisd").iterdir():
+        if not path.name.startswith((".", "_")):
+            assert path.name in chinese, path.name
+    for entry in CATALOGUE:
+        assert re.search(rf"\b{entry.noun} ?[\u4e00-\u9fff]", chinese), entry.noun
 
 
 def test_ci_runs_what_the_readme_says():
