@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from minisd import __version__
-from minisd.drawing import Drawing, Target, draw_all
+from minisd.drawing import Drawing, Target, display_name, draw_all
 from minisd.training.commands import app as training
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def interpolate(
         num_inference_steps=drawing.num_inference_steps,
         guidance_scale=drawing.guidance_scale,
     )
-    text = drawing.parameters(seeds[0], pictures[0].size, Path(model).stem if model else "tiny", count)
+    text = drawing.parameters(seeds[0], pictures[0].size, display_name(model), count)
     target.save(grid(pictures, columns=count), seeds[0], text)
 
 

@@ -112,17 +112,10 @@ class Drawing:
 
     def _open(self, path: Path, sd: StableDiffusion) -> Image.Image:
         """Read a picture, and scale and crop it to the size asked for, by default the model's own."""
-        from PIL import Image, ImageOps
-
-        from minisd.images import from_pil, to_pil
+        from minisd.images import read_picture
 
         side = sd.unet.config.sample_size * sd.autoencoder.config.downscale
-        try:
-            with Image.open(path) as opened:
-                picture = to_pil(from_pil(opened))[0]
-        except (OSError, SyntaxError) as error:
-            raise OSError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
-        return ImageOps.fit(picture, (self.width or side, self.height or side), Image.Resampling.LANCZOS)
+        return read_picture(path, self.width or side, self.height or side)
 
     def parameters(self, seed: int, size: tuple[int, int], model: str, images: int = 1) -> str:
         """The text for the picture's `parameters` chunk."""
@@ -156,6 +149,11 @@ class Drawing:
         return parameters_text(self.prompt, self.negative_prompt, settings | {"Version": f"minisd {__version__}"})
 
 
+def display_name(model: str | None) -> str:
+    """What `parameters` call a model: a file or folder by its name without ending, a hub id as it is."""
+    return Path(model).stem if model and Path(model).exists() else model or "tiny"
+
+
 def draw_all(
     sd: StableDiffusion,
     drawing: Drawing,
@@ -174,7 +172,7 @@ def draw_all(
     from minisd.noise import seeds
 
     numbers = seeds(seed, images)
-    sampler, name = drawing.sampler, Path(model).stem if model and Path(model).exists() else model or "tiny"
+    sampler, name = drawing.sampler, display_name(model)
     say(
         f"seed {numbers[0]}{f' to {numbers[-1]}' if images > 1 else ''}, {drawing.num_inference_steps} steps of "
         f"{sampler.name}{' with Karras levels' if sampler.karras else ''}, guidance {drawing.guidance_scale:g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,6 +42,16 @@ def from_pil(picture: Image.Image) -> Tensor:
         scale = 65535 if picture.mode.startswith("I") else max(float(values.max()), 1.0)
         picture = Image.fromarray((values / scale * 255).clip(0, 255).round().astype(np.uint8))
     return to_images(np.array(picture.convert("RGB"))[None])
+
+
+def read_picture(path: Path, width: int, height: int) -> Image.Image:
+    """Read a picture file as RGB, scaled and cropped to a size. Raises OSError, naming the file, for anything else."""
+    try:
+        with Image.open(path) as opened:
+            picture = to_pil(from_pil(opened))[0]
+    except (OSError, SyntaxError) as error:
+        raise OSError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
 def grid(

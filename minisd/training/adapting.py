@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from minisd.adapters import INVERSION_FILES, LORA_FILES, LoRA, LowRank, add_word, layers_of
-from minisd.images import from_pil, grid, to_pil
+from minisd.images import from_pil, grid, read_picture
 from minisd.pipeline import StableDiffusion
 from minisd.training.loop import Shuffled, channels_last, generator, save_atomically
 
@@ -42,13 +42,12 @@ def read_examples(folder: Path, side: int) -> tuple[Tensor, list[str]]:
         try:
             item = json.loads(line)
             name, text = item["file_name"], item["text"]
-            with Image.open(folder / name) as opened:
-                picture = to_pil(from_pil(opened))[0]
+            picture = read_picture(folder / name, side, side)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(
                 f"{listing}, line {number}: expected a picture and its text ({type(error).__name__}: {error})"
             ) from error
-        images.append(from_pil(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)))
+        images.append(from_pil(picture))
         captions.append(str(text))
     if not images:
         raise ValueError(f"{listing} names no picture; one is enough to begin with, twenty are good")
