@@ -30,6 +30,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 import minisd.parts
 import minisd.pipeline
 import minisd.unet
+from minisd.adapters import LoRA, LowRank, layers_of
 from minisd.attention import record_attention
 from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, TINY, ModelConfig
@@ -134,6 +135,22 @@ def offloaded(sd: StableDiffusion) -> dict[str, Any]:
     return {"placed": placed, "peaks": peaks, "weights": sizes, "after": after}
 
 
+def offloaded_with_lora(sd: StableDiffusion) -> list[int]:
+    """A picture while a LoRA, which stays on the CPU, acts on every layer of the UNet: its layers, and its calls."""
+    layers = layers_of({"unet": sd.unet})
+    lora = LoRA({name: LowRank(layer, 4) for name, layer in layers.items()})
+    lora.attach(layers)
+    calls: list[str] = []
+    for update in lora.updates:
+        for name in ("lora_A", "lora_B"):
+            on_cpu = torch.empty(getattr(update, name).shape, dtype=torch.float16)
+            setattr(update, name, nn.Parameter(on_cpu, requires_grad=False))
+        update.register_forward_hook(lambda module, inputs, output: calls.append(output.device.type))
+    with no_numbers_read((512, 512)):
+        sd("a fox in the snow", num_inference_steps=2, height=512, width=512, seed=0, sampler="ddim")
+    return [len(layers), calls.count("fakegpu")]
+
+
 @contextmanager
 def no_numbers_read(size: tuple[int, int]) -> Iterator[list[str]]:
     """Within this block a pipeline asks for no numbers, which a fake tensor does not have.
@@ -226,6 +243,7 @@ def scenarios(mode: FakeGPU) -> Iterator[tuple[str, Callable[[], Any]]]:
             return draw(sd)
 
     yield "offload", lambda: offloaded(build(SD15, mode, offload=True))
+    yield "offload with LoRA", lambda: offloaded_with_lora(build(SD15, mode, offload=True))
 
     text, unet, autoencoder = sd.text_encoder, sd.unet, sd.autoencoder
     position = "text_model.embeddings.position_embedding.weight"

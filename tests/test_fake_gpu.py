@@ -79,6 +79,12 @@ def test_offloaded_parts_are_on_the_device_one_at_a_time_and_fit_four_gigabytes(
         assert result["peaks"][name] > result["weights"][name] + 2 * numbers
 
 
+def test_a_lora_acts_on_offloaded_parts(outcomes: Any) -> None:
+    assert outcomes["offload with LoRA"]["outcome"] == "ran through", outcomes["offload with LoRA"]["error"]
+    layers, calls = outcomes["offload with LoRA"]["result"]
+    assert calls == 2 * layers > 400  # two steps, guidance in one batch
+
+
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_tensor_left_on_the_cpu_is_found(outcomes: Any, name: str) -> None:
     assert outcomes[f"plant: {name}"]["outcome"] == "FakeTensorDeviceMismatchError"
