@@ -236,4 +236,5 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 def _write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8", newline="\n")
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=None if indent else (",", ":"))
+    path.write_text(text + ("\n" if indent else ""), encoding="utf-8", newline="\n")

@@ -221,6 +221,8 @@ def test_transformers_reads_what_a_saved_model_writes(tokenizer, tmp_path, texts
     model = StableDiffusion.from_pretrained()
     model.tokenizer = tokenizer
     model.save_pretrained(tmp_path / "saved")
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "saved" / "tokenizer" / name).read_bytes() == (FOLDER / name).read_bytes()
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / "saved" / "tokenizer")
     expected = theirs(texts, add_special_tokens=False).input_ids
     assert [text for text, ids in zip(texts, expected, strict=True) if tokenizer.encode(text) != ids] == []
