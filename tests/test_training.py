@@ -14,6 +14,7 @@ import torch
 
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes, render_scenes
+from minisd.training.export import write_curves
 from minisd.training.loop import Options, Shuffled, learning_rate, save_atomically
 from minisd.training.scenes import flipped, render, scene
 from minisd.training.unet import loss_weight
@@ -159,3 +160,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         save_atomically(fail, target)
     assert target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_curves_are_means_of_neighbouring_steps(tmp_path: Path) -> None:
+    log = tmp_path / "losses.jsonl"
+    log.write_text("".join(json.dumps({"loss": step / 3, "lr": 0.5}) + "\n" for step in range(10)))
+    write_curves(tmp_path / "curves.json", {"unet": log, "short": log}, points=5)
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert curves["unet"] == curves["short"]
+    assert curves["unet"] == {"step": [2, 4, 6, 8, 10], "loss": [0.1667, 0.8333, 1.5, 2.167, 2.833], "lr": [0.5] * 5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -58,3 +59,20 @@ def log_sitting(path: Path, sitting: Sitting) -> None:
     """Append one line to the training log."""
     before = path.read_text() if path.exists() else ""
     save_atomically(lambda target: target.write_text(before + json.dumps(asdict(sitting)) + "\n"), path)
+
+
+def write_curves(target: Path, logs: Mapping[str, Path], points: int = 200) -> None:
+    """Thin the `losses.jsonl` of some runs to about `points` means each, of four digits, in one small JSON file.
+
+    The notebook on training draws it. After another training:
+    `write_curves(Path("minisd/assets/tiny/curves.json"), {"unet": Path("runs/unet/losses.jsonl"), …})`.
+    """
+    curves: dict[str, dict[str, list[float]]] = {}
+    for part, path in logs.items():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        pieces = np.array_split(np.arange(len(lines)), min(points, len(lines)))
+        curves[part] = {"step": [int(piece[-1]) + 1 for piece in pieces]}
+        for name in lines[0]:
+            means = (np.mean([lines[place][name] for place in piece]) for piece in pieces)
+            curves[part][name] = [float(f"{mean:.4g}") for mean in means]
+    save_atomically(lambda path: path.write_text(json.dumps(curves) + "\n"), target)
