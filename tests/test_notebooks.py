@@ -30,7 +30,7 @@ PAGES = [*sorted(FOLDER.glob("*.ipynb")), *sorted(FOLDER.glob("solutions/*.ipynb
 LESSONS = [page for page in PAGES if page.parent == FOLDER]
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|work|opt|usr|var|mnt|private)/|[A-Z]:\\\\?\w")
 IMAGES = ("image/png", "image/jpeg")
-ANY_MODEL = ("00_tour.ipynb", "05_attention.ipynb", "07_unet.ipynb")
+ANY_MODEL = ("00_tour.ipynb", "05_attention.ipynb", "07_unet.ipynb", "10_pipeline.ipynb")
 
 
 @pytest.fixture(scope="module")
