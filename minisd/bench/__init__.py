@@ -165,7 +165,7 @@ def run(source: str | Path, settings: Settings, say: Callable[[str], None] = pri
                     process.close()
         rows += [row("load, first step included", name, times[1:]) for name, times in loads.items()]
         rows += _measure(processes, config, settings, say)
-        report = {"machine": machine(settings), "settings": asdict(settings), "rows": rows}
+        report: dict[str, Any] = {"machine": machine(settings), "settings": asdict(settings), "rows": rows}
         if settings.steps:
             report["picture_difference"] = _pictures(processes, settings, rows, say)
     return report
@@ -226,8 +226,10 @@ def _pictures(
 
 def row(what: str, library: str, times: Sequence[float], flop: int = 0, peak: int | None = None) -> dict[str, Any]:
     """One line of the report: median seconds, the middle half of them, FLOPs a second, peak memory; None: not taken."""
-    quarters = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [*times] * 3 or [None] * 3
-    low, median, high = (None if value is None else round(value, 4) for value in quarters)
+    low = median = high = None
+    if times:
+        quarters = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+        low, median, high = (round(value, 4) for value in quarters)
     return {
         "what": what,
         "library": library,
