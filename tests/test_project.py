@@ -59,9 +59,9 @@ def test_installed_versions_satisfy_the_ranges(name):
 
 
 def test_the_package_imports_only_what_it_declares():
-    """Core files use core requirements only, some others those of an extra; nothing uses diffusers."""
+    """Core files use core requirements only, some others those of an extra; diffusers only to be measured beside."""
     import_names = {"pillow": "PIL", "huggingface-hub": "huggingface_hub", "resvg-py": "resvg_py", "ipython": "IPython"}
-    extra_of = {"training": "train", "evaluation": "train", "figures.py": "notebooks"}
+    extra_of = {"training": "train", "evaluation": "train", "figures.py": "notebooks", "bench": "notebooks"}
     core = {import_names.get(name, name) for name in requirements(PROJECT["dependencies"])}
     for path in (ROOT / "minisd").rglob("*.py"):
         extra = extra_of.get(path.relative_to(ROOT / "minisd").parts[0])
@@ -74,6 +74,8 @@ def test_the_package_imports_only_what_it_declares():
             for module in modules:
                 top = module.partition(".")[0]
                 assert top in allowed or top in sys.stdlib_module_names, f"{path.name} imports {module}"
+                if top in ("diffusers", "transformers"):
+                    assert path.relative_to(ROOT / "minisd").as_posix() == "bench/worker.py", f"{path} imports {module}"
 
 
 def test_import_is_lazy_and_leaves_diffusers_alone():

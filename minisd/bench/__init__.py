@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """Write the report as JSON, and its picture beside it, each whole or not at all."""
+    """Write the report as JSON and, where matplotlib is installed, its picture beside it; each whole or not at all."""
     save_atomically(lambda target: target.write_text(json.dumps(report, indent=1) + "\n"), path)
-    draw(report, path.with_suffix(".png"))
+    if find_spec("matplotlib") is not None:
+        draw(report, path.with_suffix(".png"))
