@@ -1,6 +1,8 @@
 """Runs a small training of the named part, for the tests that kill it, resume it, or split it over processes.
 
-python tests/small_training.py autoencoder|clip|unet SCENES OUTPUT STEPS [--resume]
+python tests/small_training.py autoencoder|clip|unet SCENES OUTPUT STEPS [--resume] [--save-every-step]
+
+Saving in every step, it draws no sheets of samples: they would take most of the time.
 """
 
 import sys
@@ -47,10 +49,20 @@ def small_task(part: str, folder: Path, output: Path) -> Task:
 def main() -> None:
     part, scenes, output, steps = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
+    often = "--save-every-step" in sys.argv
     options = Options(
-        folder=output, steps=steps, batch=8, lr=2e-4, warmup=2, save_minutes=0.0, resume="--resume" in sys.argv
+        folder=output,
+        steps=steps,
+        batch=8,
+        lr=2e-4,
+        warmup=2,
+        save_minutes=0.0 if often else 60.0,
+        resume="--resume" in sys.argv,
     )
-    train(small_task(part, scenes, output), options)
+    task = small_task(part, scenes, output)
+    if often:
+        task.sheet = lambda model: None  # type: ignore[method-assign]
+    train(task, options)
 
 
 if __name__ == "__main__":

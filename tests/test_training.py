@@ -52,9 +52,10 @@ def run(*arguments: str) -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_resume_after_kill_repeats_the_unbroken_run(part: str, scenes: Path, tmp_path: Path) -> None:
-    run(*command(part, scenes, tmp_path / "whole", 12))
+    often = "--save-every-step"
+    run(*command(part, scenes, tmp_path / "whole", 12, often))
     broken = subprocess.Popen(
-        command(part, scenes, tmp_path / "broken", 12), env=environment(), stderr=subprocess.DEVNULL
+        command(part, scenes, tmp_path / "broken", 12, often), env=environment(), stderr=subprocess.DEVNULL
     )
     curve = tmp_path / "broken" / "losses.jsonl"
     deadline = time.monotonic() + 120
@@ -64,7 +65,7 @@ def test_resume_after_kill_repeats_the_unbroken_run(part: str, scenes: Path, tmp
     broken.wait()
     state = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
     assert 0 < state["step"] < 12, "the kill came too late to show anything"
-    run(*command(part, scenes, tmp_path / "broken", 12, "--resume"))
+    run(*command(part, scenes, tmp_path / "broken", 12, often, "--resume"))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     ends = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("broken", "whole")]
     for key, value in ends[0]["model"].items():
