@@ -177,16 +177,13 @@ def _measure(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
-    def in_turns(what: str, repeats: int, warm: bool, do: str, flop: int = 0, **arguments: Any) -> None:
+    def in_turns(what: str, do: str, flop: int = 0, **arguments: Any) -> None:
         say(what)
-        times: dict[str, list[float]] = {process.library: [] for process in processes}
-        for turn in range(repeats + warm):
-            for process in processes:
-                seconds = process.ask(do, **arguments)["seconds"]
-                if turn >= warm:
-                    times[process.library].append(seconds)
-        for library, seconds_of in times.items():
-            rows.append(row(what, library, seconds_of, flop))
+        turns = [
+            [process.ask(do, **arguments)["seconds"] for process in processes] for _ in range(settings.repeats + 1)
+        ]
+        for process, times in zip(processes, zip(*turns[1:], strict=True), strict=True):  # the first turn warms up
+            rows.append(row(what, process.library, times, flop))
 
     first = settings.sizes[0]
     for process in processes:  # the peak of a life with one step and one decode, before anything else
@@ -195,14 +192,13 @@ def _measure(
         process.ask("decode", size=first)
         peak = process.ask("peak")["bytes"]
         rows.append(row(f"peak memory, step and decode at {first}", process.library, [], peak=peak))
-    ours = processes[:1]
-    ceiling = [ours[0].ask("ceiling", side=CEILING_SIDE)["seconds"] for _ in range(settings.repeats + 1)][1:]
+    ceiling = [processes[0].ask("ceiling", side=CEILING_SIDE)["seconds"] for _ in range(settings.repeats + 1)][1:]
     rows.append(row(f"matrix product {CEILING_SIDE}³", "torch", ceiling, 2 * CEILING_SIDE**3))
-    in_turns("text encoder, two prompts", settings.repeats, True, "text")
+    in_turns("text encoder, two prompts", "text")
     for size in settings.sizes:
         cost = flops(config, size)
-        in_turns(f"one guided UNet step at {size}", settings.repeats, True, "step", cost["step"], size=size)
-        in_turns(f"decode at {size}", settings.repeats, True, "decode", cost["decode"], size=size)
+        in_turns(f"one guided UNet step at {size}", "step", cost["step"], size=size)
+        in_turns(f"decode at {size}", "decode", cost["decode"], size=size)
     return rows
 
 
@@ -277,9 +273,7 @@ def table(report: dict[str, Any]) -> str:
         by_what.setdefault(_what(line), {})[line["library"]] = line
     lines = [f"{'':<38}{'minisd':>30}{'diffusers':>30}{'ratio':>8}"]
     for what, found in by_what.items():
-        texts = [_cell(found.get(name) or found.get("torch")) for name in ("minisd", "diffusers")]
-        if "torch" in found:
-            texts = [_cell(found["torch"]), ""]
+        texts = [_cell(found.get("minisd") or found.get("torch")), _cell(found.get("diffusers"))]
         ratio = ""
         if {"minisd", "diffusers"} <= set(found):
             key = "peak_gb" if found["minisd"]["seconds"] is None else "seconds"
