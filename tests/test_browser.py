@@ -144,13 +144,12 @@ def frame(page: Any) -> bytes:
     """The PNG file that the picture beneath the slider shows, once it shows one."""
     picture = page.locator(".widget-vbox img.widget-image").first
     picture.wait_for()
-    source = picture.get_attribute("src")
-    encoded = page.evaluate(
-        """async address => {
-            const bytes = new Uint8Array(await (await fetch(address)).arrayBuffer());
+    # in one breath: a new picture takes away the address of the one before
+    encoded = picture.evaluate(
+        """async image => {
+            const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
             return btoa(bytes.reduce((text, byte) => text + String.fromCharCode(byte), ""));
-        }""",
-        source,
+        }"""
     )
     return base64.b64decode(encoded)
 

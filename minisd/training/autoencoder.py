@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ class Weights:
     kl: float = 1e-4
     equivariance: float = 0.5
     equivariance_every: int = 4
+    correlation: float = 0.02
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, weights: Weights) -> Tensor:
@@ -49,12 +51,21 @@ def reconstruction_loss(output: Tensor, target: Tensor, weights: Weights) -> Ten
     return loss + weights.edges * (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean())
 
 
+def correlation_loss(latents: Tensor) -> Tensor:
+    """The mean square of the correlations between different channels of latents (n, c, h, w): 0 if none repeats another."""
+    values = rearrange(latents, "n c h w -> c (n h w)")
+    values = values - values.mean(1, keepdim=True)
+    values = values / values.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    pairs = torch.triu(values @ values.T, diagonal=1)
+    return pairs.square().sum() * 2 / (len(values) * (len(values) - 1))
+
+
 class AutoencoderTask:
     """What `loop.train` needs to train the autoencoder on rendered scenes.
 
     crop: side of the random crops of most of the run; from `whole_from` of the run on, whole pictures are used, a
     quarter as many, since normalisation sees whole pictures in use. decoder_only freezes the encoder, so that latents
-    cached from it stay valid while the decoder gets sharper. model: train this one further.
+    cached from it stay valid while the decoder gets sharper. model: train this one further, its latents whitened first.
     """
 
     def __init__(
@@ -72,6 +83,8 @@ class AutoencoderTask:
         self.weights = weights or Weights()
         self.decoder_only = decoder_only
         torch.manual_seed(seed)
+        if model is not None and not decoder_only:
+            model = normalised(model, scenes)
         model = channels_last(model or start(Autoencoder(config))).requires_grad_()
         if decoder_only:
             for part in (model.encoder, model.quant_conv):
@@ -96,6 +109,7 @@ class AutoencoderTask:
         output, posterior = self.model(images, noise)
         reconstruction = reconstruction_loss(output, images, self.weights)
         loss = reconstruction + self.weights.kl * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = loss + self.weights.correlation * correlation_loss(posterior.mean)
         if self.weights.equivariance and not self.decoder_only and step % self.weights.equivariance_every == 0:
             # shrunken latents should decode to the shrunken picture: latents that behave like a picture diffuse well
             shrunk = self.model.decode(F.avg_pool2d(posterior.sample(noise), 2))
@@ -138,27 +152,32 @@ def _crop(images: Tensor, places: Tensor, flips: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def normalised(model: Autoencoder, scenes: Scenes, count: int = 512) -> Autoencoder:
-    """Return a copy whose latents have mean 0 and equal spread in each channel, and whose scaling factor is 1/spread.
+    """Return a copy whose latents are white: mean 0, equal spread in each channel, no two of them correlated.
 
-    The change is folded into the 1×1 convolutions on both sides of the latents, so pictures decode as before. This is
-    where Stable Diffusion's 0.18215 comes from: one over the standard deviation of the latents of its training set.
+    Its scaling factor is 1/spread. This is where Stable Diffusion's 0.18215 comes from: one over the standard deviation
+    of the latents of its training set. The change is folded into the 1×1 convolutions on both sides of the latents, so
+    pictures decode as before. Of all matrices that whiten, this one (symmetric: "ZCA") changes the channels least. The
+    noise of the posterior keeps its size only if it is alike in all channels; the means are exact.
     """
     model.eval()
     batches = torch.arange(min(count, len(scenes))).split(16)
     means = torch.cat([model.encode(scenes.images(batch.tolist())).mean for batch in batches])
-    mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
-    overall = float(std.square().mean().sqrt())
+    values = rearrange(means, "n c h w -> c (n h w)").double()
+    mean, covariance = values.mean(1), torch.cov(values)
+    overall = float(covariance.diag().mean().sqrt())
+    spread, directions = torch.linalg.eigh(covariance)
+    whiten = directions @ (overall / spread.sqrt()).diag() @ directions.T
     copy = Autoencoder(replace(model.config, scaling_factor=round(1 / overall, 5)))
     copy.load_state_dict(model.state_dict())
     channels = model.config.latent_channels
     before, after = copy.quant_conv, copy.post_quant_conv
     assert before.bias is not None and after.bias is not None
-    ratio = overall / std
-    before.weight[:channels] *= ratio[:, None, None, None]
-    before.bias[:channels] = (before.bias[:channels] - mean) * ratio
-    before.bias[channels:] += 2 * ratio.log()
-    after.bias += after.weight[:, :, 0, 0] @ mean
-    after.weight /= ratio[None, :, None, None]
+    into, out = before.weight[:, :, 0, 0].double(), after.weight[:, :, 0, 0].double()
+    before.weight[:channels, :, 0, 0] = (whiten @ into[:channels]).float()
+    before.bias[:channels] = (whiten @ (before.bias[:channels].double() - mean)).float()
+    before.bias[channels:] += whiten.square().sum(1).log().float()
+    after.bias += (out @ mean).float()
+    after.weight[:, :, 0, 0] = (out @ torch.linalg.inv(whiten)).float()
     return copy.eval()
 
 
