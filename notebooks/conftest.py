@@ -20,6 +20,15 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 TOLERANCE = 2.0  # mean absolute difference of two pictures, of 255
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `-n 2` each process takes a whole notebook at a time, in the order of the collection."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
 def pytest_collectstart(collector: pytest.Collector) -> None:
     if isinstance(collector, IPyNbFile):
         collector.skip_compare += ("stderr",)

@@ -6,16 +6,30 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else processes that share cores slow each other many times over
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REAL = "set MINISD_MODEL to a hub id, a folder or a file with published weights"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `-n 2` each process takes a whole file at a time, in the order of the collection."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # the longest ones come first, so that under `-n 2` no process is left with one of them at the end
+    items.sort(key=lambda item: 0 if item.get_closest_marker("full") else 1 if item.path.suffix == ".ipynb" else 2)
     if not os.environ.get("MINISD_MODEL"):
         for item in items:
             if item.get_closest_marker("real"):
