@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from base64 import b64decode
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -57,6 +58,37 @@ def test_heat_is_bright_where_weights_are_large():
     heat = np.asarray(figures.heat_over(Image.new("RGB", (64, 64), "#808080"), weights).convert("L"))
     assert np.unravel_index(heat.argmax(), heat.shape)[0] // 8 == 1
     assert np.unravel_index(heat.argmax(), heat.shape)[1] // 8 == 6
+
+
+def test_heat_map_is_a_table_of_its_values():
+    values = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    table = figures.heat_map(values, ["a", "b"], ["x", "y", "z"], digits=None, cell=20).convert("L")
+    cells = np.asarray(table).astype(int)[-2 * 20 :, -3 * 20 :].reshape(2, 20, 3, 20)
+    assert cells.min((1, 3)).tolist() == cells.max((1, 3)).tolist()  # one colour to a cell
+    means = cells.mean((1, 3))
+    assert (means > 128).tolist() == (values > 0.5).tolist()
+    with pytest.raises(ValueError, match=r"\(2, 3\) with 2 row and 2 column names"):
+        figures.heat_map(values, ["a", "b"], ["x", "y"])
+
+
+def test_shape_ladder_draws_areas_as_the_shapes_say():
+    varied = torch.stack([torch.zeros(16, 16), torch.eye(16), 5 * torch.eye(16), *torch.zeros(5, 16, 16)])[None]
+    ladder = figures.shape_ladder({"picture": torch.zeros(1, 3, 64, 64), "features": varied})
+    # 8 √64 = 64 pixels for the picture, in a column of 96 + 10; 8 √16 = 32 and 10 more for the second channel
+    pixels = np.asarray(ladder)
+    assert ladder.width == 2 * 106 and ladder.height == 64 + 58
+    grey = (pixels[:64] == 128).all(axis=-1)
+    assert grey.sum() == (64 - 2) ** 2  # less the frame around it
+    front = pixels[64 - 32 : 64, 106 + (106 - 42) // 2 :][1:31, 1:31]  # the most varied channel: a bright diagonal
+    assert front[5, 5].sum() > front[5, 20].sum() + 200
+
+
+def test_plot_picture_has_few_colours_and_closes_the_plot():
+    figure, axes = plt.subplots()
+    axes.plot([0, 1], [0, 1])
+    picture = figures.plot_picture(figure, colors=16)
+    assert len(picture.getcolors()) <= 16 and picture.width > 100
+    assert not plt.fignum_exists(figure.number)
 
 
 def test_token_row_colours_boxes_by_weight():

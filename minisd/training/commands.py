@@ -238,16 +238,17 @@ def export(
 def sheet(
     output: Path,
     model: Annotated[Path | None, typer.Option(help="Model folder; by default the shipped one.")] = None,
-    seed: Annotated[int, typer.Option(help="Of every picture.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many pictures of each prompt, from seed 0 on.")] = 4,
 ) -> None:
-    """Draw the sixteen fixed prompts with one seed, as one picture: the contact sheet of the README."""
+    """Draw the sixteen fixed prompts with the first seeds, as one picture: the contact sheet of the README."""
     from minisd.images import grid
     from minisd.pipeline import StableDiffusion
     from minisd.training.unet import PROMPTS
 
     sd = StableDiffusion.from_pretrained(model)
     output.parent.mkdir(parents=True, exist_ok=True)
-    grid(sd(list(PROMPTS), seed=[seed] * len(PROMPTS)), columns=8, captions=PROMPTS).save(output)
+    blocks = [grid(sd([prompt] * seeds, seed=list(range(seeds)))) for prompt in PROMPTS]
+    grid(blocks, columns=4, captions=PROMPTS).save(output, quality=92)
 
 
 def _base(model: str | None) -> StableDiffusion:
