@@ -83,15 +83,15 @@ class Parts:
         A prompt of more than 75 tokens is read in k chunks, each by itself, and a warning says so. Prompts of different
         k are brought to one length. Raises ValueError for weights that are none and for prompts that are too long.
         """
-        read = [
-            prompting.read(prompt, self.tokenizer) for prompt in ([prompts] if isinstance(prompts, str) else prompts)
-        ]
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        read = [prompting.read(prompt, self.tokenizer) for prompt in prompts]
         for chunks in read:
             if len(chunks) > 1:
                 count = sum(map(len, chunks))
-                warnings.warn(f"the prompt has {count} tokens: it is read in {len(chunks)} chunks", stacklevel=2)
+                notice = f"the prompt has {count} tokens: it is read in {len(chunks)} chunks of at most {prompting.ROOM}"
+                warnings.warn(notice, stacklevel=2)
         ids, weights = prompting.rows([*chain(*read), []], self.tokenizer)
-        weighted = bool((weights != 1).any())
+        weighted = any(weight != 1 for chunk in chain(*read) for _, weight in chunk)
         with self._using(self.text_encoder):
             # the last row is the empty prompt, which only weights need
             context = self.text_encoder(ids[: len(ids) if weighted else -1].to(self.device), clip_skip)
