@@ -87,9 +87,8 @@ class Parts:
         read = [prompting.read(prompt, self.tokenizer) for prompt in prompts]
         for chunks in read:
             if len(chunks) > 1:
-                count = sum(map(len, chunks))
-                notice = f"the prompt has {count} tokens: it is read in {len(chunks)} chunks of at most {prompting.ROOM}"
-                warnings.warn(notice, stacklevel=2)
+                notice = f"it is read in {len(chunks)} chunks of at most {prompting.ROOM}"
+                warnings.warn(f"the prompt has {sum(map(len, chunks))} tokens: {notice}", stacklevel=2)
         ids, weights = prompting.rows([*chain(*read), []], self.tokenizer)
         weighted = any(weight != 1 for chunk in chain(*read) for _, weight in chunk)
         with self._using(self.text_encoder):

@@ -28,7 +28,7 @@ from minisd.pipeline import StableDiffusion
 from minisd.prompts import common_length, escape, parse, read, rows, weigh
 from minisd.tokenizer import Tokenizer
 
-WORDS = "fox cat dog tree house snow castle moon river stone cloud bird fish star hill".split()
+WORDS = ("fox", "cat", "dog", "tree", "house", "snow", "castle", "moon", "river", "stone", "cloud", "bird", "hill")
 PICTURE: dict[str, Any] = {"num_inference_steps": 3, "sampler": "ddim", "guidance_scale": 3.0}
 
 
@@ -253,7 +253,8 @@ def test_weights_below_one_by_hand(ours: StableDiffusion, models: Any, weight: f
         expected[place] = e[place] + weight * (z[place] - e[place])
     found = ours.encode_text(f"a (red fox:{weight}) in the snow")[0]
     assert difference(found, expected) <= TOLERANCE
-    assert torch.equal(found[[0, 1, *range(4, 77)]], ours.encode_text("a red fox in the snow")[0][[0, 1, *range(4, 77)]])
+    others = [0, 1, *range(4, 77)]
+    assert torch.equal(found[others], ours.encode_text("a red fox in the snow")[0][others])
 
 
 def test_half_precision_is_weighted_in_single() -> None:
@@ -341,9 +342,7 @@ def test_added_words_in_weights_and_at_the_ends_of_chunks(ours: StableDiffusion,
     word, table = [49408, 49409, 49410], sd.tokenizer.vocabulary
     fox = table["fox</w>"]
     chunks = read("a (<unicorn> fox:1.5) <UNICORN>", sd.tokenizer)
-    assert chunks == [
-        [(table["a</w>"], 1.0), *((each, 1.5) for each in (*word, fox)), *((each, 1.0) for each in word)]
-    ]
+    assert chunks == [[(table["a</w>"], 1.0), *((each, 1.5) for each in (*word, fox)), *((each, 1.0) for each in word)]]
     for before, cut in ((72, 75), (73, 73), (74, 74), (75, 75)):  # 72 words and three vectors fill a chunk
         chunks = read("fox " * before + "(<unicorn>:1.2) fox", sd.tokenizer)
         assert [len(chunk) for chunk in chunks] == [cut, before + 4 - cut]
@@ -469,9 +468,9 @@ def test_scales_of_zero_and_one_alone_call_the_unet_once_per_image(
     seen: list[int] = []
     forward = ours.unet.forward
     monkeypatch.setattr(ours.unet, "forward", lambda x, t, c: seen.append(len(x)) or forward(x, t, c))
-    for scales, rows in (([0, 1], 2), ([1, 1], 2), ([0, 0], 2), ([0, 2], 4), (2, 4)):
+    for scales, images in (([0, 1], 2), ([1, 1], 2), ([0, 0], 2), ([0, 2], 4), (2, 4)):
         next(ours.denoise(["a fox", "a cat"], seed=0, guidance_scale=scales, num_inference_steps=2))
-        assert seen.pop() == rows
+        assert seen.pop() == images
 
 
 def test_scales_by_hand() -> None:

@@ -215,7 +215,7 @@ def test_lcm_is_that_of_diffusers_at_every_number_of_steps(prediction_type: str)
 
 
 def test_lcm_keeps_a_clean_picture_at_time_zero() -> None:
-    """The boundary conditions in closed form, c_skip(0) = 1 and c_out(0) = 0; at t = 1/20, τ = σ_data, they are ½, √½."""
+    """The boundary conditions by hand: c_skip = 1 and c_out = 0 at t = 0; ½ and √½ at t = 1/20, where τ = σ_data."""
     run = replace(Sampler("lcm").plan(Schedule(), 2), timesteps=(0.0, 0.05))
     x0, noise = gaussian(1, torch.float64), torch.zeros(SHAPE)
     for i, (skip, out) in enumerate([(1.0, 0.0), (0.5, math.sqrt(0.5))]):
