@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from minisd.pipeline import StableDiffusion
     from minisd.samplers import Sampler
 
-SamplerName = Literal["ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m"]
+SamplerName = Literal["ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "lcm"]
 Spacing = Literal["leading", "trailing", "linspace"]
 Precision = Literal["float32", "float16", "bfloat16"]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
@@ -135,9 +135,12 @@ def generate(
 ) -> None:
     """Draw pictures from words. What is left out comes from the model's own defaults.
 
+    (words) in brackets count 1.1 times as much, [words] less by that, and (words:1.3) 1.3 times. \\( is a bracket.
+
     \b
     Examples:
       minisd generate "a fox in the snow"
+      minisd generate "a (fox:1.3) in the [snow]"
       minisd generate "a castle at night" --seed 7 --output castle.png
       minisd generate "a red car" --images 9 --grid --steps 30 --sampler euler
       minisd generate "a snowman" --image photo.jpg --strength 0.6

@@ -11,7 +11,8 @@ from torch import Tensor
 class Guidance:
     """How the prediction with the prompt and the one against it are put together, and when.
 
-    scale: 1 follows the prompt alone, 0 the negative prompt alone, larger values exaggerate the difference.
+    scale: 1 follows the prompt alone, 0 the negative prompt alone, larger values exaggerate the difference. One for all
+    images, or a tuple of one for each.
     rescale: how far the result is brought back to the spread of the prediction with the prompt, from 0 to 1.
     interval: the part of the run, from 0 (noise) to 1 (picture), in which guidance acts; outside, the prompt alone. (A
     scale of 0 or 1 needs one prediction only, and knows no interval.)
@@ -21,13 +22,14 @@ class Guidance:
     Limited Interval Improves Sample and Distribution Quality in Diffusion Models", section 3.
     """
 
-    scale: float
+    scale: float | tuple[float, ...]
     rescale: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not abs(self.scale) < float("inf"):
-            raise ValueError(f"guidance_scale={self.scale}; expected a finite number, such as 7.5")
+        for scale in self.scale if isinstance(self.scale, tuple) else (self.scale,):
+            if not abs(scale) < float("inf"):
+                raise ValueError(f"guidance_scale={scale}; expected a finite number, such as 7.5")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance_rescale={self.rescale}; expected from 0 (off) to 1")
         if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
@@ -37,10 +39,18 @@ class Guidance:
         """Whether guidance acts at a call that begins at this share of the run."""
         return self.interval[0] <= share < self.interval[1]
 
+    def scales(self, count: int) -> tuple[float, ...]:
+        """The scale of each of so many images. Raises ValueError where there are more or fewer."""
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,) * count
+        if len(scales) != count:
+            raise ValueError(f"{len(scales)} guidance scales for {count} images; give one number, or one for each")
+        return scales
+
     def combine(self, negative: Tensor, positive: Tensor) -> Tensor:
         """The guided prediction, from the one against the prompt and the one with it, each (n, 4, h/8, w/8)."""
+        scale = positive.new_tensor(self.scale).view(-1, 1, 1, 1) if isinstance(self.scale, tuple) else self.scale
         # ε = ε_negative + s (ε_positive − ε_negative)
-        guided = negative + self.scale * (positive - negative)
+        guided = negative + scale * (positive - negative)
         if self.rescale == 0:
             return guided
         # ε' = φ ε · std(ε_positive) / std(ε) + (1 − φ) ε

@@ -32,6 +32,7 @@ LABELS = MappingProxyType(
         "euler_a": "Euler a",
         "heun": "Heun",
         "dpmpp_2m": "DPM++ 2M",
+        "lcm": "LCM",
     }
 )
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import chain
 from os import PathLike
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minisd import adapters, checkpoint
+from minisd import prompts as prompting
 from minisd.autoencoder import Autoencoder
 from minisd.config import ModelConfig
 from minisd.folder import Defaults
@@ -76,14 +78,29 @@ class Parts:
 
     @torch.inference_mode()
     def encode_text(self, prompts: str | Sequence[str], clip_skip: int = 1) -> Tensor:
-        """Prompts to context (n, 77, width). Words past the 77th token are dropped, with a warning that says which."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for prompt in prompts:
-            if lost := self.tokenizer.truncated(prompt):
-                warnings.warn(f"the prompt is longer than 77 tokens; this was left out: {lost!r}", stacklevel=2)
-        ids = self.tokenizer(prompts).to(self.device)
+        """Prompts, with weights in brackets, to context (n, 77·k, width); see `prompts.py`.
+
+        A prompt of more than 75 tokens is read in k chunks, each by itself, and a warning says so. Prompts of different
+        k are brought to one length. Raises ValueError for weights that are none and for prompts that are too long.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        read = [prompting.read(prompt, self.tokenizer) for prompt in prompts]
+        for chunks in read:
+            if len(chunks) > 1:
+                notice = f"it is read in {len(chunks)} chunks of at most {prompting.ROOM}"
+                warnings.warn(f"the prompt has {sum(map(len, chunks))} tokens: {notice}", stacklevel=2)
+        ids, weights = prompting.rows([*chain(*read), []], self.tokenizer)
+        weighted = any(weight != 1 for chunk in chain(*read) for _, weight in chunk)
         with self._using(self.text_encoder):
-            return finite(self.text_encoder(ids, clip_skip), "text encoder")
+            # the last row is the empty prompt, which only weights need
+            context = self.text_encoder(ids[: len(ids) if weighted else -1].to(self.device), clip_skip)
+        if weighted:
+            context = prompting.weigh(context, context[-1], weights)[:-1]
+        finite(context, "text encoder")
+        if len(context) == len(read):
+            return context
+        long = [some.flatten(0, 1)[None] for some in context.split([len(chunks) for chunks in read])]
+        return torch.cat(prompting.common_length(*long))
 
     @torch.inference_mode()
     def encode_image(self, image: Image.Image | Tensor) -> Tensor:
@@ -129,6 +146,7 @@ class Parts:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of the prompt with a token that the text encoder never learned: its embedding is all zeros."""
+        prompt = " ".join(text for text, _ in prompting.parse(prompt))
         for word in self.tokenizer.added:
             prompt = re.sub(re.escape(word), " ", prompt, flags=re.IGNORECASE)
         table = self.text_encoder.token_embedding.weight

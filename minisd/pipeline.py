@@ -16,6 +16,7 @@ from minisd.guidance import Guidance
 from minisd.images import from_pil, to_pil
 from minisd.noise import Noise, seeds
 from minisd.parts import Parts, finite
+from minisd.prompts import common_length, read
 from minisd.samplers import Run, Sampler
 
 
@@ -66,7 +67,7 @@ class StableDiffusion(Parts):
         *,
         negative_prompt: str | Sequence[str] = "",
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,
@@ -80,16 +81,16 @@ class StableDiffusion(Parts):
     ) -> Iterator[Step]:
         """Run the sampler, one `Step` per call of the UNet; `decode(step.latents)` of the last is the picture.
 
-        prompt: one, or one per image.
+        prompt: one, or one per image, with weights in brackets, as the negative one may have (see `prompts.py`).
         image: start from this picture. Nobody resizes it: its sides must be multiples of 8.
         mask_image: of the picture's size; only what is white is redrawn.
         strength: how much of the picture is redrawn, in (0, 1]: int(steps · strength) steps run. By default 0.8, and 1
         with a mask.
-        guidance_scale, guidance_rescale, guidance_interval: see `guidance.Guidance`.
+        guidance_scale: one number, or one per image. It, guidance_rescale, guidance_interval: see `guidance.Guidance`.
         seed: one number (image i uses seed + i) or one per image.
         sampler: a name or a `Sampler`.
         latents: the first noise, unit Gaussian (n, 4, h/8, w/8), in place of the seed's.
-        prompt_embeds: the context (n, 77, width), in place of the prompt's.
+        prompt_embeds: the context (n, 77·k, width), in place of the prompt's.
 
         What is None comes from `self.defaults`. Stop early by leaving the loop.
         Raises ValueError for a value out of range, before any work is done.
@@ -99,11 +100,12 @@ class StableDiffusion(Parts):
         negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
         if len(negatives) != len(prompts):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
-        guidance = Guidance(
-            self.defaults.guidance_scale if guidance_scale is None else float(guidance_scale),
-            guidance_rescale,
-            guidance_interval,
-        )
+        for text in dict.fromkeys([*prompts, *negatives]):
+            read(text, self.tokenizer)
+        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        scale = tuple(map(float, scale)) if isinstance(scale, Sequence) else float(scale)
+        guidance = Guidance(scale, guidance_rescale, guidance_interval)
+        guidance.scales(len(prompts))
         shape = self._latent_shape(height, width, image)
         mask = self._read_mask(image, mask_image)
         steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -116,7 +118,9 @@ class StableDiffusion(Parts):
         if latents is not None:
             _check_shape("latents", latents, (len(prompts), *shape))
         if prompt_embeds is not None:
-            _check_shape("prompt_embeds", prompt_embeds, (len(prompts), 77, self.config.text_encoder.hidden_size))
+            chunks = max(1, prompt_embeds.shape[1] // 77) if prompt_embeds.ndim == 3 else 1
+            width = self.config.text_encoder.hidden_size
+            _check_shape("prompt_embeds", prompt_embeds, (len(prompts), 77 * chunks, width))
         given = _Given(prompts, negatives, prompt_embeds, image, mask, latents, clip_skip, strength)
         return self._denoise(given, guidance, run, noise)
 
@@ -142,14 +146,19 @@ class StableDiffusion(Parts):
 
     def _contexts(self, given: _Given, guidance: Guidance) -> tuple[Tensor, Tensor | None]:
         """The context of the prompts and, where guidance needs it, that of the negative ones; one call for both."""
-        if guidance.scale == 0:
-            return self.encode_text(given.negatives, given.clip_skip), None
-        guided = guidance.scale != 1
-        if given.prompt_embeds is not None:
-            plain = given.prompt_embeds.to(self.device, self.dtype)
-            return plain, self.encode_text(given.negatives, given.clip_skip) if guided else None
-        contexts = self.encode_text([*given.prompts, *(given.negatives if guided else ())], given.clip_skip)
-        return contexts[: len(given.prompts)], contexts[len(given.prompts) :] if guided else None
+        scales = guidance.scales(len(given.prompts))
+        guided = any(scale not in (0, 1) for scale in scales)
+        if given.prompt_embeds is None:
+            # at scale 0 the negative prompt is the prompt
+            plain = [p if s else n for p, n, s in zip(given.prompts, given.negatives, scales, strict=True)]
+            contexts = self.encode_text([*plain, *(given.negatives if guided else ())], given.clip_skip)
+            return contexts[: len(plain)], contexts[len(plain) :] if guided else None
+        embeds = given.prompt_embeds.to(self.device, self.dtype)
+        if all(scale == 1 for scale in scales):
+            return embeds, None
+        embeds, against = common_length(embeds, self.encode_text(given.negatives, given.clip_skip))
+        embeds = torch.where(embeds.new_tensor(scales).view(-1, 1, 1) == 0, against, embeds)
+        return embeds, against if guided else None
 
     def __call__(
         self,
@@ -157,7 +166,7 @@ class StableDiffusion(Parts):
         *,
         negative_prompt: str | Sequence[str] = "",
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         height: int | None = None,

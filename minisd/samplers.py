@@ -190,6 +190,26 @@ def dpmpp_2m(run: Run, state: State, x0: Tensor, epsilon: Tensor, noise: Tensor 
     return aim + (sigmas[i + 1] / sigmas[i]) * (state.sample - aim), (x0,)
 
 
+LCM_GRID = 50  # the timesteps, evenly spaced, that a latent consistency model was distilled on
+LCM_DATA = 0.5  # the spread of the data, as the boundary conditions assume it
+LCM_STRETCH = 10.0  # the factor of the timestep in them
+
+
+def lcm(run: Run, state: State, x0: Tensor, epsilon: Tensor, noise: Tensor | None) -> Stepped:
+    """LCM: a model that jumps to clean latents in one call; each further call starts anew, from those and fresh noise.
+
+    It is for models distilled to do so, or a LoRA that makes one of a common model, in 1 to 8 steps.
+    Sources: Luo et al. 2023, "Latent Consistency Models", section 4 and algorithm 3; Song et al. 2023, "Consistency
+    Models", appendix C, for the boundary conditions.
+    """
+    # c_skip = σ_d² / (τ² + σ_d²),   c_out = τ / √(τ² + σ_d²),   with τ = 10 t: the identity at t = 0
+    tau = LCM_STRETCH * run.timesteps[state.index]
+    skip, out = LCM_DATA**2 / (tau**2 + LCM_DATA**2), tau / math.hypot(tau, LCM_DATA)
+    # x̄' = c_skip x + c_out x₀ + σ' z
+    clean, level = skip * run.model_input(state) + out * x0, run.fresh[state.index]
+    return (clean + level * noise if noise is not None and level > 0 else clean), ()
+
+
 @dataclass(frozen=True)
 class Method:
     """What sets one sampler apart: its step function, and the habits it has in diffusers.
@@ -215,6 +235,7 @@ SAMPLERS: Mapping[str, Method] = MappingProxyType(
         "euler_a": Method("Euler with fresh noise at every step", first_order, continuous=True),
         "heun": Method("second order, two calls a step; knows Karras", heun, karras=True, continuous=True),
         "dpmpp_2m": Method("second order, one call a step; knows Karras", dpmpp_2m, karras=True),
+        "lcm": Method("1 to 8 steps, for latent consistency models and their LoRAs", lcm),
     }
 )
 
@@ -224,8 +245,9 @@ class Sampler:
     """The description of a sampler.
 
     name: one of `SAMPLERS`. spacing of the timesteps: "leading", "trailing", "linspace", or None for the
-    schedule's own. karras: space σ as Karras et al. 2022 do, denser near 0 (euler, heun, dpmpp_2m). eta: for
-    ddim, the share of fresh noise, from 0 to 1. Raises ValueError for anything else.
+    schedule's own (and always for lcm, which has one of its own). karras: space σ as Karras et al. 2022 do, denser
+    near 0 (euler, heun, dpmpp_2m). eta: for ddim, the share of fresh noise, from 0 to 1. Raises ValueError for
+    anything else.
     """
 
     name: str
@@ -238,6 +260,8 @@ class Sampler:
             raise ValueError(f"sampler {self.name!r} is not known; choose one of {', '.join(SAMPLERS)}")
         if self.spacing not in (None, "leading", "trailing", "linspace"):
             raise ValueError(f"spacing={self.spacing!r}; expected 'leading', 'trailing', 'linspace', or None")
+        if self.spacing and self.name == "lcm":
+            raise ValueError(f"spacing={self.spacing!r}; sampler 'lcm' has timesteps of its own, so leave it out")
         if self.karras and not SAMPLERS[self.name].karras:
             able = ", ".join(name for name, method in SAMPLERS.items() if method.karras)
             raise ValueError(f"sampler {self.name!r} has no Karras spacing; drop it, or choose {able}")
@@ -252,8 +276,9 @@ class Sampler:
         Raises ValueError when the steps do not fit the schedule or start leaves none of them.
         """
         n, total = num_inference_steps, schedule.config.num_train_timesteps
+        total = LCM_GRID if self.name == "lcm" else total
         if not isinstance(n, int) or not 1 <= n <= total:
-            raise ValueError(f"num_inference_steps={n!r}; expected a whole number from 1 to {total}")
+            raise ValueError(f"num_inference_steps={n!r}; expected a whole number from 1 to {total} for {self.name}")
         if not isinstance(start, int) or not 0 <= start < n:
             raise ValueError(f"start={start!r}; expected a whole number from 0 to {n - 1}: a step must remain")
         method = SAMPLERS[self.name]
@@ -262,6 +287,7 @@ class Sampler:
         order = [step for step in range(start, n) for _ in range(self._calls(step - start))]
         sigmas = (*(levels[step] for step in order), final)
         eta = 1.0 if self.name in ("ddpm", "euler_a") else self.eta
+        pairs = zip(sigmas[:-1], sigmas[1:], strict=True)
         leading = (self.spacing or schedule.config.timestep_spacing) == "leading"
         first = sigmas[0] if method.continuous and not leading else math.sqrt(sigmas[0] ** 2 + 1)
         return Run(
@@ -269,7 +295,7 @@ class Sampler:
             schedule=schedule,
             timesteps=tuple(timesteps[step] for step in order),
             sigmas=sigmas,
-            fresh=tuple(fresh_noise(a, b, eta) for a, b in zip(sigmas[:-1], sigmas[1:], strict=True)),
+            fresh=sigmas[1:] if self.name == "lcm" else tuple(fresh_noise(a, b, eta) for a, b in pairs),
             first=first if start == 0 else None,
         )
 
@@ -282,6 +308,11 @@ class Sampler:
         if self.name == "dpmpp_2m" and self.karras:
             levels = karras_sigmas(float(schedule.sigmas[-1]), float(schedule.sigmas[0]), n)
             return tuple(float(round(schedule.timestep_at(sigma))) for sigma in levels), levels
+        if self.name == "lcm":
+            # n of the 50 timesteps of its training, from the last one on
+            gap = schedule.config.num_train_timesteps // LCM_GRID
+            timesteps = tuple(float((LCM_GRID - i * LCM_GRID // n) * gap - 1) for i in range(n))
+            return timesteps, tuple(schedule.sigma_at(t) for t in timesteps)
         spacing = self.spacing or schedule.config.timestep_spacing
         points = n + 1 if self.name == "dpmpp_2m" and spacing != "trailing" else n
         timesteps = schedule.timesteps(points, spacing, whole=not SAMPLERS[self.name].continuous)[:n]

@@ -282,6 +282,7 @@ def test_prediction_type_can_be_overridden(folder: Path) -> None:
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, "euler", 50),
         ("EulerAncestralDiscreteScheduler", {}, "euler_a", 50),
         ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}, "dpmpp_2m", 25),
+        ("LCMScheduler", {}, "lcm", 4),
         ("KDPM2DiscreteScheduler", {}, "ddim", 50),
     ],
 )
@@ -292,7 +293,7 @@ def test_defaults_from_scheduler(folder: Path, name: str, options: dict, sampler
     assert (defaults.sampler.name, defaults.num_inference_steps, defaults.guidance_scale) == (
         sampler,
         steps,
-        7.5,
+        1.0 if sampler == "lcm" else 7.5,
     )
     assert defaults.sampler.karras == options.get("use_karras_sigmas", False)
     schedule = open_checkpoint(folder).config.schedule

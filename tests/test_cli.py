@@ -219,7 +219,7 @@ def test_parameters_survive_the_round_trip(prompt, negative, model):
 def test_every_sampler_can_be_chosen_and_has_a_community_name():
     assert get_args(cli.SamplerName) == tuple(SAMPLERS)
     labels = [sampler_label(name) for name in SAMPLERS]
-    assert labels == ["DDPM", "DDIM", "PLMS", "Euler", "Euler a", "Heun", "DPM++ 2M"]
+    assert labels == ["DDPM", "DDIM", "PLMS", "Euler", "Euler a", "Heun", "DPM++ 2M", "LCM"]
     assert sampler_label("euler", karras=True) == "Euler Karras"
 
 

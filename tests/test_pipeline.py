@@ -286,11 +286,6 @@ def test_bad_prompts_are_refused(random_model: StableDiffusion) -> None:
             random_model(prompt)  # type: ignore[arg-type]
 
 
-def test_long_prompts_warn_and_say_what_was_lost(random_model: StableDiffusion) -> None:
-    with pytest.warns(UserWarning, match="zebra"):
-        random_model.encode_text("fox " * 75 + "zebra")
-
-
 def test_lists_and_numbers_of_images(random_model: StableDiffusion) -> None:
     assert isinstance(random_model("a fox", num_inference_steps=1, seed=0), Image.Image)
     pictures = random_model(["a fox", "a cat"], num_images_per_prompt=2, num_inference_steps=1, seed=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
 )
 from torch import Tensor
 
 from minisd.config import ScheduleConfig
+from minisd.pipeline import StableDiffusion
 from minisd.samplers import SAMPLERS, Run, Sampler, State
 from minisd.schedule import Schedule
 
@@ -51,6 +54,7 @@ VARIANTS = {
         DPMSolverMultistepScheduler,
         {"use_karras_sigmas": True},
     ),
+    "lcm": (Sampler("lcm"), LCMScheduler, {}),
 }
 
 # Where diffusers 0.42 does something else by design, and what its scheduler is told here so that it agrees.
@@ -196,6 +200,42 @@ def test_image_to_image_is_that_of_diffusers(variant: str, spacing: str) -> None
     assert difference(run_ours(run, latents), theirs) <= TOLERANCE
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_lcm_is_that_of_diffusers_at_every_number_of_steps(prediction_type: str) -> None:
+    worst = 0.0
+    for n in range(1, 51):
+        run = Sampler("lcm").plan(schedule_for(prediction_type), n)
+        scheduler = theirs_for("lcm", "leading", prediction_type, n)
+        calls = list(scheduler.timesteps)
+        assert run.timesteps == tuple(float(t) for t in calls)
+        assert [run.needs_noise(i) for i in range(n)] == [True] * (n - 1) + [False]
+        worst = max(worst, difference(run_ours(run), run_theirs(scheduler, calls, gaussian(0))))
+    print(f"lcm, {prediction_type}: worst {worst:.1e} of the latents' scale")
+    assert worst <= TOLERANCE
+
+
+def test_lcm_keeps_a_clean_picture_at_time_zero() -> None:
+    """The boundary conditions by hand: c_skip = 1 and c_out = 0 at t = 0; ½ and √½ at t = 1/20, where τ = σ_data."""
+    run = replace(Sampler("lcm").plan(Schedule(), 2), timesteps=(0.0, 0.05))
+    x0, noise = gaussian(1, torch.float64), torch.zeros(SHAPE)
+    for i, (skip, out) in enumerate([(1.0, 0.0), (0.5, math.sqrt(0.5))]):
+        state = State(i, gaussian(0, torch.float64))
+        x, sigma = run.model_input(state), run.sigmas[i]
+        epsilon = (math.sqrt(sigma**2 + 1) * x - x0) / sigma
+        assert torch.allclose(run.step(state, epsilon, noise)[0].sample, skip * x + out * x0, atol=1e-12)
+
+
+def test_a_folder_saved_with_lcm_is_read_by_diffusers(small_model: Path, tmp_path: Path) -> None:
+    sd = StableDiffusion.from_pretrained(small_model, device="cpu")
+    sd.defaults = replace(sd.defaults, sampler=Sampler("lcm"), num_inference_steps=4)
+    sd.save_pretrained(tmp_path / "model")
+    scheduler = LCMScheduler.from_pretrained(tmp_path / "model/scheduler")
+    scheduler.set_timesteps(4)
+    assert scheduler.config.prediction_type == sd.config.schedule.prediction_type
+    *_, step = sd.denoise("a fox", seed=0)
+    assert step.t == scheduler.timesteps[-1] and step.calls == 4
+
+
 def test_known_numbers() -> None:
     schedule = Schedule()
     for n, first in ((20, 951), (25, 961), (30, 958), (50, 981)):
@@ -219,7 +259,7 @@ def test_known_numbers() -> None:
 
 def test_trailing_never_runs_below_zero() -> None:
     """diffusers makes 62 steps of 61, the last at t = −1."""
-    for name in SAMPLERS:
+    for name in set(SAMPLERS) - {"lcm"}:
         run = Sampler(name, "trailing").plan(Schedule(), 61)
         assert run.timesteps[-1] >= 0 and len(set(run.timesteps)) == 61
 
@@ -252,6 +292,60 @@ def test_order_of_convergence(name: str, order: int) -> None:
     orders = [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
     print(f"{name}: measured order {orders[-1]:.2f}")
     assert orders[-1] == pytest.approx(order, abs=0.15)
+
+
+def table(readme: str, section: str) -> dict[str, list[str]]:
+    """The table of samplers: calls for n steps, order, fresh noise, Karras' levels."""
+    text = (Path(__file__).parents[1] / readme).read_text(encoding="utf-8").partition(f"## {section}\n")[2]
+    lines = [line for line in text.partition("\n## ")[0].splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name.strip("`"): rest for name, _, *rest in cells}
+
+
+def error_at_199(sampler: Sampler, n: int) -> float:
+    """The error of x̄ at t = 199, when the last call there begins (Heun's corrects what its first one predicted)."""
+    run = sampler.plan(schedule_for(spacing="trailing"), n)
+    state = run.start(torch.ones(1, dtype=torch.float64))
+    scale = (state.sample.item() - MU) / math.hypot(0.5, run.sigmas[0])
+    while 199 in run.timesteps[state.index + 1 :]:
+        state, _ = run.step(state, predict_gaussian(run, state, 0.5))
+    return abs(state.sample.item() - MU - scale * math.hypot(0.5, Schedule().sigma_at(199)))
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "heun", "dpmpp_2m"])
+def test_order_is_what_the_readme_says(name: str) -> None:
+    """On the model's own timesteps too, twice the steps make the error 2 or 4 times smaller.
+
+    The grid decides whether that shows. 50, 100 and 200 trailing timesteps are whole and even, each grid is part of the
+    next, and all visit t = 199: no step is rounded to a neighbour, no σ interpolated between two of the table, and the
+    errors are of one level. (Linspace would round for DDIM and PNDM, and interpolate for the others.)
+    """
+    errors = [error_at_199(Sampler(name), n) for n in (50, 100, 200)]
+    orders = [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    print(f"{name}: measured orders {orders[0]:.2f}, {orders[1]:.2f}; errors {errors}")
+    assert orders[-1] == pytest.approx(float(table("README.md", "Samplers")[name][1]), abs=0.15)
+
+
+def test_readme_tells_the_calls_the_noise_and_the_levels_of_every_sampler() -> None:
+    english, chinese = table("README.md", "Samplers"), table("README.zh-CN.md", "采样器")
+    assert [*english] == [*chinese] == [*SAMPLERS]
+    formulas = {"n": lambda n: n, "n + 1": lambda n: n + 1, "2n − 1": lambda n: 2 * n - 1}
+    for name, (calls, order, fresh, karras) in english.items():
+        assert chinese[name][:2] == [calls, order]
+        assert [cell == "是" for cell in chinese[name][2:]] == [cell == "yes" for cell in (fresh, karras)]
+        for n in (2, 5, 20):
+            run = Sampler(name).plan(Schedule(), n)
+            assert run.calls == formulas[calls](n), (name, n)
+            assert any(run.fresh) == (fresh == "yes")
+        assert (order == "") == (fresh == "yes")  # with fresh noise there is no one path to be near to
+        assert (karras == "yes") == can_take_karras(name)
+
+
+def can_take_karras(name: str) -> bool:
+    try:
+        return Sampler(name, karras=True).karras
+    except ValueError:
+        return False
 
 
 @pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "heun", "dpmpp_2m"])
@@ -414,6 +508,7 @@ def test_end_of_ddim_and_pndm_follows_the_configuration() -> None:
         ({"name": "ddim", "karras": True}, "choose euler, heun, dpmpp_2m"),
         ({"name": "ddim", "eta": 1.5}, "from 0"),
         ({"name": "euler", "eta": 0.5}, "'ddim' only"),
+        ({"name": "lcm", "spacing": "trailing"}, "timesteps of its own"),
     ],
 )
 def test_bad_samplers_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -427,6 +522,7 @@ def test_bad_samplers_are_refused(settings: dict[str, Any], words: str) -> None:
         (Sampler("ddim"), 0, 0, "from 1 to 1000"),
         (Sampler("ddim"), 1001, 0, "from 1 to 1000"),
         (Sampler("ddim"), 2.5, 0, "whole number"),
+        (Sampler("lcm"), 51, 0, "from 1 to 50 for lcm"),
         (Sampler("ddim"), 10, 10, "from 0 to 9"),
         (Sampler("ddim"), 10, -1, "from 0 to 9"),
         (Sampler("euler"), 1000, 0, "past the schedule's last"),
