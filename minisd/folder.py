@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from minisd.samplers import Sampler
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import BOS, EOS, Tokenizer
 from minisd.unet import UNet
-from minisd.weights import CheckpointError, read_json
+from minisd.weights import CheckpointError, read_json, save_atomically, shown
 
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
@@ -91,12 +92,12 @@ def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") not in PIPELINES:
         raise CheckpointError(
-            f"{folder} is a {index.get('_class_name')}; expected {', '.join(PIPELINES)} (Stable Diffusion 1 or 2)"
+            f"{folder} is a {shown(str(index.get('_class_name')))}; expected {', '.join(PIPELINES)} (Stable Diffusion 1 or 2)"
         )
     for part, name in CLASSES.items():
         given = index.get(part)
         if not isinstance(given, list) or given[-1:] != [name]:
-            raise CheckpointError(f"{folder / 'model_index.json'} has {part}={given!r}; expected a {name}")
+            raise CheckpointError(f"{folder / 'model_index.json'} has {part}={shown(repr(given))}; expected a {name}")
     scheduler = folder / "scheduler/scheduler_config.json"
     config = ModelConfig(
         _read_config(TextEncoderConfig, folder / "text_encoder/config.json"),
@@ -173,9 +174,8 @@ def save(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype | None
         for part, module in parts.items():
             _write_json(new / part / "config.json", configs[part])
             weights = {name: value.to("cpu", dtype).contiguous() for name, value in module.state_dict().items()}
-            path = new / part / f"{STEMS[part]}.safetensors"
-            save_file(weights, path, metadata={"format": "pt"})
-            path.chmod((new / part / "config.json").stat().st_mode)  # safetensors leaves it to the owner alone
+            write = partial(save_file, weights, metadata={"format": "pt"})
+            save_atomically(write, new / part / f"{STEMS[part]}.safetensors")
         _write_json(new / "scheduler/scheduler_config.json", _scheduler(model.config.schedule, model.defaults.sampler))
         _write_tokenizer(new / "tokenizer", model.tokenizer)
         _write_json(new / "minisd.json", asdict(model.defaults))

@@ -87,7 +87,7 @@ def read_tensors(
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 for key in batch:
-                    yield key, _read_tensor(file, key, path).to(device, dtype)
+                    yield key, _read_tensor(file, key, path, device, dtype)
         else:
             tensors = _load_pickle(path)
             for key in batch:
@@ -172,6 +172,8 @@ def save_atomically(write: Any, path: Path) -> None:
         write(temporary)
         temporary.chmod(mode)  # safetensors leaves its files to the owner alone
         os.replace(temporary, path)
+    except (SafetensorError, RuntimeError) as error:  # as safetensors and torch tell of a full disk
+        raise OSError(f"{path} could not be written ({error}); is the disk full?") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -206,11 +208,12 @@ def _check_start(path: Path) -> None:
         raise CheckpointError(f"{path} is a web page, not weights; fetch it again, from the download link")
 
 
-def _read_tensor(file: Any, key: str, path: Path) -> Tensor:
+def _read_tensor(file: Any, key: str, path: Path, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     try:
-        return file.get_tensor(key)  # type: ignore[no-any-return]
+        tensor = file.get_tensor(key)
     except (SafetensorError, AttributeError, RuntimeError) as error:  # a dtype that torch has not, an absurd shape
-        raise CheckpointError(f"{path} holds {key}, which torch cannot read ({error}); fetch it again") from error
+        raise CheckpointError(f"{path} holds {shown(key)}, which torch cannot read ({error}); fetch it again") from error
+    return tensor.to(device, dtype)  # type: ignore[no-any-return]
 
 
 def _check_pickle(path: Path) -> None:

@@ -38,8 +38,8 @@ MEMORY = 2**30  # beyond what the worker has when it starts
 SECONDS = 20  # of its own CPU time, for one case
 
 JUNK: tuple[Any, ...] = (
-    None, True, -1, 0, 1.5, 10**9, 2**63, 10**400, float("nan"), float("inf"), "", "x" * 5000, "../../etc/passwd", [], {},
-    [[]], [1] * 1000, {"a": {"a": {}}}, "\x1b[2J", "NaN",
+    None, True, -1, 0, 1.5, 10**9, 2**63, 10**400, float("nan"), float("inf"), "", "x" * 5000, "../../etc/passwd", [],
+    {}, [[]], [1] * 1000, {"a": {"a": {}}}, "\x1b[2J", "NaN",
 )  # fmt: skip
 
 
@@ -118,17 +118,21 @@ def edited(value: Any, rng: random.Random) -> Any:
 def edit_header(data: bytes, rng: random.Random) -> bytes:
     """Another header before the same numbers: its JSON, a dtype, an offset, or its length."""
     length = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    key = rng.choice(list(header))
+    try:
+        header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+        header = {key: item for key, item in header.items() if isinstance(item, dict)}
+        key = rng.choice(list(header))
+    except (ValueError, AttributeError, IndexError):  # damaged before
+        return flip(data, rng)
     kind = rng.randrange(5)
     if kind == 0:
         header = edited(header, rng)
     elif kind == 1 and "dtype" in header[key]:
         header[key]["dtype"] = rng.choice(("F16", "F64", "I32", "BOOL", "F8_E4M3", "F4", "C64", "X", "f32"))
     elif kind == 2 and "data_offsets" in header[key]:
-        header[key]["data_offsets"][rng.randrange(2)] += rng.choice((-4, -1, 1, 4, 2**40, -(2**40)))
-    elif kind == 3 and header[key].get("shape"):
-        header[key]["shape"][0] = rng.choice((0, -1, 1, 2**31, 2**62, header[key]["shape"][0] + 1))
+        header[key]["data_offsets"] = [0, rng.choice((-4, -1, 1, 4, 2**40, -(2**40)))]
+    elif kind == 3 and "shape" in header[key]:
+        header[key]["shape"] = [rng.choice((0, -1, 1, 2**31, 2**62)), 2]
     text = json.dumps(header).encode()
     length = len(text) if kind < 4 else rng.choice((0, 1, len(text) - 1, len(text) + 8, 2**27, 2**63, 2**64 - 1))
     return length.to_bytes(8, "little") + text + body
@@ -139,7 +143,7 @@ def edit_pickle(data: bytes, rng: random.Random) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError):  # damaged before
         return rng.choice((flip, splice, insert))(data, rng)
     name = rng.choice([name for name in members if name.endswith("data.pkl")] * 4 + list(members))
     if members[name]:
@@ -265,8 +269,8 @@ class Hunt:
 
         inside = {"model": [], "shards": []}
         for name, files in inside.items():
-            root = self.folder / name
-            files += [(f"{name}/{p.relative_to(root)}", partial(_above, model, name)) for p in sorted(root.rglob("*.*"))]
+            paths = sorted((self.folder / name).rglob("*.*"))
+            files += [(str(path.relative_to(self.folder)), partial(_above, model, name)) for path in paths]
         shards = [case for case in inside["shards"] if "shards/unet" in case[0]]
         adapters = [(name, lora) for name in ("lora.safetensors", "lora.pt")]
         adapters += [(name, read_textual_inversion) for name in ("word.safetensors", "word.pt")]
