@@ -21,16 +21,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from minisd.keys import looks_like
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.weights import (
     CheckpointError,
     TensorInfo,
+    plain_tensor,
     read_header,
     read_json,
     read_metadata,
     read_pickle,
     read_tensors,
+    save_atomically,
+    shown,
 )
 
 Layer = nn.Linear | nn.Conv2d
@@ -104,7 +108,7 @@ class LoRA(nn.Module):
             a, b = update.lora_A.detach().cpu(), update.scale * update.lora_B.detach().cpu()
             weights[f"{name}.lora_A.weight"] = a.contiguous()
             weights[f"{name}.lora_B.weight"] = b.reshape(*b.shape, *(1 for _ in a.shape[2:])).contiguous()
-        save_file(weights, path, metadata={"format": "pt"})
+        save_atomically(lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}), path)
 
 
 class Adapters:
@@ -241,7 +245,7 @@ def read_lora(path: str | PathLike[str], parts: Mapping[str, nn.Module]) -> LoRA
         match = KEY.fullmatch(key)
         name = spelled.get(match["layer"].replace(".", "_")) if match else None
         if match is None or name is None:
-            problems.append(f"{key} belongs to no layer of this model")
+            problems.append(f"{shown(key)} belongs to no layer of this model")
         elif keys.setdefault(name, {}).setdefault(FACTORS[match["factor"]], key) != key:
             problems.append(f"{key} comes twice, the other as {keys[name][FACTORS[match['factor']]]}")
     for name, found in keys.items():
@@ -249,14 +253,20 @@ def read_lora(path: str | PathLike[str], parts: Mapping[str, nn.Module]) -> LoRA
     if problems or not keys:
         some = "".join(f"\n  {problem}" for problem in problems[:4]) or "\n  it holds no LoRA"
         more = f"\n  and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise CheckpointError(f"{path} does not fit:{some}{more}\nUse a LoRA made for this kind of model")
+        kind = looks_like(header)
+        known = f"It looks like {kind}. " if kind not in ("", "a LoRA") else ""
+        raise CheckpointError(f"{path} does not fit:{some}{more}\n{known}Use a LoRA made for this kind of model")
     tensors = dict(read_tensors(path, header, "cpu", torch.float32))
     settings = _settings(path)
     updates = {}
     for name, found in keys.items():
         a, b = tensors[found["A"]], tensors[found["B"]]
         rank = len(a)
-        alpha = float(tensors[found["alpha"]]) if "alpha" in found else _told_alpha(settings, name, rank)
+        try:
+            alpha = float(tensors[found["alpha"]]) if "alpha" in found else _told_alpha(settings, name, rank)
+            _finite({f"alpha of {name}": alpha})
+        except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
+            raise CheckpointError(f"{path} has no valid alpha for {name} ({error}); fetch it again") from error
         updates[name] = update = LowRank(layers[name], rank, alpha)
         update.lora_A = nn.Parameter(a.reshape(update.lora_A.shape).to(layers[name].weight))
         update.lora_B = nn.Parameter(b.reshape(update.lora_B.shape).to(layers[name].weight))
@@ -301,7 +311,7 @@ def _settings(path: Path) -> Mapping[str, Any]:
         return read_json(path.with_name("adapter_config.json"))
     try:
         settings = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the lora_adapter_metadata of {path} is not JSON ({error}); fetch it again") from error
     return settings if isinstance(settings, dict) else {}
 
@@ -315,6 +325,9 @@ def _told_alpha(settings: Mapping[str, Any], name: str, rank: int) -> float:
 
     alpha = told("lora_alpha", rank)
     for pattern, other in (told("alpha_pattern", None) or {}).items():
+        # a pattern with repeats in repeats could be tried for years
+        if not re.fullmatch(r"[\w.\\^$|*+-]{1,500}", pattern) or len(re.findall(r"[*+]", pattern)) > 2:
+            raise ValueError(f"the alpha_pattern {shown(pattern)!r} is none of names, dots and at most two repeats")
         if any(re.fullmatch(rf"(.*\.)?({pattern})", each) for each in (layer, layer.removeprefix("text_model."))):
             alpha = other
             break
@@ -329,7 +342,10 @@ def read_textual_inversion(path: str | PathLike[str], token: str | None = None) 
     """
     path = _file_in(Path(path), INVERSION_FILES)
     if path.suffix == ".safetensors":
-        content: Any = dict(read_tensors(path, read_header(path), "cpu", torch.float32))
+        header = read_header(path)
+        if wrong := [f"{shown(key)} of dtype {info.dtype}" for key, info in header.items() if info.dtype not in FLOATS]:
+            raise CheckpointError(f"{path} holds {wrong[0]}; expected {', '.join(FLOATS)}")
+        content: Any = dict(read_tensors(path, header, "cpu", torch.float32))
     else:
         content = read_pickle(path)
     name, vectors = None, content.get("string_to_param") if isinstance(content, dict) else None
@@ -338,13 +354,15 @@ def read_textual_inversion(path: str | PathLike[str], token: str | None = None) 
     elif isinstance(content, dict) and len(content) == 1:
         name, vectors = next(iter(content.items()))
         name = path.stem if name == "emb_params" else name  # the web UI's safetensors do not say the word
-    if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or not vectors.numel():
-        found = ", ".join(map(str, list(content)[:4])) if isinstance(content, dict) else type(content).__name__
+    vectors = plain_tensor(vectors, path) if isinstance(vectors, Tensor) else None
+    if vectors is None or not vectors.is_floating_point() or vectors.ndim not in (1, 2) or not vectors.numel():
+        keys = list(content)[:4] if isinstance(content, dict) else [type(content).__name__]
+        found = ", ".join(shown(str(key)) for key in keys)
         raise CheckpointError(
             f"{path} holds {found}; expected one word with its vectors, (width,) or (n, width), or the web UI's "
             "string_to_param. Use a textual inversion made for this kind of model"
         )
-    return token or str(name), vectors.detach().float().reshape(-1, vectors.shape[-1])
+    return token or str(name), vectors.float().reshape(-1, vectors.shape[-1])
 
 
 def add_word(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, vectors: Tensor) -> Tokenizer:

@@ -17,11 +17,27 @@ from torch.overrides import TorchFunctionMode
 from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, SD21_BASE, ModelConfig
 from minisd.folder import STEMS, Defaults, read_configs, save
-from minisd.keys import IGNORED_IN_FOLDER, IGNORED_IN_SINGLE_FILE, Source, folder_sources, single_file_sources
+from minisd.keys import (
+    IGNORED_IN_FOLDER,
+    IGNORED_IN_SINGLE_FILE,
+    Source,
+    folder_sources,
+    looks_like,
+    single_file_sources,
+)
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
-from minisd.weights import CheckpointError, TensorInfo, pick_weights, read_header, read_tensors, shards
+from minisd.weights import (
+    CheckpointError,
+    TensorInfo,
+    pick_weights,
+    read_header,
+    read_json,
+    read_tensors,
+    shards,
+    shown,
+)
 
 __all__ = [
     "Checkpoint",
@@ -191,11 +207,38 @@ def _open_folder(folder: Path, variant: str | None) -> Checkpoint:
                 "Fetch the whole folder"
             )
         first = folder / part / chosen[0]
-        for path in shards(first) if first.suffix == ".json" else [first]:
-            files.append(WeightFile(path, f"{part}.", read_header(path)))
-    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer" if (folder / "tokenizer").is_dir() else None)
+        paths = shards(first) if first.suffix == ".json" else [first]
+        headers = [read_header(path) for path in paths]
+        if first.suffix == ".json":
+            _check_index(first, {path.name: header for path, header in zip(paths, headers, strict=True)})
+        files += [WeightFile(path, f"{part}.", header) for path, header in zip(paths, headers, strict=True)]
+    tokenizer = _read_tokenizer(folder / "tokenizer", config.text_encoder.vocab_size)
     sources = _match(config, files, folder_sources, IGNORED_IN_FOLDER, folder)
     return Checkpoint(folder, "diffusers folder", config, tokenizer, defaults, tuple(files), sources)
+
+
+def _check_index(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> None:
+    """Each tensor is in the one shard that the index says, so that none comes twice or from another version."""
+    told = read_json(index)["weight_map"]
+    held = {(key, name) for name, header in headers.items() for key in header}
+    if wrong := [key for key, name in held ^ set(told.items())]:
+        raise CheckpointError(
+            f"{index} and its shards disagree on {_some(sorted(set(wrong)))}; they are of different versions. Fetch "
+            "all of them again"
+        )
+
+
+def _read_tokenizer(folder: Path, rows: int) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_pretrained(folder if folder.is_dir() else None)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from error
+    count = len(tokenizer.vocabulary)
+    if count > rows or (count < rows and not (folder / "added_tokens.json").is_file()):
+        raise CheckpointError(
+            f"{folder} has {count} tokens and the text encoder a table of {rows}; they are of different models"
+        )
+    return tokenizer
 
 
 def _open_single_file(path: Path, prediction_type: str | None, config: ModelConfig | None) -> Checkpoint:
@@ -220,10 +263,11 @@ def _infer_config(path: Path, header: Mapping[str, TensorInfo], prediction_type:
     cross = header.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
     width = cross.shape[-1] if cross else None
     if first is None or width not in (768, 1024) or first.shape[1:2] not in ((4,), (9,)):
+        kind = looks_like(header)
         raise CheckpointError(
             f"{path} is not Stable Diffusion 1 or 2 in CompVis layout; expected model.diffusion_model.* of context "
-            f"width 768 or 1024 and 4 or 9 input channels, found {_some(list(header))}. Adapters, single parts and "
-            "SDXL cannot be loaded as a model"
+            f"width 768 or 1024 and 4 or 9 input channels, found {_some(list(header))}. "
+            + (f"It looks like {kind}, which cannot be loaded as a model" if kind else "Use another file")
         )
     if width == 1024 and prediction_type is None:
         raise CheckpointError(
@@ -306,4 +350,5 @@ def _match(
 
 
 def _some(names: list[str], limit: int = 4) -> str:
-    return (", ".join(names[:limit]) or "nothing") + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    some = ", ".join(map(shown, names[:limit])) or "nothing"
+    return some + (f" and {len(names) - limit} more" if len(names) > limit else "")

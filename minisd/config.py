@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
+
+# No size is larger than the first of these; what multiplies the layers to be built, or fills tables, is smaller still.
+LARGEST = 2**20
+LARGEST_OF = {
+    "num_hidden_layers": 128,
+    "layers_per_block": 16,
+    "sample_size": 2**14,
+    "num_train_timesteps": 100_000,
+    "levels": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -12,6 +23,10 @@ class Config:
     """What the four configurations share: reading from, and writing to, a diffusers or transformers dictionary."""
 
     FIXED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), item.default)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -23,9 +38,9 @@ class Config:
         for key, supported in cls.FIXED.items():
             if key in values and values[key] not in supported:
                 expected = " or ".join(repr(value) for value in supported)
-                raise ValueError(f"config has {key}={values[key]!r}; minisd builds only {key}={expected}")
+                raise ValueError(f"config has {key}={_short(values[key])}; minisd builds only {key}={expected}")
         known = {item.name for item in fields(cls)}
-        return cls(**{key: _freeze(value) for key, value in values.items() if key in known})
+        return cls(**{key: _freeze(value) for key, value in values.items() if key in known and value is not None})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values, together with the one supported value of every fixed key."""
@@ -35,6 +50,32 @@ class Config:
 
 def _freeze(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _check(name: str, value: Any, like: Any) -> None:
+    """Raise ValueError unless a value is of the kind of another, the default, and no larger than makes sense."""
+    if isinstance(value, tuple) and (isinstance(like, tuple) or name == "attention_head_dim"):
+        if not 1 <= len(value) <= LARGEST_OF["levels"]:
+            raise ValueError(f"{name} has {len(value)} entries; expected 1 to {LARGEST_OF['levels']}")
+        for each in value:
+            _check(name, each, like[0] if isinstance(like, tuple) else like)
+    elif isinstance(like, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {_short(value)}; expected true or false")
+    elif isinstance(like, int):
+        least, most = 0 if name == "steps_offset" else 1, LARGEST_OF.get(name, LARGEST)
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{name} is {_short(value)}; expected a whole number from {least} to {most}")
+    elif isinstance(like, float):
+        if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value < LARGEST:
+            raise ValueError(f"{name} is {_short(value)}; expected a number above 0")
+    elif not isinstance(value, str):
+        raise ValueError(f"{name} is {_short(value)}; expected a text")
+
+
+def _short(value: Any) -> str:
+    plain = isinstance(value, (int, float, str)) and len(str(value)) < 50
+    return repr(value) if plain else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +94,7 @@ class TextEncoderConfig(Config):
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise ValueError(f"hidden_act={self.hidden_act!r}; expected 'quick_gelu' (SD 1) or 'gelu' (SD 2)")
         _check_divisible("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
@@ -81,6 +123,7 @@ class AutoencoderConfig(Config):
     scaling_factor: float = 0.18215
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for channels in self.block_out_channels:
             _check_divisible("block_out_channels", channels, "norm_num_groups", self.norm_num_groups)
 
@@ -143,6 +186,7 @@ class UNetConfig(Config):
     upcast_attention: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         levels = len(self.block_out_channels)
         for name in ("down_block_types", "up_block_types", "heads"):
             if len(getattr(self, name)) != levels:
@@ -185,6 +229,11 @@ class ScheduleConfig(Config):
     clip_sample: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_start={self.beta_start}, beta_end={self.beta_end}; expected 0 < beta_start ≤ beta_end < 1"
+            )
         if self.beta_schedule not in ("scaled_linear", "linear"):
             raise ValueError(f"beta_schedule={self.beta_schedule!r}; expected 'scaled_linear' or 'linear'")
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):

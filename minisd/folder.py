@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +25,7 @@ from minisd.samplers import Sampler
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import BOS, EOS, Tokenizer
 from minisd.unet import UNet
-from minisd.weights import CheckpointError, read_json
+from minisd.weights import CheckpointError, read_json, save_atomically, shown
 
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
@@ -86,15 +88,17 @@ class Model(Protocol):
 
 def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
     """Read the JSON files of a folder; CheckpointError where one is missing, damaged, or of another model."""
+    if not (folder / "model_index.json").exists():
+        raise CheckpointError(f"{folder / 'model_index.json'} is missing; {_instead(folder)}")
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") not in PIPELINES:
         raise CheckpointError(
-            f"{folder} is a {index.get('_class_name')}; expected {', '.join(PIPELINES)} (Stable Diffusion 1 or 2)"
+            f"{folder} is a {shown(str(index.get('_class_name')))}; expected {', '.join(PIPELINES)} (Stable Diffusion 1 or 2)"
         )
     for part, name in CLASSES.items():
         given = index.get(part)
         if not isinstance(given, list) or given[-1:] != [name]:
-            raise CheckpointError(f"{folder / 'model_index.json'} has {part}={given!r}; expected a {name}")
+            raise CheckpointError(f"{folder / 'model_index.json'} has {part}={shown(repr(given))}; expected a {name}")
     scheduler = folder / "scheduler/scheduler_config.json"
     config = ModelConfig(
         _read_config(TextEncoderConfig, folder / "text_encoder/config.json"),
@@ -103,6 +107,17 @@ def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
         _read_config(ScheduleConfig, scheduler, clip_sample=False),  # diffusers' pipeline turns it off as well
     )
     return config, _read_defaults(folder, read_json(scheduler))
+
+
+def _instead(folder: Path) -> str:
+    """What a folder that is no model holds, and what to do."""
+    if (folder / "config.json").is_file():
+        values = read_json(folder / "config.json")
+        kind = str(values.get("_class_name") or values.get("architectures") or values.get("model_type"))[:80]
+        return f"there is only a part, {kind}; give the folder that holds all parts"
+    for path in folder.glob("*.safetensors"):
+        return f"to read the single file {path.name}, or to load it as an adapter, give its own path"
+    return "fetch the whole folder"
 
 
 def _read_config(kind: Any, path: Path, **changes: Any) -> Any:
@@ -118,12 +133,18 @@ def _read_defaults(folder: Path, scheduler: Mapping[str, Any]) -> Defaults:
     if path.is_file():
         values = read_json(path)
         try:
-            preview = tuple((r, g, b) for r, g, b in values.get("preview", SD1))
-            return Defaults(**values | {"sampler": Sampler(**values["sampler"]), "preview": preview})
-        except (ValueError, TypeError, KeyError) as error:
+            preview = tuple((float(r), float(g), float(b)) for r, g, b in values.get("preview", SD1))
+            defaults = Defaults(**values | {"sampler": Sampler(**values["sampler"]), "preview": preview})
+            steps, guidance = defaults.num_inference_steps, defaults.guidance_scale
+            if type(steps) is not int or not 1 <= steps <= 1000 or not math.isfinite(guidance):
+                raise ValueError(f"num_inference_steps={steps!r}, guidance_scale={guidance!r}")
+            if not all(math.isfinite(number) for row in preview for number in row):
+                raise ValueError("preview has numbers that are not finite")
+            return defaults
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise CheckpointError(f"{path} has no valid generation defaults ({error!r}); fetch it again") from error
     names = {name: sampler for sampler, (name, _) in SCHEDULERS.items()}
-    sampler = names.get(scheduler.get("_class_name", ""), "ddim")
+    sampler = names.get(str(scheduler.get("_class_name")), "ddim")
     karras = "use_karras_sigmas" in SCHEDULERS[sampler][1] and bool(scheduler.get("use_karras_sigmas"))
     if sampler == "lcm":
         return Defaults(Sampler(sampler), num_inference_steps=4, guidance_scale=1.0)
@@ -133,9 +154,10 @@ def _read_defaults(folder: Path, scheduler: Mapping[str, Any]) -> Defaults:
 def save(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
     """Write a folder that minisd, diffusers and transformers load. dtype: by default the weights' own.
 
-    Everything is written beside the folder first and then moved, so that a fault on the way leaves no half-written
-    file, and a model that maps the old files keeps them. Raises FileExistsError where the folder holds anything but a
-    model with the same files.
+    Everything is written into a folder beside it first, which then takes the name: whoever reads sees the old model or
+    the new one, never a mixture, and a model that maps the old files keeps them. What else the folder holds stays. A
+    kill may leave a folder .NAME.….tmp, whole or not, beside it; it can be deleted. Raises FileExistsError where the
+    folder holds anything but a model with the same files.
     """
     target = Path(folder)
     with _moved_into(target) as new:
@@ -155,9 +177,8 @@ def save(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype | None
         for part, module in parts.items():
             _write_json(new / part / "config.json", configs[part])
             weights = {name: value.to("cpu", dtype).contiguous() for name, value in module.state_dict().items()}
-            path = new / part / f"{STEMS[part]}.safetensors"
-            save_file(weights, path, metadata={"format": "pt"})
-            path.chmod((new / part / "config.json").stat().st_mode)  # safetensors leaves it to the owner alone
+            write = partial(save_file, weights, metadata={"format": "pt"})
+            save_atomically(write, new / part / f"{STEMS[part]}.safetensors")
         _write_json(new / "scheduler/scheduler_config.json", _scheduler(model.config.schedule, model.defaults.sampler))
         _write_tokenizer(new / "tokenizer", model.tokenizer)
         _write_json(new / "minisd.json", asdict(model.defaults))
@@ -166,12 +187,13 @@ def save(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype | None
 
 @contextmanager
 def _moved_into(target: Path) -> Iterator[Path]:
-    """A new folder beside the target; on success its files take their places there, on failure it is removed."""
+    """A new folder beside the target; on success it takes the target's place, on failure it is removed."""
+    target = target.resolve()
     existing = {path.relative_to(target) for path in target.rglob("*") if path.is_file()} if target.is_dir() else set()
     if target.exists() and (not target.is_dir() or (existing and Path("model_index.json") not in existing)):
         raise FileExistsError(f"{target} exists and is not a model; choose a new folder, or empty it first")
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
+    new = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     new.mkdir()
     try:
         yield new
@@ -182,14 +204,61 @@ def _moved_into(target: Path) -> Iterator[Path]:
             raise FileExistsError(
                 f"{target} holds weights of another model ({names}); choose a new folder, or empty it"
             )
-        if not target.exists():
-            new.rename(target)
-            return
+        with _alone(target.parent):
+            _take_place(new, target, files)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within this block no other process that comes here as well moves anything in the folder."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network drives have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take_place(new: Path, target: Path, files: Iterable[Path]) -> None:
+    """Give the folder `new` the name of the target, which is removed; what only the target holds goes along."""
+    if not target.exists():
+        new.rename(target)
+    elif os.path.ismount(target):  # which cannot be renamed
         for path in files:
             (target / path.parent).mkdir(parents=True, exist_ok=True)
             os.replace(new / path, target / path)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    else:
+        _carry(target, new)
+        old = new.with_suffix(".old.tmp")
+        target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        _carry(old, target)  # what came in between
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _carry(source: Path, target: Path) -> None:
+    """Link into the target what is missing there."""
+    for path in source.rglob("*"):
+        place = target / path.relative_to(source)
+        if path.is_dir() and not path.is_symlink():
+            place.mkdir(parents=True, exist_ok=True)
+        elif not os.path.lexists(place):
+            try:
+                os.link(path, place, follow_symlinks=False)
+            except OSError:
+                shutil.copy2(path, place, follow_symlinks=False)
 
 
 def _index(model: Model) -> dict[str, Any]:

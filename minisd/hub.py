@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,6 +53,8 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
         raise HubError(
             f"the hub has no model {repo}{at}, or it is private; check the name, or run `hf auth login`"
         ) from error
+    if re.fullmatch(r"[0-9a-f]{40}", info.sha or "") is None:  # it becomes the name of a folder
+        raise HubError(f"{constants.ENDPOINT} names {repo}'s version {info.sha!r}, which is none; do not trust it")
     wanted = choose_files((file.rfilename for file in info.siblings or ()), variant)
     if not wanted:
         raise CheckpointError(
@@ -67,12 +70,30 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
     if new:
         size = sum(file.size or 0 for file in new)
         print(f"{repo}: downloading {len(new)} files, {size / 1e9:.2f} GB", file=sys.stderr, flush=True)
+    bar = _bar_to(2**24 + 2 * sum(file.size or 0 for file in new))
     try:
-        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, tqdm_class=bar))
+    except (OSError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         raise HubError(f"the download of {repo} broke off ({error}); run again, finished files are kept") from error
+    if folder.name != info.sha:
+        raise HubError(f"{repo} changed while it was downloaded; run again")
     _verify(folder, new)
     return folder
+
+
+def _bar_to(limit: int) -> Any:
+    """The client's progress bar, but a download that goes on beyond so many bytes is broken off."""
+
+    class Bar(huggingface_hub.utils.tqdm):  # type: ignore[misc]
+        seen = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.seen += int(n or 0)
+            if self.seen > limit:
+                raise OSError(f"it sends more than {limit:,} bytes, far more than it said")
+            return super().update(n)  # type: ignore[no-any-return]
+
+    return Bar
 
 
 def choose_files(names: Iterable[str], variant: str | None = None) -> list[str]:
@@ -99,9 +120,16 @@ def _cached(repo: str, revision: str | None, reason: Exception) -> Path:
 
 
 def _verify(folder: Path, files: Iterable[Any]) -> None:
-    """Compare new files with the digests that the hub states; the hub's own client compares sizes only."""
+    """Compare new files with the digests that the hub states; the hub's own client compares sizes only.
+
+    It also lets the hub say where in the cache a file is kept; what lies elsewhere is not used.
+    """
+    cache = folder.parent.parent.resolve()
     for file in files:
         path = folder / file.rfilename
+        if not path.resolve().is_relative_to(cache):
+            path.unlink()
+            raise HubError(f"{constants.ENDPOINT} put {file.rfilename} at {path.resolve()}; do not trust it")
         if file.lfs is None:
             continue
         with path.open("rb") as stream:

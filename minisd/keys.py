@@ -9,6 +9,7 @@ All rules run from the name that a part expects to the name in the file.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 from minisd.config import ModelConfig, UNetConfig
@@ -20,6 +21,20 @@ class Source(NamedTuple):
     key: str
     third: int | None = None
 
+
+# What a file of another kind is, by the first key that fits.
+OTHER_KINDS = (
+    (r"conditioner\.embedders\..*|model\.diffusion_model\.label_emb\..*|add_embedding\..*", "Stable Diffusion XL"),
+    (r"(model\.diffusion_model\.)?(joint_blocks|x_embedder)\..*|text_encoders\..*", "Stable Diffusion 3"),
+    (r"(model\.diffusion_model\.)?(double_blocks|single_transformer_blocks)\..*", "Flux"),
+    (r"(control_model|controlnet_cond_embedding|controlnet_.*_blocks)\..*", "a ControlNet"),
+    (r".*[._]lora[._].*|.*\.(hada|lokr)_.*", "a LoRA"),
+    (r"emb_params|string_to_param", "a textual inversion"),
+    (r"model\.diffusion_model\..*", "a model in CompVis layout"),
+    (r"time_embedding\.linear_1\..*", "a UNet alone"),
+    (r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up|mid)[._].*", "an autoencoder alone"),
+    (r"(text_model\.)?(encoder\.layers|embeddings\.token_embedding)\..*", "a text encoder alone"),
+)
 
 # Keys that carry nothing a part needs. Any other key that no part asks for is an error.
 IGNORED_IN_FOLDER = re.compile(
@@ -108,6 +123,14 @@ def single_file_sources(part: str, name: str, config: ModelConfig) -> tuple[Sour
     )
     plain = (Source(f"cond_stage_model.transformer.{each}") for each in (name, name.removeprefix("text_model.")))
     return (*plain, openclip)
+
+
+def looks_like(keys: Collection[str]) -> str:
+    """What kind of file has such keys, as far as a few of them tell; "" where they do not."""
+    for pattern, kind in OTHER_KINDS:
+        if any(re.fullmatch(pattern, key) for key in keys):
+            return kind
+    return ""
 
 
 def _rewrite(name: str, rules: tuple[tuple[str, str], ...]) -> str:

@@ -20,6 +20,8 @@ from types import MappingProxyType
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from minisd.images import opened_picture
+
 KEY = "parameters"
 NEGATIVE = "Negative prompt: "
 SETTING = re.compile(r'\s*([\w /-]+?):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
@@ -70,7 +72,7 @@ def parse_parameters(text: str) -> Parameters:
 
 def read_parameters(path: str | os.PathLike[str]) -> str | None:
     """The text chunk of a picture file, or None where there is none. Raises OSError for what is no picture."""
-    with Image.open(path) as picture:
+    with opened_picture(path) as picture:
         picture.load()  # a text chunk may also follow the pixels
         text = picture.info.get(KEY)
     return text if isinstance(text, str) else None
@@ -88,21 +90,32 @@ def save_png(picture: Image.Image, path: Path, text: str, overwrite: bool = Fals
     temporary = path.parent / f".{uuid.uuid4().hex}.png"
     try:
         picture.save(temporary, format="PNG", pnginfo=info)
-        final = path if overwrite else _reserve(path)
-        os.replace(temporary, final)
+        if overwrite:
+            os.replace(temporary, path)
+        final = path if overwrite else _number(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return final
 
 
-def _reserve(path: Path) -> Path:
-    """Create the first file of this name, or of this name and a number, that does not exist yet."""
+def _number(temporary: Path, path: Path) -> Path:
+    """Give a finished file this name or, where that is taken, this name and the first number that is free."""
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
         try:
-            candidate.open("xb").close()
+            os.link(temporary, candidate)  # unlike renaming it spares what is there, and no empty file comes first
         except FileExistsError:
             continue
+        except OSError:  # a drive without links
+            try:
+                candidate.open("xb").close()
+            except FileExistsError:
+                continue
+            try:
+                os.replace(temporary, candidate)
+            except OSError:
+                candidate.unlink()
+                raise
         return candidate
     raise AssertionError("unreachable")
 

@@ -68,7 +68,9 @@ class Tokenizer:
         self._symbols = byte_symbols()
         tokens = [*self._symbols, *(symbol + END_OF_WORD for symbol in self._symbols)]
         tokens += [*(left + right for left, right in merges), BOS, EOS]
-        if set(tokens) != vocabulary.keys() or sorted(vocabulary.values()) != list(range(len(tokens))):
+        ids = vocabulary.values()
+        whole = all(type(i) is int for i in ids) and sorted(ids) == list(range(len(tokens)))
+        if set(tokens) != vocabulary.keys() or not whole:
             raise ValueError(
                 f"the vocabulary has {len(vocabulary)} tokens, expected {len(tokens)} from id 0 on: 512 byte "
                 f"symbols, {len(merges)} merges, 2 special tokens. Not in both: "
@@ -232,7 +234,7 @@ def _room(max_length: int) -> int:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not JSON in UTF-8: {error}") from error
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import uuid
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,10 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minisd.pickles import INERT, PickleError, check_pickle
+
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SAFE_TORCH = (2, 10)  # before it, weights_only=True could be made to run code: CVE-2025-32434, CVE-2026-24747
-CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # pickled in the original sd-v1-4.ckpt
+JSON_BYTES = 2**26  # far more than the largest vocabulary or index of shards
 BATCH_BYTES = 2**28
+ADVICE = "fetch it again from a source you trust, best as .safetensors"
 
 
 class CheckpointError(ValueError):
@@ -36,9 +41,11 @@ class TensorInfo(NamedTuple):
 
 
 class _Inert:
-    """Stands in for the Lightning callback in old checkpoints: it can be named and built, and does nothing."""
+    """Stands in for what old checkpoints hold beside tensors: it can be named and built, and does nothing."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -48,6 +55,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     _check_start(path)
     if path.suffix != ".safetensors":
+        _check_pickle(path)
         tensors = _load_pickle(path)
         return {key: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in tensors.items()}
     try:
@@ -69,7 +77,8 @@ def read_tensors(
     A tensor that needs no conversion stays a private, lazy map of the file: no second copy in memory, and writing to
     it does not write to the file. The others are converted a few at a time, the map being closed in between.
     """
-    copies = torch.device(device).type != "cpu" or any(getattr(torch, info.dtype) != dtype for info in header.values())
+    same = str(dtype).removeprefix("torch.")
+    copies = torch.device(device).type != "cpu" or any(info.dtype != same for info in header.values())
     # An old pickle, not a zip archive, can only be read as a whole.
     batches = (
         _batches(header) if copies and (path.suffix == ".safetensors" or zipfile.is_zipfile(path)) else [list(header)]
@@ -78,7 +87,7 @@ def read_tensors(
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 for key in batch:
-                    yield key, file.get_tensor(key).to(device, dtype)
+                    yield key, _read_tensor(file, key, path, device, dtype)
         else:
             tensors = _load_pickle(path)
             for key in batch:
@@ -96,6 +105,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_pickle(path: Path) -> Any:
     """Whatever a .ckpt, .bin or .pt file holds, as long as reading it runs no code; CheckpointError otherwise."""
     _check_start(path)
+    _check_pickle(path)
     return _unpickle(path)
 
 
@@ -135,7 +145,11 @@ def shards(index: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError when it is missing or something else."""
     try:
+        if path.stat().st_size > JSON_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no such file is so large. Fetch it again")
         value = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; fetch the whole folder") from error
     except (ValueError, RecursionError) as error:
@@ -143,6 +157,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object. Fetch it again")
     return value
+
+
+def save_atomically(write: Any, path: Path) -> None:
+    """Call `write(temporary path)`, then move the finished file to `path`, so that a kill leaves the old one whole.
+
+    A kill may leave the temporary file, hidden and ending in .tmp; it can be deleted. A link is replaced, not followed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors leaves its files to the owner alone
+        os.replace(temporary, path)
+    except (SafetensorError, RuntimeError) as error:  # as safetensors and torch tell of a full disk
+        raise OSError(f"{path} could not be written ({error}); is the disk full?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def shown(name: str) -> str:
+    """A name from a file, fit for a message: not endless, and without characters that steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:120]) + ("…" if len(name) > 120 else "")
 
 
 def _batches(header: Mapping[str, TensorInfo]) -> Iterable[list[str]]:
@@ -164,8 +202,25 @@ def _check_start(path: Path) -> None:
         raise CheckpointError(f"{path} is empty; fetch it again")
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
+    if start.startswith(b"/annex/objects/") or b"annex/objects/" in start.partition(b"\n")[0]:
+        raise CheckpointError(f"{path} is a git-annex pointer, not the weights; run `git annex get` in its folder")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path} is a web page, not weights; fetch it again, from the download link")
+
+
+def _read_tensor(file: Any, key: str, path: Path, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    try:
+        tensor = file.get_tensor(key)
+    except (SafetensorError, AttributeError, RuntimeError) as error:  # a dtype that torch has not, an absurd shape
+        raise CheckpointError(f"{path} holds {shown(key)}, which torch cannot read ({error}); fetch it again") from error
+    return tensor.to(device, dtype)  # type: ignore[no-any-return]
+
+
+def _check_pickle(path: Path) -> None:
+    try:
+        check_pickle(path)
+    except PickleError as error:
+        raise CheckpointError(f"{path} {error}; {ADVICE}") from error
 
 
 def _unpickle(path: Path) -> Any:
@@ -176,14 +231,10 @@ def _unpickle(path: Path) -> Any:
             "install torch 2.10 or newer, or use the .safetensors file"
         )
     try:
-        with torch.serialization.safe_globals([(_Inert, CALLBACK)]):
+        with torch.serialization.safe_globals([(_Inert, name) for name in INERT]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever a hostile or damaged pickle provokes
-        refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*|GLOBAL [\w.]+", str(error))
-        reason = f"asks for code and was refused ({refused[0]})" if refused else f"is damaged or incomplete ({error})"
-        raise CheckpointError(
-            f"{path} {reason}; fetch it again from a source you trust, best as .safetensors"
-        ) from error
+        raise CheckpointError(f"{path} is damaged or incomplete ({error}); {ADVICE}") from error
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
@@ -191,6 +242,15 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     nested = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(nested, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a dictionary of tensors")
-    return {
-        str(key): value for key, value in nested.items() if isinstance(value, Tensor) and value.layout == torch.strided
-    }
+    return {str(key): plain_tensor(value, path) for key, value in nested.items() if isinstance(value, Tensor)}
+
+
+def plain_tensor(value: Tensor, path: Path) -> Tensor:
+    """A tensor from a pickle, without gradient; CheckpointError where a few numbers pretend to be many."""
+    tensor = Tensor.detach(value)
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path} holds a tensor of shape {list(tensor.shape)} in {tensor.untyped_storage().nbytes()} bytes, which "
+            "repeats numbers to look large; no checkpoint does. Do not trust it"
+        )
+    return tensor

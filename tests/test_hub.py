@@ -10,12 +10,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import SMALL, make_parts, write_folder
+from PIL import Image
 
+from minisd import StableDiffusion
+from minisd.checkpoint import SHIPPED
 from minisd.hub import choose_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -80,6 +85,11 @@ class Hub(ThreadingHTTPServer):
         self.status: tuple[int, str] | None = None
         self.hang_up: dict[str, int] = {}
         self.sent: list[tuple[str, int]] = []  # name, first byte
+        self.once: dict[str, int] = {}  # as hang_up, but only at the first try
+        self.commit = COMMIT
+        self.headers: dict[str, dict[str, str]] = {}
+        self.redirects: dict[str, str] = {}
+        self.endless: set[str] = set()
 
     def handle_error(self, request: object, client_address: object) -> None: ...
 
@@ -107,20 +117,20 @@ class Handler(BaseHTTPRequestHandler):
         if hub.status is not None:
             status, code = hub.status
             self.reply(status, b"{}", {"X-Error-Code": code, "Content-Type": "application/json"})
-        elif re.fullmatch(rf"/api/models/{REPO}(/revision/\w+)?", path):
+        elif re.fullmatch(r"/api/models/owner/\w+(/revision/\w+)?", path):
             siblings = [
                 {"rfilename": name, "size": len(data), "lfs": self.lfs(name), "blobId": "b"}
                 for name, data in hub.files.items()
             ]
-            self.json({"_id": "1", "id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings})
-        elif path.startswith(f"/api/models/{REPO}/tree/"):
+            self.json({"_id": "1", "id": REPO, "modelId": REPO, "sha": hub.commit, "siblings": siblings})
+        elif re.match(r"/api/models/owner/\w+/tree/", path):
             entries = [
                 {"type": "file", "path": name, "size": len(data), "oid": "b"}
                 | ({"lfs": {"oid": hub.digests[name], "size": len(data), "pointerSize": 1}} if self.lfs(name) else {})
                 for name, data in hub.files.items()
             ]
             self.json(entries)
-        elif path.startswith(f"/{REPO}/resolve/"):
+        elif re.match(r"/owner/\w+/resolve/", path):
             self.file(path.split("/", 5)[5])
         else:
             self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
@@ -147,8 +157,18 @@ class Handler(BaseHTTPRequestHandler):
             hub.sent.append((name, first))
         if first:
             headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-        cut = hub.hang_up.get(name) if self.command == "GET" else None
-        self.reply(206 if first else 200, data[first:], headers, cut)
+        cut = hub.once.pop(name, hub.hang_up.get(name)) if self.command == "GET" else None
+        if name in hub.redirects:
+            self.reply(302, b"", {"Location": hub.redirects[name]})
+        elif name in hub.endless and self.command == "GET":
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            while True:  # until the client hangs up
+                self.wfile.write(b"100000\r\n" + bytes(2**20) + b"\r\n")
+        else:
+            self.reply(206 if first else 200, data[first:], headers | hub.headers.get(name, {}), cut)
+            self.close_connection |= name in hub.headers
 
 
 @pytest.fixture(scope="module")
@@ -162,19 +182,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(folder: Path) -> Iterator[Hub]:
+    with serving(folder) as server:
+        yield server
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Hub]:
+    """A hub that serves this folder, within the block."""
     server = Hub(folder)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
-def run(home: Path, endpoint: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
-    """`describe("owner/name")` in a process of its own, since the client reads its settings when imported."""
+def settings(home: Path, endpoint: str, offline: bool = False) -> dict[str, str]:
+    """The environment of a process that talks to this hub alone; the client reads it when imported."""
     kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HTTP"))}
-    settings = {
+    own = {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1" if offline else "0",
@@ -183,9 +212,22 @@ def run(home: Path, endpoint: str, offline: bool = False) -> subprocess.Complete
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    code = f"from minisd.checkpoint import describe; print(describe({REPO!r}))"
+    return kept | own
+
+
+DESCRIBE = f"from minisd.checkpoint import describe; print(describe({REPO!r}))"
+
+
+def run(
+    home: Path, endpoint: str, offline: bool = False, code: str = DESCRIBE, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """`describe("owner/name")`, or other code, in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", code], env=kept | settings, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *arguments],
+        env=settings(home, endpoint, offline),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -272,3 +314,120 @@ def test_repository_without_a_folder(hub: Hub, tmp_path: Path) -> None:
     result = run(tmp_path, endpoint_of(hub))
     assert "CheckpointError: owner/name holds no Stable Diffusion folder" in result.stderr
     assert hub.sent == []
+
+
+DRAW = f"""
+import sys
+from minisd import StableDiffusion
+sd = StableDiffusion.from_pretrained({REPO!r}, device="cpu")
+sd("a fox in the snow", seed=7, num_inference_steps=2).save(sys.argv[1])
+"""
+
+
+def test_the_tiny_model_from_the_hub_draws_as_the_shipped_one(tmp_path: Path) -> None:
+    with serving(SHIPPED) as hub:
+        for offline in (False, True):
+            result = run(tmp_path / "home", endpoint_of(hub), offline, DRAW, str(tmp_path / "fox.png"))
+            assert result.returncode == 0, result.stderr
+            drawn = np.asarray(Image.open(tmp_path / "fox.png"))
+            (tmp_path / "fox.png").unlink()
+            shipped = StableDiffusion.from_pretrained(device="cpu")("a fox in the snow", seed=7, num_inference_steps=2)
+            assert np.array_equal(drawn, np.asarray(shipped))
+        assert {name.partition("/")[0] for name, _ in hub.sent} == {
+            "minisd.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
+        }  # fmt: skip
+
+
+def test_a_cut_connection_is_taken_up_where_it_broke(hub: Hub, tmp_path: Path) -> None:
+    name = "unet/diffusion_pytorch_model.safetensors"
+    hub.once[name] = len(hub.files[name]) - 1000
+    result = run(tmp_path, endpoint_of(hub))
+    assert "5,054,411 parameters" in result.stdout, result.stderr
+    (first, again) = (start for sent, start in hub.sent if sent == name)
+    assert first == 0 and again == 10 * 2**20  # the client writes 10 MB at a time
+    (stored,) = tmp_path.rglob(name)
+    assert hashlib.sha256(stored.read_bytes()).hexdigest() == hub.digests[name]
+    assert not [*tmp_path.rglob("*.incomplete")]
+
+
+def test_two_processes_download_into_one_cache(hub: Hub, tmp_path: Path) -> None:
+    start = [sys.executable, "-c", DESCRIBE]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(start, env=settings(tmp_path, endpoint_of(hub)), **pipes) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert "5,054,411 parameters" in out, err
+    stored = {path for path in tmp_path.rglob("*.safetensors")}
+    assert len(stored) == 3 and not [*tmp_path.rglob("*.incomplete")]
+    for path in stored:
+        name = "/".join(path.parts[-2:])
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == hub.digests[name]
+
+
+ATTEMPTS = """
+import sys
+from minisd.checkpoint import describe
+for line in sys.stdin:
+    try:
+        describe(line.strip())
+        print("loaded", flush=True)
+    except Exception as error:
+        print(type(error).__name__, str(error).replace("\\n", " "), flush=True)
+"""
+
+
+def test_a_hub_that_lies(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    """Each lie with a repository of its own, in one process; nothing loads, and nothing is written outside."""
+    config, weights = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
+    outside, home = tmp_path / "outside", tmp_path / "home"
+    outside.mkdir()
+    (outside / "secret.json").write_text("{}")
+
+    def lie(number: int) -> str:
+        if number == 0:
+            hub.redirects[config] = f"file://{outside}/secret.json"
+            return "HubError the download of .* broke off"
+        if number == 1:
+            hub.endless.add(config)
+            return "HubError the download of .* broke off .*it sends more than"
+        if number == 2:
+            hub.headers[config] = {"Content-Length": str(len(hub.files[config]) - 10)}
+            return "(HubError the download of .* broke off|CheckpointError .*config.json is not JSON)"
+        if number == 3:
+            hub.headers[weights] = {"ETag": f'"{outside}/written"'}
+            return "HubError http.* put unet/diffusion_pytorch_model.safetensors at .*; do not trust it"
+        if number == 4:
+            hub.commit = "../../../outside"
+            return "HubError .* names .* version .*, which is none; do not trust it"
+        if number == 5:
+            more = [f"unet/../../{outside.name}/x.safetensors", "/etc/x.safetensors", "vae/*.safetensors"]
+            hub.files |= dict.fromkeys(more, b"x")
+            hub.digests |= dict.fromkeys(more, "0" * 64)
+            return "loaded"
+        hub.digests = dict.fromkeys(hub.digests, "0" * 64)
+        return "CheckpointError .* arrived damaged"
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", ATTEMPTS],
+        env=settings(home, endpoint_of(hub)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    good = dict(hub.files), dict(hub.digests)
+    for number in range(7):
+        expected = lie(number)
+        process.stdin.write(f"owner/lie{number}\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert re.match(expected, answer), (number, answer)
+        hub.files, hub.digests, hub.commit = *map(dict, good), COMMIT
+        for faults in (hub.redirects, hub.headers, hub.endless):
+            faults.clear()
+    assert not {name for name, _ in hub.sent if ".." in name or "*" in name or "/etc" in name}
+    process.stdin.close()
+    assert process.wait(60) == 0
+    # the client itself follows such an ETag, once, to a new file: what HF_ENDPOINT names must be trusted that far
+    assert {path.name for path in outside.iterdir()} <= {"secret.json", "written", "written.lock"}
+    assert not [path for path in home.rglob("*") if path.name == "secret.json"]

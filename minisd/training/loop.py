@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from minisd.weights import CheckpointError, read_pickle
+from minisd.weights import save_atomically as save_atomically  # for the tasks
 
 
 @dataclass(frozen=True)
@@ -142,17 +145,6 @@ def average_gradients(parameters: list[nn.Parameter], *numbers: float) -> tuple[
     return tuple(pieces[-1].tolist())
 
 
-def save_atomically(write: Any, path: Path) -> None:
-    """Call `write(temporary path)`, then move the finished file to `path`, so that a kill leaves the old one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def draw_curves(lines: list[dict[str, float]], path: Path) -> None:
     """Draw every logged number against the step, as it is and smoothed over a fiftieth of the run."""
     from matplotlib.figure import Figure
@@ -224,17 +216,25 @@ class Trainer:
             )
 
     def load(self) -> None:
-        """Continue from the folder's checkpoint. Raises FileNotFoundError when there is none."""
+        """Continue from the folder's checkpoint.
+
+        Raises FileNotFoundError when there is none, and CheckpointError for one that is damaged or of another task.
+        """
         if not self.checkpoint.exists():
             raise FileNotFoundError(f"nothing to resume: {self.checkpoint} does not exist; start without --resume")
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        self.task.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.averages = {float(decay): values for decay, values in state["averages"].items()}
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        losses = self.options.folder / "losses.jsonl"
-        if losses.exists():
-            self.losses = [json.loads(line) for line in losses.read_text().splitlines()][: self.step]
+        try:
+            state = read_pickle(self.checkpoint)
+            self.task.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.averages = {float(decay): values for decay, values in state["averages"].items()}
+            self.step, self.elapsed = state["step"], state["elapsed"]
+            losses = self.options.folder / "losses.jsonl"
+            if losses.exists():
+                self.losses = [json.loads(line) for line in losses.read_text().splitlines()][: self.step]
+        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.checkpoint} cannot be resumed ({error}); start without --resume, or in another folder"
+            ) from error
 
     @contextmanager
     def averaged(self, decay: float | None = None) -> Iterator[nn.Module]:
