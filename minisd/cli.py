@@ -8,12 +8,10 @@ something that cannot be, 130 interrupted.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,19 +19,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from minisd import __version__
-from minisd.drawing import Drawing, Target, display_name, draw_all
+from minisd.drawing import Drawing, Means, Target, draw_all, file_hash, model_side, split_lora
+from minisd.processes import own_device, processes, rank
 from minisd.training.commands import app as training
 
 if TYPE_CHECKING:
     import torch
 
     from minisd.pipeline import StableDiffusion
-    from minisd.samplers import Sampler
 
 SamplerName = Literal["ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "lcm"]
 Spacing = Literal["leading", "trailing", "linspace"]
 Precision = Literal["float32", "float16", "bfloat16"]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+HASHES = {"image_hash": "image", "mask_hash": "mask"}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 app = typer.Typer(
@@ -76,17 +75,28 @@ def minisd(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw, in words.")],
+    context: typer.Context,
+    prompt: Annotated[str | None, typer.Argument(help="What to draw, in words.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Draw a picture for each line of this .txt or .jsonl file.", exists=True, dir_okay=False),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Draw this picture again, but for what other options say.", exists=True, dir_okay=False),
+    ] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="A .png file or a folder. [default: named after the prompt]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files, instead of numbering.")] = False,
-    images: Annotated[int, typer.Option("--images", "-n", min=1, help="How many; each has the next seed.")] = 1,
+    images: Annotated[
+        int | None, typer.Option("--images", "-n", min=1, help="How many; each has the next seed. [default: 1]")
+    ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Lay the pictures out in one file.")] = False,
     seed: Annotated[int | None, typer.Option(help="Draws the same picture again. [default: random]")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt; 1 is plain.")] = None,
-    negative: Annotated[str, typer.Option(help="What to keep away from, in words.")] = "",
+    negative: Annotated[str | None, typer.Option(help="What to keep away from, in words.")] = None,
     sampler: Annotated[SamplerName | None, typer.Option(help="How to walk from noise to a picture.")] = None,
     spacing: Annotated[Spacing | None, typer.Option(help="Which timesteps the steps visit.")] = None,
     karras: Annotated[
@@ -109,8 +119,10 @@ def generate(
         tuple[int, int, int, int] | None,
         typer.Option(help="Draw beyond --image's edges: pixels left, right, top, bottom.", metavar="L R T B"),
     ] = None,
-    rescale: Annotated[float, typer.Option(help="Tame strong guidance, 0 (off) to 1.")] = 0.0,
-    clip_skip: Annotated[int, typer.Option(help="Which layer of the text encoder, counted from its end.")] = 1,
+    rescale: Annotated[float | None, typer.Option(help="Tame strong guidance, 0 (off) to 1. [default: 0]")] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(help="Which layer of the text encoder, counted from its end. [default: 1]")
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(help="Load this LoRA, at this strength. May be repeated.", metavar="FILE[:WEIGHT]"),
@@ -130,7 +142,9 @@ def generate(
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep each part on the GPU only while it computes, to save memory.")
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="How many pictures are drawn at a time.")] = 4,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="How many pictures are drawn at a time. [default: 4]")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the file names only.")] = False,
 ) -> None:
     """Draw pictures from words. What is left out comes from the model's own defaults.
@@ -146,34 +160,78 @@ def generate(
       minisd generate "a snowman" --image photo.jpg --strength 0.6
       minisd generate "a snowman" --image photo.jpg --mask mask.png
       minisd generate "a fox" --model stable-diffusion-v1-5/stable-diffusion-v1-5
+      minisd generate --like castle.png --steps 50
+      minisd generate --prompts prompts.txt --output out/
+
+    With --prompts, a .txt file has a prompt on each line; lines that begin with # are skipped. Each line of a .jsonl
+    file is an object: {"prompt": "a fox", "seed": 7, "name": "fox"}, with negative_prompt, num_inference_steps,
+    guidance_scale, sampler, spacing, karras, width, height, clip_skip, guidance_rescale and images as further keys; the
+    options here are their defaults. All lines are checked before the first picture is drawn. The same command again
+    draws what is missing, and `torchrun --nproc-per-node 2 -m minisd generate …` shares the work out.
     """
-    target = Target.parse(output, prompt, several=images > 1 and not grid, overwrite=overwrite)
-    say: Callable[[str], None] = _ignore if quiet else _say
+    _check_modes(context, prompt, prompts, like, output, grid)
+    options: dict[str, Any] = {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "sampler": sampler,
+        "spacing": spacing,
+        "karras": karras,
+        "width": width,
+        "height": height,
+        "image": image,
+        "mask": mask,
+        "strength": strength,
+        "outpaint": outpaint,
+        "guidance_rescale": rescale,
+        "clip_skip": clip_skip,
+        "seed": seed,
+        "images": images,
+        "batch": batch,
+        "grid": grid or None,
+        "dtype": dtype,
+    }
+    recalled = None
+    if like is not None:
+        from minisd.like import recall
+
+        recalled = recall(like, options, model, lora or [])
+        options = recalled.options
+    options |= {name: file_hash(options[of]) for name, of in HASHES.items() if options[of]}
+    count, batch = options["images"] or 1, options["batch"] or 4
+    lines = None
+    if prompts is not None:
+        from minisd.batch import read_prompts
+
+        lines = read_prompts(prompts)
+        target = Target.parse(f"{output}/", "", several=True, overwrite=overwrite)
+    else:
+        target = Target.parse(output, options["prompt"], several=count > 1 and not options["grid"], overwrite=overwrite)
+    say: Callable[[str], None] = _ignore if quiet or rank() else _say
     started = time.perf_counter()
-    sd = _load(model, device, dtype, variant=variant, prediction_type=prediction, offload=offload)
+    kind = {"variant": variant, "prediction_type": prediction, "offload": offload}
+    sd = _load(model, own_device(device), options["dtype"], **kind)
     say(f"{model or 'tiny'} on {sd.device} in {str(sd.dtype).removeprefix('torch.')}, "
         f"loaded in {time.perf_counter() - started:.1f} s")
-    _load_adapters(sd, lora or [], inversion or [])
-    if unknown := _unknown_words(sd, f"{prompt} {negative}"):
+    _load_adapters(sd, lora or [], inversion or [], recalled.lora_weights if recalled else {})
+    means = Means.of(sd, model)
+    if recalled is not None:
+        recalled.check(means)
+    said: list[Mapping[str, Any]] = [options] if lines is None else [options, *(line.settings for line in lines)]
+    words = " ".join(one.get(name) or "" for one in said for name in ("prompt", "negative_prompt"))
+    if not rank() and (unknown := _unknown_words(sd, words)):
         _say(unknown)
-    drawing = Drawing(
-        prompt=prompt,
-        negative_prompt=negative,
-        num_inference_steps=sd.defaults.num_inference_steps if steps is None else steps,
-        guidance_scale=sd.defaults.guidance_scale if guidance is None else guidance,
-        sampler=_choose_sampler(sd.defaults.sampler, sampler, spacing, karras),
-        width=width,
-        height=height,
-        image=image,
-        mask=mask,
-        strength=strength,
-        outpaint=outpaint,
-        guidance_rescale=rescale,
-        clip_skip=clip_skip,
-        loras=" ".join(f"{name} {weight:g}" for name, weight in sd.adapters.weights.items()),
-    )
-    choices: dict[str, Any] = {"seed": seed, "images": images, "batch": batch, "grid": grid, "model": model}
-    draw_all(sd, drawing, target, **choices, quiet=quiet, say=say)
+    if lines is not None:
+        from minisd.batch import draw_many, make_plan
+
+        plan = make_plan(lines, options, batch, sd.defaults, model_side(sd))
+        draw_many(sd, plan, means, target.folder, overwrite=overwrite, quiet=quiet, say=say)
+        return
+    drawing = Drawing.choose(options, sd.defaults)
+    choices: dict[str, Any] = {"seed": options["seed"], "images": count, "batch": batch, "grid": bool(options["grid"])}
+    place = recalled.place if recalled else None
+    draw_all(sd, drawing, target, **choices, means=means, quiet=quiet, say=say, place=place)
 
 
 @app.command()
@@ -209,8 +267,6 @@ def interpolate(
         num_inference_steps=sd.defaults.num_inference_steps if steps is None else steps,
         guidance_scale=sd.defaults.guidance_scale if guidance is None else guidance,
         sampler=sd.defaults.sampler,
-        width=None,
-        height=None,
     )
     pictures = sd.interpolate(
         (start, end),
@@ -219,7 +275,8 @@ def interpolate(
         num_inference_steps=drawing.num_inference_steps,
         guidance_scale=drawing.guidance_scale,
     )
-    text = drawing.parameters(seeds[0], pictures[0].size, display_name(model), count)
+    way = {"Interpolation": f"{seeds[0]} to {seeds[1]}"}
+    text = drawing.parameters(seeds[0], pictures[0].size, Means.of(sd, model), count, more=way)
     target.save(grid(pictures, columns=count), seeds[0], text)
 
 
@@ -230,26 +287,28 @@ def info(
     prediction: Annotated[
         Prediction | None, typer.Option("--prediction-type", help="What a single file of SD 2 predicts.")
     ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Print a picture's text as it is.")] = False,
 ) -> None:
-    """Say what a model consists of, or how a picture was drawn.
+    """Say what a model consists of, or how a picture was drawn, by minisd or by AUTOMATIC1111's web UI and its like.
 
     \b
     Examples:
       minisd info tiny
       minisd info v1-5-pruned-emaonly.safetensors
       minisd info fox.png
+      minisd info fox.png --raw
     """
     if not source.lower().endswith(PICTURES):
         from minisd.checkpoint import open_checkpoint
 
         print(open_checkpoint(source, variant=variant, prediction_type=prediction).describe())
         return
-    from minisd.metadata import read_parameters
+    from minisd.metadata import describe, parse_parameters, read_parameters
 
     text = read_parameters(source)
     if text is None:
         raise OSError(f"{source} does not say how it was drawn; expected a `parameters` text, as in a PNG of minisd")
-    print(text)
+    print(text if raw else describe(parse_parameters(text)))
 
 
 @app.command()
@@ -341,12 +400,13 @@ def _load(model: str | None, device: str | None, dtype: str | None, **choices: A
     return StableDiffusion.from_pretrained(model, device=place, dtype=precision, **choices)
 
 
-def _load_adapters(sd: StableDiffusion, loras: Sequence[str], inversions: Sequence[Path]) -> None:
-    """Load LoRAs, each given as FILE or FILE:WEIGHT, and textual inversions."""
+def _load_adapters(
+    sd: StableDiffusion, loras: Sequence[str], inversions: Sequence[Path], usual: Mapping[str, float]
+) -> None:
+    """Load LoRAs, each given as FILE or FILE:WEIGHT, and textual inversions. usual: weights by name, in place of 1."""
     for given in loras:
-        match = None if Path(given).exists() else re.fullmatch(r"(.+):(-?\d*\.?\d+)", given)
-        file, weight = match.groups() if match else (given, "1")
-        sd.load_lora(file, weight=float(weight))
+        file, weight = split_lora(given)
+        sd.load_lora(file, weight=usual.get(Path(file).stem, 1.0) if weight is None else weight)
     for path in inversions:
         sd.load_textual_inversion(path)
 
@@ -366,11 +426,21 @@ def _usable_device(name: str) -> torch.device:
     return device
 
 
-def _choose_sampler(default: Sampler, name: str | None, spacing: str | None, karras: bool | None) -> Sampler:
-    from minisd.samplers import Sampler
-
-    changes = {key: value for key, value in (("spacing", spacing), ("karras", karras)) if value is not None}
-    return replace(default if name is None else Sampler(name), **changes)  # type: ignore[arg-type]
+def _check_modes(
+    context: typer.Context, prompt: str | None, prompts: Path | None, like: Path | None, output: str | None, grid: bool
+) -> None:
+    """Raise BadParameter for what `generate` cannot do at once."""
+    if prompt is None and prompts is None and like is None:
+        raise typer.BadParameter("Missing argument 'PROMPT'; give one, or --prompts, or --like", context)
+    if prompts is None and processes() > 1:
+        raise typer.BadParameter("several processes share the lines of --prompts; for one prompt start one", context)
+    if prompts is None:
+        return
+    for name, given in (("a prompt", prompt is not None), ("--like", like), ("--grid", grid)):
+        if given:
+            raise typer.BadParameter(f"--prompts does not go with {name}; leave one of them out", context)
+    if output is None or (output.lower().endswith(".png") and not Path(output).is_dir()):
+        raise typer.BadParameter("--prompts draws many pictures; name a folder for them: --output out/", context)
 
 
 def _unknown_words(sd: StableDiffusion, text: str) -> str:
@@ -382,10 +452,11 @@ def _unknown_words(sd: StableDiffusion, text: str) -> str:
     from minisd.training.catalogue import CATALOGUE
 
     known = [word for word in vocabulary() if not sd.unknown_words(word)]
-    close = [match for word in unknown for match in get_close_matches(word.lower(), known, n=1, cutoff=0.7)]
+    close = [match for word in unknown[:12] for match in get_close_matches(word.lower(), known, n=1, cutoff=0.7)]
     nouns = [entry.noun for entry in CATALOGUE if entry.noun in known][::6]
     some = ", ".join(dict.fromkeys(close + nouns))
-    quoted = ", ".join(f'"{word}"' for word in unknown)
+    quoted = ", ".join(f'"{word}"' for word in unknown[:12])
+    quoted += f" and {len(unknown) - 12} more words" if len(unknown) > 12 else ""
     return f"warning: this model never learned {quoted}" + (f"; it knows, for example: {some}" if some else "")
 
 

@@ -1,13 +1,15 @@
-"""What `minisd generate` does: settings for a picture, where it goes, and drawing many of them."""
+"""What `minisd generate` does: settings for a picture, what draws it and where it goes, and drawing several."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -17,6 +19,7 @@ from minisd import __version__
 if TYPE_CHECKING:
     from PIL import Image
 
+    from minisd.folder import Defaults
     from minisd.pipeline import StableDiffusion
     from minisd.samplers import Sampler
 
@@ -40,8 +43,7 @@ class Target:
         if output and path.suffix.lower() == ".png" and not path.is_dir():
             target = cls(path.parent, path.stem, several, overwrite)
         elif not output or path.is_dir() or output.endswith(("/", os.sep)):
-            slug = "-".join(re.findall(r"\w+", prompt.lower()))[:40].strip("-")
-            target = cls(path, slug or "picture", True, overwrite)
+            target = cls(path, slug(prompt), True, overwrite)
         else:
             raise typer.BadParameter(
                 f"--output {output} is no .png file and no folder; end it in .png, or in / for a new folder"
@@ -61,97 +63,240 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Means:
+    """What draws: the model, what was loaded beside it, and where it computes.
+
+    model: its name. weights: a fingerprint of all that was loaded. prediction: the UNet's prediction type. loras: names
+    and weights. words: those that textual inversions brought.
+    """
+
+    model: str
+    weights: str
+    precision: str
+    device: str
+    prediction: str
+    loras: str = ""
+    words: str = ""
+
+    @classmethod
+    def of(cls, sd: StableDiffusion, model: str | None) -> Means:
+        """The means that a loaded model is. model: as it was asked for."""
+        return cls(
+            model=display_name(model),
+            weights=fingerprint(sd),
+            precision=str(sd.dtype).removeprefix("torch."),
+            device=sd.device.type,
+            prediction=sd.schedule.config.prediction_type,
+            loras=", ".join(f"{name} {number(weight)}" for name, weight in sd.adapters.weights.items()),
+            words=" ".join(sd.tokenizer.added),
+        )
+
+
+@dataclass(frozen=True)
 class Drawing:
-    """All that decides how a picture looks, but for the model and the seed."""
+    """All that decides how a picture looks, but for the means and the seed. The hashes are of the files' contents."""
 
     prompt: str
     negative_prompt: str
     num_inference_steps: int
     guidance_scale: float
     sampler: Sampler
-    width: int | None
-    height: int | None
+    width: int | None = None
+    height: int | None = None
     image: Path | None = None
+    image_hash: str = ""
     mask: Path | None = None
+    mask_hash: str = ""
     strength: float | None = None
     outpaint: tuple[int, int, int, int] | None = None
     guidance_rescale: float = 0.0
     clip_skip: int = 1
-    loras: str = ""
 
     def __post_init__(self) -> None:
         if self.image is None and (self.mask or self.outpaint):
             name = "--mask" if self.mask else "--outpaint"
             raise typer.BadParameter(f"{name} changes a picture; say which with --image")
-        if self.mask and self.outpaint:
-            raise typer.BadParameter("--outpaint makes its own mask; leave --mask out, or do one after the other")
 
-    def draw(self, sd: StableDiffusion, seeds: list[int], progress: bool | None) -> list[Image.Image]:
-        """Draw one picture for each seed."""
-        choices: dict[str, Any] = {
-            "negative_prompt": self.negative_prompt,
+    @classmethod
+    def choose(cls, options: Mapping[str, Any], defaults: Defaults) -> Drawing:
+        """A drawing from options, by the names of Python's arguments; those that are None the model decides.
+
+        A sampler that is named comes without the spacing and the noise levels of the model's own.
+        """
+        from minisd.samplers import Sampler
+
+        given = {name: value for name, value in options.items() if value is not None}
+        changes = {name: given[name] for name in ("spacing", "karras", "eta") if name in given}
+        base = Sampler(given["sampler"]) if "sampler" in given else defaults.sampler
+        decided: dict[str, Any] = {
+            "negative_prompt": "",
+            "num_inference_steps": defaults.num_inference_steps,
+            "guidance_scale": defaults.guidance_scale,
+        }
+        ours = {field.name: given[field.name] for field in fields(cls) if field.name in given}
+        return cls(**decided | ours | {"sampler": replace(base, **changes)})
+
+    @property
+    def share(self) -> float:
+        """How much of the picture that it begins with is drawn anew."""
+        return self.strength if self.strength is not None else 1.0 if self.mask or self.outpaint else 0.8
+
+    def choices(self) -> dict[str, Any]:
+        """What the pipeline is told, whatever the picture begins with."""
+        return {
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "sampler": self.sampler,
             "guidance_rescale": self.guidance_rescale,
             "clip_skip": self.clip_skip,
-            "progress": progress,
         }
-        if self.image is None:
-            return sd([self.prompt] * len(seeds), width=self.width, height=self.height, seed=seeds, **choices)
-        start = self._open(self.image, sd)
-        if self.outpaint is not None:
-            sides = dict(zip(("left", "right", "top", "bottom"), self.outpaint, strict=True))
-            return [sd.outpaint(self.prompt, start, **sides, seed=seed, **choices) for seed in seeds]
-        if self.strength is not None:
-            choices["strength"] = self.strength
-        if self.mask is None:
-            return [sd.image_to_image(self.prompt, start, seed=seed, **choices) for seed in seeds]
-        mask = self._open(self.mask, sd)
-        return [sd.inpaint(self.prompt, start, mask, seed=seed, **choices) for seed in seeds]
 
-    def _open(self, path: Path, sd: StableDiffusion) -> Image.Image:
-        """Read a picture, and scale and crop it to the size asked for, by default the model's own."""
+    def begin(self, sd: StableDiffusion) -> tuple[Image.Image | None, Image.Image | None]:
+        """The picture to begin with and its mask, both scaled and cropped to the size asked for, and extended."""
+        from minisd.editing import extend
         from minisd.images import read_picture
 
-        side = sd.unet.config.sample_size * sd.autoencoder.config.downscale
-        return read_picture(path, self.width or side, self.height or side)
+        if self.image is None:
+            return None, None
+        side = model_side(sd)
+        size = self.width or side, self.height or side
+        start = read_picture(self.image, *size)
+        if self.outpaint is not None:
+            return extend(start, *self.outpaint)
+        return start, None if self.mask is None else read_picture(self.mask, *size)
 
-    def parameters(self, seed: int, size: tuple[int, int], model: str, images: int = 1) -> str:
-        """The text for the picture's `parameters` chunk."""
+    def check(self, sd: StableDiffusion, seed: int = 0) -> None:
+        """Raise what drawing would raise for a value out of range, without drawing."""
+        start, mask = self.begin(sd)
+        size: dict[str, Any] = {} if start else {"width": self.width, "height": self.height}
+        sd.denoise(self.prompt, start, mask, strength=self.share, seed=seed, **size, **self.choices())
+        sd.encode_text("", self.clip_skip)
+
+    def parameters(
+        self,
+        seed: int,
+        size: tuple[int, int],
+        means: Means,
+        images: int = 1,
+        place: tuple[int, int] | None = None,
+        more: Mapping[str, object] = MappingProxyType({}),
+    ) -> str:
+        """The text for the picture's `parameters`: everything that changes a pixel.
+
+        images: how many are in a grid. place: how many pictures were drawn at a time, and which of them it was.
+        """
         from minisd.metadata import parameters_text, sampler_label
 
         settings: dict[str, Any] = {
             "Steps": self.num_inference_steps,
             "Sampler": sampler_label(self.sampler.name, self.sampler.karras),
-            "CFG scale": f"{self.guidance_scale:g}",
+            "CFG scale": number(self.guidance_scale),
             "Seed": seed,
             "Size": f"{size[0]}x{size[1]}",
-            "Model": model,
+            "Model": means.model,
+            "Weights": means.weights,
         }
-        if self.sampler.spacing:
-            settings["Timestep spacing"] = self.sampler.spacing
-        if self.loras:
-            settings["LoRA"] = self.loras
-        if self.image is not None and self.outpaint is None:
-            usual = 0.8 if self.mask is None else 1.0
-            settings["Denoising strength"] = f"{usual if self.strength is None else self.strength:g}"
-        if self.mask is not None:
-            settings["Mask"] = self.mask.name
-        if self.outpaint is not None:
-            settings["Outpaint"] = " ".join(map(str, self.outpaint))
-        if self.guidance_rescale:
-            settings["Guidance rescale"] = f"{self.guidance_rescale:g}"
-        if self.clip_skip != 1:
-            settings["Clip skip"] = self.clip_skip
-        if images > 1:
-            settings["Images"] = images
+        usual = {"Precision": "float32", "Device": "cpu", "Prediction type": "epsilon", "Clip skip": 1, "Images": 1}
+        unusual = {
+            "Prediction type": means.prediction,
+            "Precision": means.precision,
+            "Device": means.device,
+            "LoRA": means.loras,
+            "Textual inversion": means.words,
+            "Timestep spacing": self.sampler.spacing,
+            "Eta": number(self.sampler.eta),
+            "Guidance rescale": number(self.guidance_rescale),
+            "Clip skip": self.clip_skip,
+            "Denoising strength": self.image and number(self.share),
+            "Mask": self.mask and self.mask.name,
+            "Outpaint": " ".join(map(str, self.outpaint or ())),
+            "Image": self.image and self.image.name,
+            "Image hash": self.image_hash,
+            "Mask hash": self.mask_hash,
+            "Images": images,
+            "Batch size": place and place[0],
+            "Batch pos": place and place[1],
+        } | dict(more)
+        settings |= {name: x for name, x in unusual.items() if x not in (None, "", "0", usual.get(name))}
         return parameters_text(self.prompt, self.negative_prompt, settings | {"Version": f"minisd {__version__}"})
+
+
+def slug(prompt: str) -> str:
+    """The beginning of a prompt as the beginning of a file's name."""
+    return "-".join(re.findall(r"\w+", prompt.lower()))[:40].strip("-") or "picture"
+
+
+def number(value: float) -> str:
+    """A number as short as it can be written without changing it: 4, 7.5, 0.30000000000000004."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
+def model_side(sd: StableDiffusion) -> int:
+    """The width and height, in pixels, of the pictures that a model was made for."""
+    return sd.unet.config.sample_size * sd.autoencoder.config.downscale
 
 
 def display_name(model: str | None) -> str:
     """What `parameters` call a model: a file or folder by its name without ending, a hub id as it is."""
     return Path(model).stem if model and Path(model).exists() else model or "tiny"
+
+
+def split_lora(given: str) -> tuple[str, float | None]:
+    """FILE or FILE:WEIGHT, as --lora takes it, to the file and the weight, None where there is none."""
+    match = None if Path(given).exists() else re.fullmatch(r"(.+):(-?\d*\.?\d+)", given)
+    return (match[1], float(match[2])) if match else (given, None)
+
+
+def file_hash(path: Path) -> str:
+    """The first ten digits of a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:10]
+
+
+def fingerprint(sd: StableDiffusion) -> str:
+    """Ten digits that differ where models or adapters do: a hash of the configuration and of some of the weights.
+
+    Of each tensor the first and the last eight values count, so that it takes no time; training moves all of them.
+    """
+    import torch
+
+    found = hashlib.sha256(repr(sd.config).encode())
+    tensors = {
+        f"{part}.{name}": tensor
+        for part in ("text_encoder", "unet", "autoencoder")
+        for name, tensor in getattr(sd, part).state_dict().items()
+    }
+    for name, lora in sd.adapters.loras.items():
+        for layer, update in lora.items():
+            found.update(f"{name} {layer} {update.scale}".encode())
+            tensors |= {f"{name} {layer} A": update.lora_A.detach(), f"{name} {layer} B": update.lora_B.detach()}
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.reshape(-1)
+        ends = torch.cat([flat[:8], flat[-8:]]).float().cpu()
+        found.update(f"{name} {tuple(tensor.shape)}".encode() + ends.numpy().tobytes())
+    return found.hexdigest()[:10]
+
+
+def draw(
+    sd: StableDiffusion, drawings: Sequence[Drawing], seeds: Sequence[int], progress: bool | None
+) -> list[Image.Image]:
+    """Draw a picture for each of the drawings, which differ in their prompts only, with its seed."""
+    first = drawings[0]
+    choices = first.choices() | {"progress": progress}
+    if first.image is None:
+        negatives = [drawing.negative_prompt for drawing in drawings]
+        choices |= {"negative_prompt": negatives, "width": first.width, "height": first.height, "seed": seeds}
+        return list(sd([drawing.prompt for drawing in drawings], **choices))
+    start, mask = first.begin(sd)
+    assert start is not None
+    pictures = []
+    for drawing, seed in zip(drawings, seeds, strict=True):
+        choices |= {"negative_prompt": drawing.negative_prompt, "seed": seed, "strength": drawing.share}
+        if mask is None:
+            pictures.append(sd.image_to_image(drawing.prompt, start, **choices))
+        else:
+            pictures.append(sd.inpaint(drawing.prompt, start, mask, **choices))
+    return pictures
 
 
 def draw_all(
@@ -163,28 +308,37 @@ def draw_all(
     images: int,
     batch: int,
     grid: bool,
-    model: str | None,
+    means: Means,
     quiet: bool,
     say: Callable[[str], None],
+    place: tuple[int, int] | None = None,
 ) -> None:
-    """Draw a batch at a time, saving pictures as they come, or the grid of all of them at the end."""
+    """Draw a batch at a time, saving pictures as they come, or the grid of all of them at the end.
+
+    place: draw one picture alone as the one that it was of a batch, (size, number).
+    """
     from minisd.images import grid as lay_out
     from minisd.noise import seeds
 
-    numbers = seeds(seed, images)
-    sampler, name = drawing.sampler, display_name(model)
+    numbers, sampler = seeds(seed, images), drawing.sampler
     say(
         f"seed {numbers[0]}{f' to {numbers[-1]}' if images > 1 else ''}, {drawing.num_inference_steps} steps of "
         f"{sampler.name}{' with Karras levels' if sampler.karras else ''}, guidance {drawing.guidance_scale:g}"
     )
     started, pictures = time.perf_counter(), []
+    progress = False if quiet else None
     for first in range(0, images, batch):
         some = numbers[first : first + batch]
-        drawn = drawing.draw(sd, some, progress=False if quiet else None)
+        # the rows of a batch are rounded alike whatever the other rows hold, and differently in a batch of another size
+        rows = some * place[0] if place else some
+        drawn = draw(sd, [drawing] * len(rows), rows, progress)
+        drawn = drawn[place[1] : place[1] + 1] if place else drawn
         pictures += drawn if grid else []
-        for number, picture in zip(some, [] if grid else drawn, strict=not grid):
-            target.save(picture, number, drawing.parameters(number, picture.size, name))
+        for at, (one, picture) in enumerate(zip(some, [] if grid else drawn, strict=not grid)):
+            where = place or ((len(some), at) if len(some) > 1 and drawing.image is None else None)
+            target.save(picture, one, drawing.parameters(one, picture.size, means, place=where))
     if grid:
-        text = drawing.parameters(numbers[0], pictures[0].size, name, images)
+        where = (min(batch, images), 0) if images > 1 and drawing.image is None else None
+        text = drawing.parameters(numbers[0], pictures[0].size, means, images, where)
         target.save(lay_out(pictures), numbers[0], text)
     say(f"drawn in {time.perf_counter() - started:.1f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import struct
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from minisd import StableDiffusion, __version__, cli
 from minisd.metadata import Parameters, parameters_text, parse_parameters, read_parameters, sampler_label, save_png
@@ -165,22 +167,39 @@ def test_float16_and_bfloat16_draw(run):
 # What a picture carries
 
 
+def weights_by_hand(model: Path) -> str:
+    """The fingerprint of a model, from its files."""
+    found = hashlib.sha256(repr(StableDiffusion.from_pretrained(model, device="cpu").config).encode())
+    for part, folder in (("autoencoder", "vae"), ("text_encoder", "text_encoder"), ("unet", "unet")):
+        tensors = load_file(next((model / folder).glob("*.safetensors")))
+        for name in sorted(tensors):
+            values, shape = tensors[name].numpy().ravel(), tuple(tensors[name].shape)
+            found.update(f"{part}.{name} {shape}".encode() + values[:8].tobytes() + values[-8:].tobytes())
+    return found.hexdigest()[:10]
+
+
 def test_the_png_carries_the_communitys_parameters(run, small_model):
     run("generate", "red fox", "--seed", "7", "--steps", "2", "--negative", "snow", "-o", "fox.png")
     text = (
         "red fox\nNegative prompt: snow\n"
         f"Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 4, Seed: 7, Size: 32x32, Model: {small_model.name}, "
-        f"Version: minisd {__version__}"
+        f"Weights: {weights_by_hand(small_model)}, Prediction type: v_prediction, Version: minisd {__version__}"
     )
     assert chunks(Path("fox.png"))[b"tEXt"] == b"parameters\0" + text.encode("latin-1")
-    assert run("info", "fox.png") == (0, text.splitlines(), "")
+    assert run("info", "fox.png", "--raw") == (0, text.splitlines(), "")
+    assert run("info", "fox.png")[1][:4] == [
+        "Prompt           red fox",
+        "Negative prompt  snow",
+        "Steps            2",
+        "Sampler          DPM++ 2M Karras  (--sampler dpmpp_2m --karras)",
+    ]
 
 
 def test_a_prompt_beyond_latin_is_stored_as_utf8(run):
     _, lines, _ = run("generate", "狐 in the snow", "--seed", "1")
     assert lines == ["狐-in-the-snow-1.png"]
     assert chunks(Path(lines[0]))[b"iTXt"].startswith(b"parameters\0\0\0\0\0" + "狐 in".encode())
-    assert run("info", lines[0])[1][0] == "狐 in the snow"
+    assert run("info", lines[0])[1][0].split(maxsplit=1) == ["Prompt", "狐 in the snow"]
 
 
 def test_parameters_of_another_program_are_understood():
@@ -388,7 +407,6 @@ def test_without_a_command_the_help_is_shown(run):
 
 def test_info_describes_a_model(run, small_model):
     import torch
-    from safetensors.torch import load_file
 
     counts = [sum(map(torch.Tensor.numel, load_file(path).values())) for path in small_model.rglob("*.safetensors")]
     code, lines, _ = run("info", str(small_model))

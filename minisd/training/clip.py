@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from minisd.blocks import Downsample, ResBlock
 from minisd.config import TextEncoderConfig
+from minisd.processes import processes
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes
-from minisd.training.loop import Shuffled, channels_last, generator, processes, save_atomically
+from minisd.training.loop import Shuffled, channels_last, generator, save_atomically
 
 
 @dataclass(frozen=True)

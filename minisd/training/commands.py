@@ -103,8 +103,8 @@ def clip(
 @app.command()
 def latents(scenes: SceneFolder = Path("runs/scenes"), model: Model = Path("runs/autoencoder/export")) -> None:
     """Encode every scene once, for the training of the UNet; under torchrun on several processes."""
+    from minisd.processes import process_group
     from minisd.training.data import Scenes
-    from minisd.training.loop import process_group
     from minisd.training.parts import load_autoencoder
     from minisd.training.unet import cache_latents
 
@@ -277,8 +277,9 @@ def _told() -> Iterator[None]:
 
 def _train(task: Any, output: Path, **choices: Any) -> None:
     """Run the task, and add a line about this sitting to `log.jsonl` in its folder."""
+    from minisd.processes import rank
     from minisd.training.export import Sitting, log_sitting
-    from minisd.training.loop import Options, rank, train
+    from minisd.training.loop import Options, train
 
     try:
         options = Options(folder=output, **choices)
@@ -303,7 +304,7 @@ def _train(task: Any, output: Path, **choices: Any) -> None:
 
 def _command() -> str:
     """What was typed: `minisd train …`, or this module under torchrun."""
-    from minisd.training.loop import processes
+    from minisd.processes import processes
 
     words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
     together = f"torchrun --nproc-per-node {processes()} -m minisd.training.commands"

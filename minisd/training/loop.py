@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minisd.processes import process_group, processes, rank
 from minisd.weights import CheckpointError, read_pickle
 from minisd.weights import save_atomically as save_atomically  # for the tasks
 
@@ -78,16 +79,6 @@ class Task(Protocol):
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write the part into `folder`, in the layout of a published model."""
         ...
-
-
-def rank() -> int:
-    """This process's number under torchrun, else 0."""
-    return int(os.environ.get("RANK", 0))
-
-
-def processes() -> int:
-    """How many processes torchrun started, else 1."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def generator(*numbers: int) -> torch.Generator:
@@ -159,18 +150,6 @@ def draw_curves(lines: list[dict[str, float]], path: Path) -> None:
         axes.plot(np.arange(width - 1, len(values)), np.convolve(values, np.ones(width) / width, "valid"))
         axes.set(title=name, xlabel="step")
     figure.savefig(path, format="png", dpi=72)
-
-
-@contextmanager
-def process_group() -> Iterator[None]:
-    """Join the other processes of torchrun, if there are any."""
-    if processes() > 1:
-        dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        if processes() > 1:
-            dist.destroy_process_group()
 
 
 class Trainer:

@@ -23,13 +23,14 @@ from minisd.config import ModelConfig
 from minisd.folder import Defaults
 from minisd.images import grid
 from minisd.pipeline import StableDiffusion
+from minisd.processes import processes, rank
 from minisd.samplers import Sampler
 from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.data import Scenes
 from minisd.training.layout import Layout, WithLayout, layout_loss
-from minisd.training.loop import Shuffled, channels_last, generator, processes, rank, save_atomically
+from minisd.training.loop import Shuffled, channels_last, generator, save_atomically
 from minisd.unet import UNet
 
 SAMPLING = Defaults(Sampler("dpmpp_2m", spacing="trailing"), num_inference_steps=20, guidance_scale=4.0)
