@@ -49,6 +49,7 @@ PARSED: dict[str, list[tuple[str, float]]] = {
     "[[red]]": [("red", 1 / 1.21)],
     "([red]) fox": [("red fox", 1)],
     "(([red] fox))": [("red", 1.1), (" fox", 1.21)],
+    "[[[(((red)))]]] fox": [("red fox", 1)],  # whatever floats make of 1.1³ / 1.1³
     "(red:1.3)": [("red", 1.3)],
     "(red: 1.3 )": [("red", 1.3)],
     "(red:.5)(blue:+2)[x](y:-1)": [("red", 0.5), ("blue", 2), ("x", 1 / 1.1), ("y", -1)],
