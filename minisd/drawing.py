@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from minisd.samplers import Sampler
 
 
+GRID = 1000
+
+
 @dataclass(frozen=True)
 class Target:
     """Where pictures go: their folder and the beginning of their names; `seeded` names end in the seed."""
@@ -83,6 +86,8 @@ class Drawing:
         if self.image is None and (self.mask or self.outpaint):
             name = "--mask" if self.mask else "--outpaint"
             raise typer.BadParameter(f"{name} changes a picture; say which with --image")
+        if self.image is None and self.strength is not None:
+            raise typer.BadParameter("--strength says how much of a picture is redrawn; say which with --image")
         if self.mask and self.outpaint:
             raise typer.BadParameter("--outpaint makes its own mask; leave --mask out, or do one after the other")
 
@@ -100,11 +105,11 @@ class Drawing:
         if self.image is None:
             return sd([self.prompt] * len(seeds), width=self.width, height=self.height, seed=seeds, **choices)
         start = self._open(self.image, sd)
+        if self.strength is not None:
+            choices["strength"] = self.strength
         if self.outpaint is not None:
             sides = dict(zip(("left", "right", "top", "bottom"), self.outpaint, strict=True))
             return [sd.outpaint(self.prompt, start, **sides, seed=seed, **choices) for seed in seeds]
-        if self.strength is not None:
-            choices["strength"] = self.strength
         if self.mask is None:
             return [sd.image_to_image(self.prompt, start, seed=seed, **choices) for seed in seeds]
         mask = self._open(self.mask, sd)
@@ -114,8 +119,9 @@ class Drawing:
         """Read a picture, and scale and crop it to the size asked for, by default the model's own."""
         from minisd.images import read_picture
 
-        side = sd.unet.config.sample_size * sd.autoencoder.config.downscale
-        return read_picture(path, self.width or side, self.height or side)
+        _, height, width = sd.latent_shape(self.height, self.width)
+        factor = sd.autoencoder.config.downscale
+        return read_picture(path, factor * width, factor * height)
 
     def parameters(self, seed: int, size: tuple[int, int], model: str, images: int = 1) -> str:
         """The text for the picture's `parameters` chunk."""
@@ -133,7 +139,7 @@ class Drawing:
             settings["Timestep spacing"] = self.sampler.spacing
         if self.loras:
             settings["LoRA"] = self.loras
-        if self.image is not None and self.outpaint is None:
+        if self.image is not None and (self.outpaint is None or self.strength is not None):
             usual = 0.8 if self.mask is None else 1.0
             settings["Denoising strength"] = f"{usual if self.strength is None else self.strength:g}"
         if self.mask is not None:
@@ -171,6 +177,8 @@ def draw_all(
     from minisd.images import grid as lay_out
     from minisd.noise import seeds
 
+    if grid and images > GRID:
+        raise typer.BadParameter(f"--grid lays out {GRID} pictures at most, not {images}; draw several grids")
     numbers = seeds(seed, images)
     sampler, name = drawing.sampler, display_name(model)
     say(
