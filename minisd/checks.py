@@ -89,6 +89,16 @@ def floats(name: str, value: Any, *shape: int | str) -> Tensor:
     return finite_input(name, shaped(name, value, *shape))
 
 
+def about_unit(name: str, value: Tensor) -> Tensor:
+    """Images in [-1, 1], or a little beyond; ValueError from 2 on, which catches pixels from 0 to 255."""
+    low, high = map(float, value.aminmax())
+    if low < -2 or high > 2:
+        raise ValueError(
+            f"{name} has numbers from {low:g} to {high:g}; expected [-1, 1]: divide pixels by 127.5 and subtract 1"
+        )
+    return value
+
+
 def precision(dtype: Any) -> torch.dtype:
     """A dtype that weights can have."""
     if dtype not in PRECISIONS:

@@ -30,9 +30,9 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def from_pil(picture: Image.Image) -> Tensor:
     """A PIL picture to an image (1, 3, h, w) in [-1, 1].
 
-    The camera's rotation (EXIF) is applied, and transparency is laid over white. White is 65535 in the modes of 16 and
-    32 bits, and in mode F the largest number, but at least 1. Raises TypeError for what is no PIL picture, ValueError
-    for a mode that PIL cannot turn into RGB, and FloatingPointError for NaN.
+    The camera's rotation (EXIF) is applied, and transparency is laid over white. White is 65535 in mode I;16, and in
+    mode I where a number exceeds 255; in mode F it is the largest number, but at least 1. Raises TypeError for what is
+    no PIL picture, ValueError for a mode that PIL cannot turn into RGB, and FloatingPointError for NaN.
     """
     picture = upright(picture)
     if {"A", "a"} & {*picture.getbands()} or "transparency" in picture.info:
@@ -65,7 +65,8 @@ def _eight_bits(picture: Image.Image, mode: str) -> Image.Image:
         values = np.asarray(picture, dtype=np.float32)
         if not np.isfinite(values).all():
             raise FloatingPointError("the picture holds NaN or infinity; expected finite numbers")
-        scale = 65535 if picture.mode.startswith("I") else max(float(values.max()), 1.0)
+        eight = picture.mode == "I" and values.max() <= 255
+        scale = max(float(values.max()), 1.0) if picture.mode == "F" else 255 if eight else 65535
         picture = Image.fromarray((values / scale * 255).clip(0, 255).round().astype(np.uint8))
     try:
         return picture.convert(mode)

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 
 from minisd import adapters, checkpoint
 from minisd.autoencoder import Autoencoder
-from minisd.checks import finite_input, floats, free_memory, is_out_of_memory, precision, shaped, texts, whole
+from minisd.checks import (
+    about_unit,
+    finite_input,
+    floats,
+    free_memory,
+    is_out_of_memory,
+    precision,
+    real,
+    shaped,
+    texts,
+    whole,
+)
 from minisd.config import ModelConfig
 from minisd.folder import Defaults
 from minisd.guidance import Guidance
@@ -147,9 +158,10 @@ class Parts:
         In float16 some decoders overflow; then a float32 copy decodes, and a warning says so. Raises TypeError or
         ValueError for what is no such tensor, and FloatingPointError for NaN, in the latents or in what comes of them.
         """
-        floats("latents", latents, "n", self.autoencoder.config.latent_channels, "h", "w")
+        shaped("latents", latents, "n", self.autoencoder.config.latent_channels, "h", "w")
         factor = self.autoencoder.config.downscale
         self._check_memory(len(latents), factor * latents.shape[-2], factor * latents.shape[-1])
+        finite_input("latents", latents)
         unscaled = latents.to(self.device, self.dtype) / self.autoencoder.config.scaling_factor
         with self._using(self.autoencoder):
             try:
@@ -165,14 +177,9 @@ class Parts:
         """A PIL picture, or images as they are, as images (n, 3, h, w); see `encode_image` for what is refused."""
         if not isinstance(image, Tensor):
             return from_pil(image)
-        floats("image", image, "n", self.autoencoder.config.in_channels, "h", "w")
-        low, high = image.aminmax()
-        if low < -2 or high > 2:
-            raise ValueError(
-                f"image has numbers from {float(low):g} to {float(high):g}; expected them in [-1, 1]: divide pixels "
-                "by 127.5 and subtract 1"
-            )
-        return image
+        shaped("image", image, "n", self.autoencoder.config.in_channels, "h", "w")
+        self._check_memory(len(image), image.shape[-2], image.shape[-1], encoding=True)
+        return about_unit("image", finite_input("image", image))
 
     def _one_by_one(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run the encoder or the decoder on the whole batch; with `tile` one picture, and one tile, at a time."""
@@ -212,9 +219,9 @@ class Parts:
             raise ValueError(f"{len(context)} rows of context for {len(latents)} latents; expected as many, or twice")
         both = len(context) == 2 * len(latents)
         x = torch.cat([latents, latents]) if both else latents
-        timestep = torch.tensor(t, device=self.device, dtype=torch.float32)
+        timestep = torch.tensor(real("t", t), device=self.device, dtype=torch.float32)
         with self._using(self.unet):
-            prediction = self.unet(x.to(self.dtype), timestep, context)
+            prediction = self.unet(x.to(self.dtype), timestep, context.to(self.dtype))
         try:
             prediction = self._checked(prediction, "UNet").float()
         except FloatingPointError:  # whose fault is it?

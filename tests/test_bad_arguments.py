@@ -16,7 +16,7 @@ import os
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ POOLS: dict[str, tuple[list[Any], list[Any]]] = {
         [*map(noise_picture, MODES), rotated(), transparent(), SMALL, SMALL.double(), SMALL.half()],
         [
             None, 5, "fox.png", b"", np.zeros((24, 32, 3), np.uint8), Image.new("RGB", (1, 1)), Image.new("RGB", (0, 0)),
-            Image.new("RGB", (33, 32)), Image.new("RGB", (520, 8)), Image.new("LAB", (32, 24)),
+            Image.new("RGB", (33, 32)), Image.new("RGB", (520, 8)),
             Image.fromarray(np.full((24, 32), NAN, np.float32)), SMALL[0], SMALL[:, :1], SMALL.repeat(3, 1, 1, 1),
             SMALL[:0], (SMALL * 255).byte(), SMALL * 255, with_nan(1, 3, 24, 32), SMALL / 0, SMALL[..., :30],
             torch.zeros(1).expand(1, 3, 10**6, 10**6),
@@ -176,7 +176,7 @@ POOLS: dict[str, tuple[list[Any], list[Any]]] = {
     "prompts": ([("fox", "snow"), ["fox", ""]], [("fox",), "ab", None, 5, ("fox", None), ("a", "b", "c"), [], ("a", "\ud800")]),
     "seeds": ([(0, 1), [3, np.int64(3)], (2**63 - 1, 0)], [(1,), (1, 2, 3), (-1, 0), (0.5, 1), (None, 1), "12", (True, 1), 1.5]),
     "count": ([2, 3, np.int64(2)], [1, 0, -1, 2.0, "2", True, None, 10**9, 2**70]),
-    "t": ([0.0, 500, torch.tensor(3.0)], []),
+    "t": ([0.0, 500, torch.tensor(3.0)], [NAN, "5", True, [5]]),
 }  # fmt: skip
 
 TEXT = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval", "seed",
@@ -386,10 +386,10 @@ def test_what_memory_cannot_hold_is_refused_with_advice(sd: StableDiffusion, mon
 # The command. Arguments as they are typed, good and bad.
 OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "--steps": (["1", "2"], ["0", "-1", "1000000", "1.5", "True", "many", "", "nan", "9" * 30]),
-    "--seed": (["0", "7", str(2**63 - 2)], ["-1", str(2**63), str(2**64), "1.0", "x", ""]),
+    "--seed": (["0", "7", str(2**63 - 2)], ["-1", str(2**63), str(2**64), "1.5", "x", ""]),
     "--guidance": (["1", "7.5", "-2", "0"], ["nan", "inf", "-inf", "1e30", "x", ""]),
-    "--width": (["32", "24"], ["0", "-8", "33", "1000000", "64.0", "wide"]),
-    "--height": (["32", "24"], ["0", "-8", "33", "1000000", "64.0", "high"]),
+    "--width": (["32", "24"], ["0", "-8", "33", "1000000", "64.5", "wide"]),
+    "--height": (["32", "24"], ["0", "-8", "33", "1000000", "64.5", "high"]),
     "--images": (["1", "2"], ["0", "-1", "1000000000", "two"]),
     "--batch": (["1", "3"], ["0", "-1", "x"]),
     "--rescale": (["0", "0.5"], ["-1", "2", "nan", "x"]),
@@ -420,7 +420,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, sd: StableDiffusion) -> Itera
     (folder / "text.txt").write_text("no picture")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.delenv("MINISD_DEBUG", raising=False)
-        patch.setattr(cli, "_load", lambda model, device, dtype, **_: (device and cli._usable_device(device), sd)[1])
+        patch.setattr(cli, "_load", lambda model, device, dtype, **_: (device is None or cli._usable_device(device), sd)[1])
         yield folder
 
 
