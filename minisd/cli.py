@@ -33,6 +33,7 @@ Spacing = Literal["leading", "trailing", "linspace"]
 Precision = Literal["float32", "float16", "bfloat16"]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 HASHES = {"image_hash": "image", "mask_hash": "mask"}
+MOST = 1_000_000
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 app = typer.Typer(
@@ -90,7 +91,7 @@ def generate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files, instead of numbering.")] = False,
     images: Annotated[
-        int | None, typer.Option("--images", "-n", min=1, help="How many; each has the next seed. [default: 1]")
+        int | None, typer.Option("--images", "-n", min=1, max=MOST, help="How many; each the next seed. [default: 1]")
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="Lay the pictures out in one file.")] = False,
     seed: Annotated[int | None, typer.Option(help="Draws the same picture again. [default: random]")] = None,
@@ -240,7 +241,7 @@ def interpolate(
     end: Annotated[str, typer.Argument(help="The last picture, in words.")],
     output: Annotated[str | None, typer.Option("--output", "-o", help="A .png file or a folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files, instead of numbering.")] = False,
-    count: Annotated[int, typer.Option("--images", "-n", min=2, help="How many, both ends included.")] = 8,
+    count: Annotated[int, typer.Option("--images", "-n", min=2, max=MOST, help="How many, both ends included.")] = 8,
     seeds: Annotated[tuple[int, int], typer.Option(help="Of the first and of the last picture.")] = (0, 1),
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompts; 1 is plain.")] = None,
@@ -412,18 +413,12 @@ def _load_adapters(
 
 
 def _usable_device(name: str) -> torch.device:
-    import torch
+    from minisd.parts import usable_device
 
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        from minisd.parts import best_device
-
-        raise typer.BadParameter(
-            f"--device {name} cannot be used on this machine; leave it out to take {best_device()}"
-        ) from error
-    return device
+        return usable_device(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from error
 
 
 def _check_modes(
@@ -475,8 +470,11 @@ def _explain(error: Exception) -> tuple[int, str]:
         text = f"{error.filename or 'the file'}: {error.strerror}"
     if isinstance(error, (ValueError, TypeError)) and not isinstance(error, CheckpointError):
         return 2, f"error: {text}"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in text):
-        text = f"out of memory; try a smaller --batch, --width and --height, or --dtype float16 ({text})"
+    from minisd.checks import is_out_of_memory
+
+    if is_out_of_memory(error):
+        reason = (str(error.__cause__ or error) or type(error).__name__).split("\n")[0]
+        text = f"out of memory; try a smaller --batch, --width and --height, --dtype float16 or --offload ({reason})"
     elif not isinstance(error, (OSError, ValueError, FloatingPointError)):
         text = f"unexpected {type(error).__name__}: {text}; MINISD_DEBUG=1 shows where"
     return 1, f"error: {text}"

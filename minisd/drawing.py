@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from minisd.samplers import Sampler
 
 
+GRID = 1000
+
+
 @dataclass(frozen=True)
 class Target:
     """Where pictures go: their folder and the beginning of their names; `seeded` names end in the seed."""
@@ -116,6 +119,10 @@ class Drawing:
         if self.image is None and (self.mask or self.outpaint):
             name = "--mask" if self.mask else "--outpaint"
             raise typer.BadParameter(f"{name} changes a picture; say which with --image")
+        if self.image is None and self.strength is not None:
+            raise typer.BadParameter("--strength says how much of a picture is redrawn; say which with --image")
+        if self.mask and self.outpaint:
+            raise typer.BadParameter("--outpaint makes its own mask; leave --mask out, or do one after the other")
 
     @classmethod
     def choose(cls, options: Mapping[str, Any], defaults: Defaults) -> Drawing:
@@ -158,8 +165,9 @@ class Drawing:
 
         if self.image is None:
             return None, None
-        side = model_side(sd)
-        size = self.width or side, self.height or side
+        _, height, width = sd.latent_shape(self.height, self.width)
+        factor = sd.autoencoder.config.downscale
+        size = factor * width, factor * height
         start = read_picture(self.image, *size)
         if self.outpaint is not None:
             return extend(start, *self.outpaint)
@@ -320,6 +328,8 @@ def draw_all(
     from minisd.images import grid as lay_out
     from minisd.noise import seeds
 
+    if grid and images > GRID:
+        raise typer.BadParameter(f"--grid lays out {GRID} pictures at most, not {images}; draw several grids")
     numbers, sampler = seeds(seed, images), drawing.sampler
     say(
         f"seed {numbers[0]}{f' to {numbers[-1]}' if images > 1 else ''}, {drawing.num_inference_steps} steps of "

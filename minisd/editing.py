@@ -15,6 +15,8 @@ from einops import reduce
 from PIL import Image
 from torch import Tensor
 
+from minisd.checks import whole
+from minisd.images import gray
 from minisd.samplers import Run, State
 
 
@@ -56,12 +58,14 @@ def read_mask(mask: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
     """A mask as (1, 1, h, w) float32 in [0, 1]: 1 (white) is redrawn, 0 (black) is kept.
 
     mask: a PIL picture of any mode, or a tensor (h, w), (1, h, w) or (1, 1, h, w). size: (width, height) of the
-    picture. Raises ValueError where sizes or values do not fit, or nothing is to be redrawn.
+    picture. Raises ValueError where sizes or values do not fit, or nothing is to be redrawn, and TypeError for others.
     """
     if isinstance(mask, Image.Image):
-        values = torch.from_numpy(np.array(mask.convert("L"), dtype=np.float32) / 255)
-    else:
+        values = torch.from_numpy(gray(mask))
+    elif isinstance(mask, Tensor) and not mask.is_complex():
         values = mask.detach().float().cpu()
+    else:
+        raise TypeError(f"the mask must be a PIL picture or a tensor of numbers; got {type(mask).__name__}")
     while values.dim() > 2 and values.shape[0] == 1:
         values = values[0]
     if tuple(values.shape) != size[::-1]:
@@ -90,6 +94,16 @@ def paste(drawn: Image.Image, original: Image.Image, mask: Tensor) -> Image.Imag
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
+def check_margins(left: int, right: int, top: int, bottom: int) -> None:
+    """Raise TypeError or ValueError for what is no multiple of 8, 0 or more, or where none is above 0."""
+    sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+    for name, side in sides.items():
+        if whole(name, side, 0, 2**16) % 8:
+            raise ValueError(f"{name}={side}; expected a multiple of 8 pixels, 0 or more")
+    if not any(sides.values()):
+        raise ValueError("no side is extended; give left, right, top or bottom a number of pixels")
+
+
 def extend(
     picture: Image.Image, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0
 ) -> tuple[Image.Image, Image.Image]:
@@ -97,12 +111,7 @@ def extend(
 
     The sides are in pixels, multiples of 8. Raises ValueError for other numbers, or where none is above 0.
     """
-    sides = {"left": left, "right": right, "top": top, "bottom": bottom}
-    for name, side in sides.items():
-        if side < 0 or side % 8:
-            raise ValueError(f"{name}={side}; expected a multiple of 8 pixels, 0 or more")
-    if not any(sides.values()):
-        raise ValueError("no side is extended; give left, right, top or bottom a number of pixels")
+    check_margins(left, right, top, bottom)
     margins = ((top, bottom), (left, right), (0, 0))
     canvas = Image.fromarray(np.pad(np.asarray(picture.convert("RGB")), margins, mode="edge"))
     mask = Image.new("L", canvas.size, 255)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from minisd.checks import real
+
+MAX_SCALE = 1000.0  # far beyond anything that is still a picture, and far below what overflows
 
 
 @dataclass(frozen=True)
 class Guidance:
     """How the prediction with the prompt and the one against it are put together, and when.
 
-    scale: 1 follows the prompt alone, 0 the negative prompt alone, larger values exaggerate the difference. One for all
-    images, or a tuple of one for each.
+    scale: 1 follows the prompt alone, 0 the negative prompt alone, more (up to 1000) exaggerates the difference. One for
+    all images, or a tuple of one for each.
     rescale: how far the result is brought back to the spread of the prediction with the prompt, from 0 to 1.
     interval: the part of the run, from 0 (noise) to 1 (picture), in which guidance acts; outside, the prompt alone. (A
     scale of 0 or 1 needs one prediction only, and knows no interval.)
-    Raises ValueError for anything else.
+    Raises ValueError for other numbers, TypeError for what is none.
     Sources: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", equation 6; Lin et al. 2023, "Common Diffusion
     Noise Schedules and Sample Steps are Flawed", equations 14 to 16; Kynkäänniemi et al. 2024, "Applying Guidance in a
     Limited Interval Improves Sample and Distribution Quality in Diffusion Models", section 3.
@@ -28,12 +33,12 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for scale in self.scale if isinstance(self.scale, tuple) else (self.scale,):
-            if not abs(scale) < float("inf"):
-                raise ValueError(f"guidance_scale={scale}; expected a finite number, such as 7.5")
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"guidance_rescale={self.rescale}; expected from 0 (off) to 1")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            raise ValueError(f"guidance_interval={self.interval}; expected two numbers, 0 ≤ begin ≤ end ≤ 1")
+            real("guidance_scale", scale, -MAX_SCALE, MAX_SCALE, ", such as 7.5")
+        real("guidance_rescale", self.rescale, 0, 1, ": 0 is off")
+        ends = self.interval if isinstance(self.interval, Sequence) and len(self.interval) == 2 else ()
+        begin, end = (real("guidance_interval", one, 0, 1) for one in ends) if ends else (1.0, 0.0)
+        if begin > end:
+            raise ValueError(f"guidance_interval={self.interval!r}; expected two numbers, 0 ≤ begin ≤ end ≤ 1")
 
     def acts(self, share: float) -> bool:
         """Whether guidance acts at a call that begins at this share of the run."""

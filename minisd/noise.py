@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minisd.checks import whole
+
 MAX_SEED = 2**63 - 1
 
 
 def seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed per image: a number counts up, a list is taken as it is, None draws a first one at random."""
+    """One seed per image: a number counts up, a list is taken as it is, None draws a first one at random.
+
+    Seeds are whole numbers, Python's or numpy's, from 0 to 2⁶³ − 1: TypeError or ValueError for others.
+    """
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    numbers = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if isinstance(seed, Iterable) and not isinstance(seed, (str, bytes, Tensor)):
+        numbers = list(seed)
+    else:
+        first = whole("seed", seed, 0, MAX_SEED)
+        numbers = [first + i for i in range(count)]
     if len(numbers) != count:
         raise ValueError(f"{len(numbers)} seeds for {count} images; give one number, or one for each")
-    for number in numbers:
-        if not 0 <= number <= MAX_SEED:
-            raise ValueError(f"seed={number}; expected a whole number from 0 to {MAX_SEED}")
-    return numbers
+    return [whole("seed", number, 0, MAX_SEED) for number in numbers]
 
 
 @dataclass(frozen=True)

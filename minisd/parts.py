@@ -18,6 +18,18 @@ from torch import Tensor, nn
 from minisd import adapters, checkpoint
 from minisd import prompts as prompting
 from minisd.autoencoder import Autoencoder
+from minisd.checks import (
+    about_unit,
+    finite_input,
+    floats,
+    free_memory,
+    is_out_of_memory,
+    precision,
+    real,
+    shaped,
+    texts,
+    whole,
+)
 from minisd.config import ModelConfig
 from minisd.folder import Defaults
 from minisd.guidance import Guidance
@@ -28,6 +40,10 @@ from minisd.text_encoder import TextEncoder
 from minisd.tiling import tiled
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
+
+SAVING_MEMORY = (
+    "draw smaller pictures or fewer at a time, or load the model with tile=True, dtype=torch.float16 or offload=True"
+)
 
 
 class Parts:
@@ -65,16 +81,43 @@ class Parts:
 
     @contextmanager
     def _using(self, part: nn.Module) -> Iterator[None]:
-        """Within this block a part is on the device. With `offload` it was not, and is not afterwards."""
-        if self.offload is None or next(part.parameters()).device == self.offload:
-            yield
-            return
-        home = part.state_dict()
+        """Within this block a part is on the device. With `offload` it was not, and is not afterwards.
+
+        Where memory runs out, whatever torch calls it becomes a MemoryError that says what to do.
+        """
+        home = None if self.offload in (None, next(part.parameters()).device) else part.state_dict()
         try:
-            part.load_state_dict({key: value.to(self.offload) for key, value in home.items()}, assign=True)
+            if home is not None:
+                part.load_state_dict({key: value.to(self.offload) for key, value in home.items()}, assign=True)
             yield
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or not is_out_of_memory(error):
+                raise
+            raise MemoryError(f"out of memory in the {type(part).__name__}; {SAVING_MEMORY} ({error})") from error
         finally:
-            part.load_state_dict(home, assign=True)
+            if home is not None:
+                part.load_state_dict(home, assign=True)
+
+    def _check_memory(self, count: int, height: int, width: int, encoding: bool = False) -> None:
+        """Raise ValueError where count pictures of so many pixels cannot fit into what the device has left.
+
+        What is counted is the least that is needed, so that nothing is refused which would have fitted.
+        """
+        widths, cell = self.autoencoder.config.block_out_channels, self.autoencoder.config.downscale**2
+        # the UNet keeps two maps or more at the size of latents; the autoencoder three at full size: what a residual
+        # block was given, its norm and its activation
+        numbers = 2 * self.unet.config.block_out_channels[0] / cell
+        if self.tile is None:
+            numbers = max(numbers, 3 * widths[0 if encoding else min(1, len(widths) - 1)])
+        needed, free = count * height * width * numbers * self.dtype.itemsize, free_memory(self.device)
+        if free is not None and needed > free:
+            what = f"a picture of {width}×{height}" if count == 1 else f"{count} pictures of {width}×{height} at a time"
+            raise ValueError(f"{what} would take {needed / 1e9:,.1f} GB, {free / 1e9:.1f} GB are free; {SAVING_MEMORY}")
+
+    def _checked(self, x: Tensor, part: str) -> Tensor:
+        """What UNet or text encoder returned; FloatingPointError for NaN, which may be a LoRA's fault."""
+        acting = [name for name, weight in self.adapters.weights.items() if weight]
+        return finite(x, f"{part} with LoRA {', '.join(acting)}" if acting else part)
 
     @torch.inference_mode()
     def encode_text(self, prompts: str | Sequence[str], clip_skip: int = 1) -> Tensor:
@@ -83,7 +126,8 @@ class Parts:
         A prompt of more than 75 tokens is read in k chunks, each by itself, and a warning says so. Prompts of different
         k are brought to one length. Raises ValueError for weights that are none and for prompts that are too long.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = texts("prompts", prompts)
+        whole("clip_skip", clip_skip, 1, len(self.text_encoder.layers))
         read = [prompting.read(prompt, self.tokenizer) for prompt in prompts]
         for chunks in read:
             if len(chunks) > 1:
@@ -96,7 +140,7 @@ class Parts:
             context = self.text_encoder(ids[: len(ids) if weighted else -1].to(self.device), clip_skip)
         if weighted:
             context = prompting.weigh(context, context[-1], weights)[:-1]
-        finite(context, "text encoder")
+        self._checked(context, "text encoder")
         if len(context) == len(read):
             return context
         long = [some.flatten(0, 1)[None] for some in context.split([len(chunks) for chunks in read])]
@@ -104,23 +148,37 @@ class Parts:
 
     @torch.inference_mode()
     def encode_image(self, image: Image.Image | Tensor) -> Tensor:
-        """A PIL picture, or images (n, 3, h, w) in [-1, 1], to latents (n, 4, h/8, w/8): the scaled mean."""
-        images = image if isinstance(image, Tensor) else from_pil(image)
+        """A PIL picture, or images (n, 3, h, w) in [-1, 1], to latents (n, 4, h/8, w/8): the scaled mean.
+
+        Images may leave the range a little; beyond [-2, 2] they are taken for something else (pixels from 0 to 255,
+        perhaps), which is a ValueError, as are sides that are not multiples of 8.
+        """
+        images = self._read_image(image)
+        self._check_memory(len(images), images.shape[-2], images.shape[-1], encoding=True)
         with self._using(self.autoencoder):
             mean = self._one_by_one(lambda x: self.autoencoder.encode(x).mean, images.to(self.device, self.dtype))
         return finite(mean * self.autoencoder.config.scaling_factor, "autoencoder's encoder")
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents (n, 4, h/8, w/8), scaled, to PIL pictures."""
+        """Latents (n, 4, h/8, w/8), scaled, to PIL pictures.
+
+        Scaled ones have a spread of about 1, as those of `encode_image` and `denoise` do. Any finite numbers are
+        decoded, but what is far from that spread gives no sensible picture. Errors as for `decode_to_tensor`.
+        """
         return to_pil(self.decode_to_tensor(latents))
 
     @torch.inference_mode()
     def decode_to_tensor(self, latents: Tensor) -> Tensor:
         """Latents (n, 4, h/8, w/8), scaled, to images (n, 3, h, w), about [-1, 1] and not clipped.
 
-        In float16 some decoders overflow; then a float32 copy decodes, and a warning says so.
+        In float16 some decoders overflow; then a float32 copy decodes, and a warning says so. Raises TypeError or
+        ValueError for what is no such tensor, and FloatingPointError for NaN, in the latents or in what comes of them.
         """
+        shaped("latents", latents, "n", self.autoencoder.config.latent_channels, "h", "w")
+        factor = self.autoencoder.config.downscale
+        self._check_memory(len(latents), factor * latents.shape[-2], factor * latents.shape[-1])
+        finite_input("latents", latents)
         unscaled = latents.to(self.device, self.dtype) / self.autoencoder.config.scaling_factor
         with self._using(self.autoencoder):
             try:
@@ -132,6 +190,14 @@ class Parts:
             again = self._one_by_one(deepcopy(self.autoencoder).float().decode, unscaled.float())
         return finite(again, "autoencoder's decoder")
 
+    def _read_image(self, image: Image.Image | Tensor) -> Tensor:
+        """A PIL picture, or images as they are, as images (n, 3, h, w); see `encode_image` for what is refused."""
+        if not isinstance(image, Tensor):
+            return from_pil(image)
+        shaped("image", image, "n", self.autoencoder.config.in_channels, "h", "w")
+        self._check_memory(len(image), image.shape[-2], image.shape[-1], encoding=True)
+        return about_unit("image", finite_input("image", image))
+
     def _one_by_one(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run the encoder or the decoder on the whole batch; with `tile` one picture, and one tile, at a time."""
         if self.tile is None:
@@ -142,10 +208,12 @@ class Parts:
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
         """Latents (n, 4, h/8, w/8), scaled, to PIL pictures of their own small size, in no time: see `preview.py`."""
+        floats("latents", latents, "n", self.autoencoder.config.latent_channels, "h", "w")
         return to_pil(linear_preview(latents, self.defaults.preview))
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of the prompt with a token that the text encoder never learned: its embedding is all zeros."""
+        (prompt,) = texts("prompt", prompt)
         prompt = " ".join(text for text, _ in prompting.parse(prompt))
         for word in self.tokenizer.added:
             prompt = re.sub(re.escape(word), " ", prompt, flags=re.IGNORECASE)
@@ -161,13 +229,23 @@ class Parts:
         """The UNet's prediction, guided when the context (2n, 77, d) holds negative and positive prompts.
 
         latents (n, 4, h/8, w/8), or with 9 channels for an inpainting UNet -> prediction (n, 4, h/8, w/8), float32.
-        guidance: a scale, or more that `Guidance` can say.
+        guidance: a scale, or more that `Guidance` can say. Raises FloatingPointError, naming the UNet, for NaN.
         """
+        shaped("latents", latents, "n", self.unet.config.in_channels, "h", "w")
+        shaped("context", context, "n", "tokens", self.unet.config.cross_attention_dim)
+        if len(context) not in (len(latents), 2 * len(latents)):
+            raise ValueError(f"{len(context)} rows of context for {len(latents)} latents; expected as many, or twice")
         both = len(context) == 2 * len(latents)
         x = torch.cat([latents, latents]) if both else latents
-        timestep = torch.tensor(t, device=self.device, dtype=torch.float32)
+        timestep = torch.tensor(real("t", t), device=self.device, dtype=torch.float32)
         with self._using(self.unet):
-            prediction = self.unet(x.to(self.dtype), timestep, context).float()
+            prediction = self.unet(x.to(self.dtype), timestep, context.to(self.dtype))
+        try:
+            prediction = self._checked(prediction, "UNet").float()
+        except FloatingPointError:  # whose fault is it?
+            finite_input("latents", latents)
+            finite_input("context", context)
+            raise
         if not both:
             return prediction
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
@@ -190,11 +268,13 @@ class Parts:
         offload: keep the parts in main memory, each on the device only while it computes. In float16 the largest, the
         UNet, takes 1.7 GB there in place of 2.1 GB for all three. Slower, and threads may not share the result.
         tile: encode and decode one picture at a time, and those of more than 1½ times the model's own size in tiles.
-        Other choices (variant, prediction_type, revision …) go to `checkpoint.load`, which says what it raises.
+        Other choices (variant, prediction_type, revision …) go to `checkpoint.load`, which says what it raises. Raises
+        ValueError for a device that this machine lacks or a dtype that weights cannot have, TypeError for what is none.
         """
-        place = torch.device(device) if device is not None else best_device()
-        precision = dtype or (torch.float16 if place.type == "cuda" else torch.float32)
-        loaded = checkpoint.load(source, device="cpu" if offload else place, dtype=precision, **choices)
+        place = usable_device(device) if device is not None else best_device()
+        usual = torch.float16 if place.type == "cuda" else torch.float32
+        kind = precision(usual if dtype is None else dtype)
+        loaded = checkpoint.load(source, device="cpu" if offload else place, dtype=kind, **choices)
         parts = loaded.tokenizer, loaded.text_encoder, loaded.unet, loaded.autoencoder
         return cls(loaded.config, *parts, loaded.defaults, offload=place if offload else None, tile=tile)
 
@@ -208,7 +288,7 @@ class Parts:
             raise ValueError(f"{', '.join(self.adapters.loras)} is not fused; call fuse_lora() or unload_lora() first")
         if self.tokenizer.added:
             raise ValueError(f"a model folder cannot hold {', '.join(self.tokenizer.added)}; keep their own files")
-        checkpoint.save(self, folder, dtype)
+        checkpoint.save(self, folder, None if dtype is None else precision(dtype))
 
     def load_lora(self, path: str | PathLike[str], name: str | None = None, weight: float = 1.0) -> str:
         """Load a LoRA beside those already there, acting with `weight`; return its name, by default the file's.
@@ -249,6 +329,19 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """A device that computes on this machine. Raises ValueError for another, TypeError for what is no device."""
+    if not isinstance(name, (str, torch.device)):
+        raise TypeError(f'device={name!r}; expected a name, such as "cpu", or a torch.device')
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        best = best_device()
+        raise ValueError(f"device {name} cannot be used on this machine; leave it out to take {best}") from error
+    return device
 
 
 def finite(x: Tensor, part: str) -> Tensor:

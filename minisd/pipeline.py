@@ -11,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd.editing import Hole, extend, hide, latent_mask, paste, read_mask, slerp
+from minisd import noise
+from minisd.checks import floats, real, texts, whole
+from minisd.editing import Hole, check_margins, extend, hide, latent_mask, paste, read_mask, slerp
 from minisd.guidance import Guidance
 from minisd.images import from_pil, to_pil
 from minisd.noise import Noise, seeds
@@ -45,11 +47,14 @@ class _Given:
     prompts: list[str]
     negatives: list[str]
     prompt_embeds: Tensor | None
-    image: Image.Image | Tensor | None
+    image: Tensor | None
     mask: Tensor | None
     latents: Tensor | None
     clip_skip: int
     strength: float
+
+
+LARGEST = 16  # times the side a model was trained at: attention then takes 65,536 times as long
 
 
 class StableDiffusion(Parts):
@@ -82,52 +87,60 @@ class StableDiffusion(Parts):
         """Run the sampler, one `Step` per call of the UNet; `decode(step.latents)` of the last is the picture.
 
         prompt: one, or one per image, with weights in brackets, as the negative one may have (see `prompts.py`).
-        image: start from this picture. Nobody resizes it: its sides must be multiples of 8.
+        height, width: multiples of 8, up to 16 times the model's own size. What memory cannot hold is refused.
+        image: start from this picture, or from images (1 or n, 3, h, w) in [-1, 1]. Nobody resizes them: their sides
+        must be multiples of 8.
         mask_image: of the picture's size; only what is white is redrawn.
         strength: how much of the picture is redrawn, in (0, 1]: int(steps · strength) steps run. By default 0.8, and 1
         with a mask.
         guidance_scale: one number, or one per image. It, guidance_rescale, guidance_interval: see `guidance.Guidance`.
-        seed: one number (image i uses seed + i) or one per image.
+        seed: one whole number from 0 to 2⁶³ − 1 (image i uses seed + i) or one per image.
         sampler: a name or a `Sampler`.
         latents: the first noise, unit Gaussian (n, 4, h/8, w/8), in place of the seed's.
         prompt_embeds: the context (n, 77·k, width), in place of the prompt's.
 
         What is None comes from `self.defaults`. Stop early by leaving the loop.
-        Raises ValueError for a value out of range, before any work is done.
+        Raises TypeError for a value of the wrong kind and ValueError for one that cannot be used, before any work is
+        done; FloatingPointError, naming the part, for NaN; and MemoryError, with advice, where memory runs out.
         """
-        prompts = _listed(prompt, "prompt")
-        negatives = _listed(negative_prompt, "negative_prompt")
+        prompts = texts("prompt", prompt)
+        negatives = texts("negative_prompt", negative_prompt)
         negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
         if len(negatives) != len(prompts):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
         for text in dict.fromkeys([*prompts, *negatives]):
             read(text, self.tokenizer)
-        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        scale = tuple(map(float, scale)) if isinstance(scale, Sequence) else float(scale)
+        asked = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        scale = asked if isinstance(asked, (int, float)) else tuple(asked) if isinstance(asked, Sequence) else asked
         guidance = Guidance(scale, guidance_rescale, guidance_interval)
         guidance.scales(len(prompts))
-        shape = self._latent_shape(height, width, image)
-        mask = self._read_mask(image, mask_image)
+        images = None if image is None else self._read_image(image)
+        if images is not None and len(images) not in (1, len(prompts)):
+            raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one, or one for each")
+        shape = self.latent_shape(height, width, len(prompts), images)
+        mask = self._read_mask(images, mask_image)
         steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        strength = (0.8 if mask is None else 1.0) if strength is None else strength
-        skipped = 0 if image is None else _skipped_steps(steps, strength)
-        chosen = self.defaults.sampler if sampler is None else sampler
-        chosen = Sampler(chosen) if isinstance(chosen, str) else chosen
-        run = chosen.plan(self.schedule, steps, start=skipped)
-        noise = Noise.seeded(seeds(seed, len(prompts)), shape, self.device)
+        steps = whole("num_inference_steps", steps, 1, self.schedule.config.num_train_timesteps)
+        if strength is not None and images is None:
+            raise ValueError(f"strength={strength!r} says how much of a picture is redrawn; pass the picture, as image")
+        strength = (0.8 if mask is None else 1.0) if strength is None else real("strength", strength)
+        skipped = 0 if images is None else _skipped_steps(steps, strength)
+        run = _sampler(self.defaults.sampler if sampler is None else sampler).plan(self.schedule, steps, start=skipped)
+        stream = Noise.seeded(seeds(seed, len(prompts)), shape, self.device)
+        whole("clip_skip", clip_skip, 1, len(self.text_encoder.layers))
         if latents is not None:
-            _check_shape("latents", latents, (len(prompts), *shape))
+            floats("latents", latents, len(prompts), *shape)
         if prompt_embeds is not None:
-            chunks = max(1, prompt_embeds.shape[1] // 77) if prompt_embeds.ndim == 3 else 1
-            width = self.config.text_encoder.hidden_size
-            _check_shape("prompt_embeds", prompt_embeds, (len(prompts), 77 * chunks, width))
-        given = _Given(prompts, negatives, prompt_embeds, image, mask, latents, clip_skip, strength)
-        return self._denoise(given, guidance, run, noise)
+            chunks = prompt_embeds.shape[1] // 77 if isinstance(prompt_embeds, Tensor) and prompt_embeds.ndim == 3 else 1
+            width_of_context = self.config.text_encoder.hidden_size
+            floats("prompt_embeds", prompt_embeds, len(prompts), 77 * max(1, chunks), width_of_context)
+        given = _Given(prompts, negatives, prompt_embeds, images, mask, latents, clip_skip, strength)
+        return self._denoise(given, guidance, run, stream)
 
     @torch.inference_mode()
-    def _denoise(self, given: _Given, guidance: Guidance, run: Run, noise: Noise) -> Iterator[Step]:
+    def _denoise(self, given: _Given, guidance: Guidance, run: Run, stream: Noise) -> Iterator[Step]:
         plain, against = self._contexts(given, guidance)
-        first = noise.draw() if given.latents is None else given.latents.float().to(self.device)
+        first = stream.draw() if given.latents is None else given.latents.float().to(self.device)
         latents = None if given.image is None else self.encode_image(given.image).float()
         hole = self._hole(given, latents)
         # a mask at full strength begins with noise alone: nothing of what was under it shall shine through
@@ -140,9 +153,9 @@ class StableDiffusion(Parts):
                 acts = against is not None and guidance.acts(index / run.calls)
                 context = torch.cat([against, plain]) if against is not None and acts else plain
                 prediction = self.predict(seen, t, context, guidance)
-                state, x0 = run.step(state, prediction, noise.draw() if run.needs_noise(index) else None)
+                state, x0 = run.step(state, prediction, stream.draw() if run.needs_noise(index) else None)
                 state = hole.keep(run, state, first) if hole else state
-                yield Step(index, run.calls, t, run.latents(state), x0, run.noise(x, x0, index))
+                yield Step(index, run.calls, t, finite(run.latents(state), "UNet"), x0, run.noise(x, x0, index))
 
     def _contexts(self, given: _Given, guidance: Guidance) -> tuple[Tensor, Tensor | None]:
         """The context of the prompts and, where guidance needs it, that of the negative ones; one call for both."""
@@ -182,15 +195,16 @@ class StableDiffusion(Parts):
         Arguments as for `denoise`. Every picture's `.info["seed"]` is the seed that draws it again. progress: show a
         bar; by default only on a terminal. Raises FloatingPointError, naming the part, when a part returns NaN.
         """
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt={num_images_per_prompt}; expected 1 or more")
-        prompts = [p for p in _listed(prompt, "prompt") for _ in range(num_images_per_prompt)]
+        count = whole("num_images_per_prompt", num_images_per_prompt, 1, 2**31)
+        prompts, negatives = texts("prompt", prompt), texts("negative_prompt", negative_prompt)
+        self.latent_shape(height, width, count * len(prompts))  # before there are lists of that length
+        prompts = [p for p in prompts for _ in range(count)]
         numbers = seeds(seed, len(prompts))
-        if not isinstance(negative_prompt, str) and len(negative_prompt) > 1:
-            negative_prompt = [p for p in negative_prompt for _ in range(num_images_per_prompt)]
+        if len(negatives) > 1:
+            negatives = [p for p in negatives for _ in range(count)]
         steps = self.denoise(
             prompts,
-            negative_prompt=negative_prompt,
+            negative_prompt=negatives,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
@@ -202,13 +216,13 @@ class StableDiffusion(Parts):
             clip_skip=clip_skip,
         )
         pictures = self._finish(steps, numbers, progress)
-        return pictures[0] if isinstance(prompt, str) and num_images_per_prompt == 1 else pictures
+        return pictures[0] if isinstance(prompt, str) and count == 1 else pictures
 
     def image_to_image(
         self, prompt: str, image: Image.Image | Tensor, strength: float = 0.8, **choices: Any
     ) -> Image.Image:
         """Redraw a picture towards a prompt: strength near 0 keeps it, 1 forgets it. Arguments as for `denoise`."""
-        progress = choices.pop("progress", None)
+        progress, prompt = choices.pop("progress", None), _one(prompt)
         numbers = seeds(choices.pop("seed", None), 1)
         steps = self.denoise(prompt, image, strength=strength, seed=numbers, **choices)
         return self._finish(steps, numbers, progress)[0]
@@ -220,12 +234,13 @@ class StableDiffusion(Parts):
 
         Works with any UNet, and with one of 9 input channels, trained for it, as such.
         """
+        image = to_pil(from_pil(image))[0]
         mask = read_mask(mask_image, image.size)
-        progress = choices.pop("progress", None)
+        progress, prompt = choices.pop("progress", None), _one(prompt)
         numbers = seeds(choices.pop("seed", None), 1)
         steps = self.denoise(prompt, image, mask, strength=strength, seed=numbers, **choices)
         drawn = self._finish(steps, numbers, progress)[0]
-        result = paste(drawn, to_pil(from_pil(image))[0], mask)
+        result = paste(drawn, image, mask)
         result.info["seed"] = numbers[0]
         return result
 
@@ -241,7 +256,11 @@ class StableDiffusion(Parts):
         **choices: Any,
     ) -> Image.Image:
         """Draw beyond the edges of a picture, by so many pixels on each side, multiples of 8; `inpaint` does it."""
-        canvas, mask = extend(to_pil(from_pil(image))[0], left, right, top, bottom)
+        picture = to_pil(from_pil(image))[0]
+        check_margins(left, right, top, bottom)
+        # refused while there is no canvas of that size yet
+        self.latent_shape(picture.height + top + bottom, picture.width + left + right)
+        canvas, mask = extend(picture, left, right, top, bottom)
         return self.inpaint(prompt, canvas, mask, **choices)
 
     def interpolate(
@@ -256,20 +275,23 @@ class StableDiffusion(Parts):
 
         Contexts go along a straight line, first noises along an arc (`editing.slerp`). Arguments as for `denoise`.
         """
-        if count < 2:
-            raise ValueError(f"count={count}; expected 2 or more: both ends are drawn")
+        count = whole("count", count, 2, 2**31)  # both ends are drawn
+        words = texts("prompts", prompts)
+        if len(words) != 2:
+            raise ValueError(f"{len(words)} prompts; expected two, the first picture's and the last one's")
+        shape = self.latent_shape(choices.get("height"), choices.get("width"), count)
+        ends = noise.seeds(seeds, 2)
         shares = torch.linspace(0, 1, count).tolist()
-        shape = self._latent_shape(choices.get("height"), choices.get("width"), None)
-        start, end = (Noise.seeded([seed], shape, self.device).draw() for seed in seeds)
-        one, two = self.encode_text(list(prompts), choices.get("clip_skip", 1)).split(1)
+        start, end = (Noise.seeded([seed], shape, self.device).draw() for seed in ends)
+        one, two = self.encode_text(words, choices.get("clip_skip", 1)).split(1)
         noises = torch.cat([slerp(start, end, share) for share in shares])
         contexts = torch.cat([(1 - share) * one + share * two for share in shares])
         steps = self.denoise(
-            [prompts[0]] * count, latents=noises, prompt_embeds=contexts, seed=[seeds[0]] * count, **choices
+            [words[0]] * count, latents=noises, prompt_embeds=contexts, seed=[ends[0]] * count, **choices
         )
-        return self._finish(steps, [seeds[0]] * count, progress)
+        return self._finish(steps, [ends[0]] * count, progress)
 
-    def _read_mask(self, image: Image.Image | Tensor | None, mask: Image.Image | Tensor | None) -> Tensor | None:
+    def _read_mask(self, image: Tensor | None, mask: Image.Image | Tensor | None) -> Tensor | None:
         channels, plain = self.unet.config.in_channels, self.autoencoder.config.latent_channels
         if mask is None:
             if channels != plain:
@@ -280,16 +302,14 @@ class StableDiffusion(Parts):
             return None
         if image is None:
             raise ValueError("mask_image says which part of a picture is redrawn; pass the picture too, as image")
-        size = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
-        return read_mask(mask, size)
+        return read_mask(mask, (image.shape[-1], image.shape[-2]))
 
     def _hole(self, given: _Given, latents: Tensor | None) -> Hole | None:
         if given.mask is None or given.image is None or latents is None:
             return None
         masked = None
         if self.unet.config.in_channels != self.autoencoder.config.latent_channels:
-            images = given.image if isinstance(given.image, Tensor) else from_pil(given.image)
-            masked = self.encode_image(hide(images, given.mask)).float()
+            masked = self.encode_image(hide(given.image, given.mask)).float()
         return Hole(latent_mask(given.mask, self.autoencoder.config.downscale).to(latents), latents, masked)
 
     def _finish(self, steps: Iterator[Step], numbers: list[int], progress: bool | None) -> list[Image.Image]:
@@ -297,37 +317,43 @@ class StableDiffusion(Parts):
             for step in steps:
                 bar.total = step.calls
                 bar.update()
-        pictures = self.decode(finite(step.latents, "UNet"))
+        pictures = self.decode(step.latents)
         for picture, number in zip(pictures, numbers, strict=True):
             picture.info["seed"] = number
         return pictures
 
-    def _latent_shape(
-        self, height: int | None, width: int | None, image: Image.Image | Tensor | None
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None, count: int = 1, images: Tensor | None = None
     ) -> tuple[int, int, int]:
+        """The shape (4, h/8, w/8) of one picture's latents; what is None is the size of the images, or the model's own.
+
+        Raises TypeError or ValueError for a size that count pictures cannot have, as `denoise` does.
+        """
         factor, channels = self.autoencoder.config.downscale, self.autoencoder.config.latent_channels
-        if image is not None:
-            given = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
-            height, width = height or given[0], width or given[1]
-            if (height, width) != tuple(given):
-                raise ValueError(f"image is {given[1]}×{given[0]}, not {width}×{height}; resize it first")
-        side = self.unet.config.sample_size * factor
-        height, width = side if height is None else height, side if width is None else width
-        for name, value in (("height", height), ("width", width)):
-            if value < factor or value % factor:
-                raise ValueError(f"{name}={value}; expected a positive multiple of {factor}, such as {side}")
-        return channels, height // factor, width // factor
-
-def _listed(text: str | Sequence[str], name: str) -> list[str]:
-    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else []
-    if not texts or not all(isinstance(one, str) for one in texts):
-        raise TypeError(f"{name} must be a string or a non-empty list of strings; got {text!r}")
-    return texts
+        own = self.unet.config.sample_size * factor
+        usual = (own, own) if images is None else images.shape[-2:]
+        sides = []
+        for name, value, given in (("height", height, usual[0]), ("width", width, usual[1])):
+            side = whole(name, given if value is None else value, 1, LARGEST * own)
+            if side % factor:
+                raise ValueError(f"{name}={side}; expected a positive multiple of {factor}, such as {own}")
+            sides.append(side)
+        if images is not None and sides != [*usual]:
+            raise ValueError(f"image is {usual[1]}×{usual[0]}, not {sides[1]}×{sides[0]}; resize it first")
+        self._check_memory(count, sides[0], sides[1])
+        return channels, sides[0] // factor, sides[1] // factor
 
 
-def _check_shape(name: str, given: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(given.shape) != expected:
-        raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {expected}")
+def _one(prompt: str) -> str:
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be a string, since one picture is drawn; got {type(prompt).__name__}")
+    return prompt
+
+
+def _sampler(chosen: str | Sampler) -> Sampler:
+    if not isinstance(chosen, (str, Sampler)):
+        raise TypeError(f"sampler must be a name or a Sampler; got {type(chosen).__name__}")
+    return Sampler(chosen) if isinstance(chosen, str) else chosen
 
 
 def _skipped_steps(steps: int, strength: float) -> int:

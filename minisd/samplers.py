@@ -20,6 +20,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from minisd.checks import real, whole
 from minisd.schedule import Schedule
 
 
@@ -256,7 +257,7 @@ class Sampler:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in SAMPLERS:
+        if not isinstance(self.name, str) or self.name not in SAMPLERS:
             raise ValueError(f"sampler {self.name!r} is not known; choose one of {', '.join(SAMPLERS)}")
         if self.spacing not in (None, "leading", "trailing", "linspace"):
             raise ValueError(f"spacing={self.spacing!r}; expected 'leading', 'trailing', 'linspace', or None")
@@ -265,22 +266,19 @@ class Sampler:
         if self.karras and not SAMPLERS[self.name].karras:
             able = ", ".join(name for name, method in SAMPLERS.items() if method.karras)
             raise ValueError(f"sampler {self.name!r} has no Karras spacing; drop it, or choose {able}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta={self.eta}; expected from 0 (no fresh noise) to 1 (as much as DDPM)")
+        real("eta", self.eta, 0, 1, ": from no fresh noise to as much as DDPM")
         if self.eta and self.name != "ddim":
             raise ValueError(f"eta={self.eta} is for sampler 'ddim' only, not {self.name!r}; leave it at 0")
 
     def plan(self, schedule: Schedule, num_inference_steps: int, start: int = 0) -> Run:
         """Decide all numbers of a run. start: skip that many steps at the noisy end, for image-to-image.
 
-        Raises ValueError when the steps do not fit the schedule or start leaves none of them.
+        Raises ValueError when the steps do not fit the schedule or start leaves none of them, and TypeError for what
+        is no whole number.
         """
-        n, total = num_inference_steps, schedule.config.num_train_timesteps
-        total = LCM_GRID if self.name == "lcm" else total
-        if not isinstance(n, int) or not 1 <= n <= total:
-            raise ValueError(f"num_inference_steps={n!r}; expected a whole number from 1 to {total} for {self.name}")
-        if not isinstance(start, int) or not 0 <= start < n:
-            raise ValueError(f"start={start!r}; expected a whole number from 0 to {n - 1}: a step must remain")
+        total = LCM_GRID if self.name == "lcm" else schedule.config.num_train_timesteps
+        n = whole("num_inference_steps", num_inference_steps, 1, total)
+        start = whole("start", start, 0, n - 1)
         method = SAMPLERS[self.name]
         timesteps, levels = self._levels(schedule, n)
         final = 0.0 if method.to_zero or schedule.config.set_alpha_to_one else float(schedule.sigmas[0])

@@ -27,6 +27,7 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import minisd.checks
 import minisd.parts
 import minisd.pipeline
 import minisd.unet
@@ -172,15 +173,18 @@ def no_numbers_read(size: tuple[int, int]) -> Iterator[list[str]]:
         mock.patch.object(minisd.parts, "finite", note),
         mock.patch.object(minisd.pipeline, "finite", note),
         mock.patch.object(minisd.parts, "to_pil", blank),
+        mock.patch.object(minisd.checks, "finite_input", lambda name, x: x),
+        mock.patch.object(minisd.parts, "finite_input", lambda name, x: x),
+        mock.patch.object(minisd.parts, "about_unit", lambda name, x: x),
     ):
         yield checked
 
 
 def draw(sd: StableDiffusion, sampler: str = "euler_a") -> list[str]:
-    """Two pictures from words to pixels in two guided steps; returns the parts that reached the check for NaN."""
+    """Two pictures from words to pixels in two guided steps; returns the parts as they reached the check for NaN."""
     with no_numbers_read((512, 448)) as checked:
         sd(["a fox in the snow", "a cat"], num_inference_steps=2, height=512, width=448, seed=0, sampler=sampler)
-    return checked
+    return list(dict.fromkeys(checked))
 
 
 def redraw(sd: StableDiffusion) -> list[str]:
@@ -188,7 +192,7 @@ def redraw(sd: StableDiffusion) -> list[str]:
     with no_numbers_read((512, 512)) as checked:
         image = torch.zeros(1, 3, 512, 512)
         sd.image_to_image("a cat", image, 0.7, num_inference_steps=3, seed=0, sampler="ddim")
-    return checked
+    return list(dict.fromkeys(checked))
 
 
 def steps(sd: StableDiffusion) -> list[list[Any]]:
