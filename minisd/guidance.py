@@ -16,8 +16,8 @@ MAX_SCALE = 1000.0  # far beyond anything that is still a picture, and far below
 class Guidance:
     """How the prediction with the prompt and the one against it are put together, and when.
 
-    scale: 1 follows the prompt alone, 0 the negative prompt alone, more (up to 1000) exaggerates the difference. One for
-    all images, or a tuple of one for each.
+    scale: 1 follows the prompt alone, 0 the negative prompt alone, more (up to 1000) exaggerates the difference. One
+    for all images, or a tuple of one for each.
     rescale: how far the result is brought back to the spread of the prediction with the prompt, from 0 to 1.
     interval: the part of the run, from 0 (noise) to 1 (picture), in which guidance acts; outside, the prompt alone. (A
     scale of 0 or 1 needs one prediction only, and knows no interval.)

@@ -131,9 +131,9 @@ class StableDiffusion(Parts):
         if latents is not None:
             floats("latents", latents, len(prompts), *shape)
         if prompt_embeds is not None:
-            chunks = prompt_embeds.shape[1] // 77 if isinstance(prompt_embeds, Tensor) and prompt_embeds.ndim == 3 else 1
-            width_of_context = self.config.text_encoder.hidden_size
-            floats("prompt_embeds", prompt_embeds, len(prompts), 77 * max(1, chunks), width_of_context)
+            tokens = prompt_embeds.shape[1] if isinstance(prompt_embeds, Tensor) and prompt_embeds.ndim == 3 else 77
+            features = self.config.text_encoder.hidden_size
+            floats("prompt_embeds", prompt_embeds, len(prompts), 77 * max(1, tokens // 77), features)
         given = _Given(prompts, negatives, prompt_embeds, images, mask, latents, clip_skip, strength)
         return self._denoise(given, guidance, run, stream)
 

@@ -115,7 +115,8 @@ SIZES = [32, 24, 40, np.int64(16), None], [
 ]  # fmt: skip
 POOLS: dict[str, tuple[list[Any], list[Any]]] = {
     "prompt": (
-        ["fox", "", " \t\n", "fox " * 10_000, "a" * 5000, "fox\0snow", "שלום عالم", "🦊🏳️‍🌈", "(fox:nan)", np.str_("fox")],
+        ["fox", "", " \t\n", "fox " * 10_000, "a" * 5000, "fox\0snow",
+        "שלום عالم", "🦊🏳️‍🌈", "(fox:nan)", np.str_("fox")],
         [[], (), 7, None, b"fox", [None], [["fox"]], {"fox"}, "\ud800", ["fox", "a\udfffb"], [b"fox"], True, NAN],
     ),
     "negative_prompt": (["", "red snow", ["red"], "🦊"], [None, 7, [], ["a", "b", "c"], [None], b"x", "\udc00"]),
@@ -151,12 +152,14 @@ POOLS: dict[str, tuple[list[Any], list[Any]]] = {
     ),
     "prompt_embeds": (
         [EMBEDS, EMBEDS.half(), None],
-        [EMBEDS[0], EMBEDS[:, :5], EMBEDS[..., :3], EMBEDS.long(), with_nan(1, 77, 16), EMBEDS.numpy(), "fox", [EMBEDS]],
+        [EMBEDS[0], EMBEDS[:, :5], EMBEDS[..., :3], EMBEDS.long(), with_nan(1, 77, 16),
+         EMBEDS.numpy(), "fox", [EMBEDS]],
     ),
     "image": (
         [*map(noise_picture, MODES), rotated(), transparent(), SMALL, SMALL.double(), SMALL.half()],
         [
-            None, 5, "fox.png", b"", np.zeros((24, 32, 3), np.uint8), Image.new("RGB", (1, 1)), Image.new("RGB", (0, 0)),
+            None, 5, "fox.png", b"", np.zeros((24, 32, 3), np.uint8),
+            Image.new("RGB", (1, 1)), Image.new("RGB", (0, 0)),
             Image.new("RGB", (33, 32)), Image.new("RGB", (520, 8)),
             Image.fromarray(np.full((24, 32), NAN, np.float32)), SMALL[0], SMALL[:, :1], SMALL.repeat(3, 1, 1, 1),
             SMALL[:0], (SMALL * 255).byte(), SMALL * 255, with_nan(1, 3, 24, 32), SMALL / 0, SMALL[..., :30],
@@ -173,8 +176,10 @@ POOLS: dict[str, tuple[list[Any], list[Any]]] = {
     ),
     "strength": ([1, 0.9, 0.5, np.float64(0.7)], [0, -0.5, 1.1, NAN, INF, "0.5", True, [0.5], 0.01, b""]),
     "left": ([0, 8], [-8, 3, 10**6, 8.0, "8", True, None, NAN]),
-    "prompts": ([("fox", "snow"), ["fox", ""]], [("fox",), "ab", None, 5, ("fox", None), ("a", "b", "c"), [], ("a", "\ud800")]),
-    "seeds": ([(0, 1), [3, np.int64(3)], (2**63 - 1, 0)], [(1,), (1, 2, 3), (-1, 0), (0.5, 1), (None, 1), "12", (True, 1), 1.5]),
+    "prompts": ([("fox", "snow"), ["fox", ""]],
+                [("fox",), "ab", None, 5, ("fox", None), ("a", "b", "c"), [], ("a", "\ud800")]),
+    "seeds": ([(0, 1), [3, np.int64(3)], (2**63 - 1, 0)],
+              [(1,), (1, 2, 3), (-1, 0), (0.5, 1), (None, 1), "12", (True, 1), 1.5]),
     "count": ([2, 3, np.int64(2)], [1, 0, -1, 2.0, "2", True, None, 10**9, 2**70]),
     "t": ([0.0, 500, torch.tensor(3.0)], [NAN, "5", True, [5]]),
 }  # fmt: skip
@@ -188,7 +193,8 @@ CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "image_to_image": (("prompt", "image"), (*TEXT, "strength", "prompt_embeds")),
     "inpaint": (("prompt", "image", "mask_image"), (*TEXT, "strength")),
     "outpaint": (("prompt", "image"), (*TEXT, "left", "strength")),
-    "interpolate": (("prompts", "seeds", "count"), tuple(name for name in TEXT if name != "seed") + ("height", "width")),
+    "interpolate": (("prompts", "seeds", "count"),
+                    tuple(name for name in TEXT if name != "seed") + ("height", "width")),
     "encode_text": (("prompts",), ("clip_skip",)),
     "encode_image": (("image",), ()),
     "decode": (("latents",), ()),
@@ -405,7 +411,8 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "--mask": (["mask.png"], ["none.png", "black.png", "text.txt"]),
     "--outpaint": (["8 0 0 0"], ["3 0 0 0", "0 0 0 0", "-8 0 0 0", "1000000 0 0 0", "a b c d", "8 8"]),
 }
-PROMPTS = ["fox", "", "fox\0snow", "שלום", "🦊 " * 50, "a" * 300, "../../etc/passwd", "fox/snow", "%s {0} \\n"], ["\udcff"]
+PROMPTS = ["fox", "", "fox\0snow", "שלום", "🦊 " * 50, "a" * 300,
+    "../../etc/passwd", "fox/snow", "%s {0} \\n"], ["\udcff"]
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +427,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory, sd: StableDiffusion) -> Itera
     (folder / "text.txt").write_text("no picture")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.delenv("MINISD_DEBUG", raising=False)
-        patch.setattr(cli, "_load", lambda model, device, dtype, **_: (device is None or cli._usable_device(device), sd)[1])
+        patch.setattr(cli, "_load", lambda model, device, dtype, **_:
+            (device is None or cli._usable_device(device), sd)[1])
         yield folder
 
 
@@ -432,7 +440,8 @@ def run(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def typed(options: dict[str, str]) -> list[str]:
-    return [word for name, value in options.items() for word in (name, *(value.split() if name == "--outpaint" else [value]))]
+    return [word for name, value in options.items() for word in (name,
+            *(value.split() if name == "--outpaint" else [value]))]
 
 
 def assert_refused(folder: Path, arguments: list[str]) -> None:

@@ -93,7 +93,10 @@ def test_a_bad_number_ends_the_work_at_once(sd: StableDiffusion, monkeypatch: py
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("part", "layer"), [("unet", "unet.conv_in"), ("text encoder", "text_encoder.text_model.encoder.layers.0.mlp.fc1")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "layer"),
+    [("unet", "unet.conv_in"), ("text encoder", "text_encoder.text_model.encoder.layers.0.mlp.fc1")],
+)
 def test_a_bad_number_in_a_lora_names_the_lora(small_model: Path, tmp_path: Path, part: str, layer: str) -> None:
     sd = StableDiffusion.from_pretrained(small_model, device="cpu")
     layers = layers_of({"unet": sd.unet, "text_encoder": sd.text_encoder})
