@@ -153,9 +153,11 @@ def test_unknown_words_are_named_with_some_that_are_known(run):
     assert "warning" not in run("generate", "red fox snow", "--seed", "1")[2]
 
 
-def test_a_long_prompt_says_what_was_left_out(run):
-    err = run("generate", "fox " * 75 + "snow", "--seed", "1")[2]
-    assert "warning: the prompt is longer than 77 tokens; this was left out: 'snow'" in err
+def test_a_long_prompt_says_so_and_is_read_to_its_end(run):
+    err = run("generate", "fox " * 75 + "snow", "--seed", "1", "-o", "snow.png")[2]
+    assert "warning: the prompt has 76 tokens: it is read in 2 chunks of at most 75" in err
+    run("generate", "fox " * 75 + "red", "--seed", "1", "-o", "red.png")
+    assert (np.asarray(Image.open("snow.png")) != np.asarray(Image.open("red.png"))).any()
 
 
 def test_float16_and_bfloat16_draw(run):
