@@ -138,7 +138,7 @@ def test_ci_runs_what_the_readme_says():
     first, second = re.findall(r"^```\n(.+)\n```$", README, flags=re.MULTILINE)[:2]
     for step in (*first.split(" && ")[2:], *second.split(" && ")):
         assert step.replace("pip install", "pip install --quiet") in script or step in script, step
-    assert script.rstrip().endswith("python -m pytest")
+    assert script.rstrip().endswith("python -m pytest -n 2")
 
 
 def test_versions_agree():

@@ -221,8 +221,9 @@ def test_weights_of_one_change_no_bit(ours: StableDiffusion, prompt: str) -> Non
     assert torch.equal(ours.encode_text([prompt, "a cat"]), expected)
 
 
-def test_no_prompts_have_no_context(ours: StableDiffusion) -> None:
-    assert ours.encode_text([]).shape == (0, 77, 32)
+def test_no_prompts_are_refused(ours: StableDiffusion) -> None:
+    with pytest.raises(TypeError, match="non-empty list"):
+        ours.encode_text([])
 
 
 # Ours, and the same in compel's own syntax; its brackets end a word as ours do.

@@ -522,7 +522,7 @@ def test_bad_samplers_are_refused(settings: dict[str, Any], words: str) -> None:
         (Sampler("ddim"), 0, 0, "from 1 to 1000"),
         (Sampler("ddim"), 1001, 0, "from 1 to 1000"),
         (Sampler("ddim"), 2.5, 0, "whole number"),
-        (Sampler("lcm"), 51, 0, "from 1 to 50 for lcm"),
+        (Sampler("lcm"), 51, 0, "from 1 to 50"),
         (Sampler("ddim"), 10, 10, "from 0 to 9"),
         (Sampler("ddim"), 10, -1, "from 0 to 9"),
         (Sampler("euler"), 1000, 0, "past the schedule's last"),
