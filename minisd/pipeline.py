@@ -110,8 +110,8 @@ class StableDiffusion(Parts):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
         for text in dict.fromkeys([*prompts, *negatives]):
             read(text, self.tokenizer)
-        asked = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        scale = asked if isinstance(asked, (int, float)) else tuple(asked) if isinstance(asked, Sequence) else asked
+        scale: Any = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        scale = tuple(scale) if isinstance(scale, (list, tuple)) else scale
         guidance = Guidance(scale, guidance_rescale, guidance_interval)
         guidance.scales(len(prompts))
         images = None if image is None else self._read_image(image)
