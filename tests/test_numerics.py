@@ -93,7 +93,10 @@ def test_a_bad_number_ends_the_work_at_once(sd: StableDiffusion, monkeypatch: py
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("part", "layer"), [("unet", "unet.conv_in"), ("text encoder", "text_encoder.text_model.encoder.layers.0.mlp.fc1")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "layer"),
+    [("UNet", "unet.conv_in"), ("text encoder", "text_encoder.text_model.encoder.layers.0.mlp.fc1")],
+)
 def test_a_bad_number_in_a_lora_names_the_lora(small_model: Path, tmp_path: Path, part: str, layer: str) -> None:
     sd = StableDiffusion.from_pretrained(small_model, device="cpu")
     layers = layers_of({"unet": sd.unet, "text_encoder": sd.text_encoder})
@@ -102,7 +105,7 @@ def test_a_bad_number_in_a_lora_names_the_lora(small_model: Path, tmp_path: Path
     sd("fox", seed=0, num_inference_steps=1)
     with torch.no_grad():
         sd.adapters.loras["style"].updates[0].lora_B.fill_(float("nan"))  # type: ignore[union-attr, operator]
-    with pytest.raises(FloatingPointError, match=f"(?i)the {part} with LoRA style returned NaN"):
+    with pytest.raises(FloatingPointError, match=f"the {part} with LoRA style returned NaN"):
         sd("fox", seed=0, num_inference_steps=1)
     sd.set_adapters({"style": 0.0})
     sd("fox", seed=0, num_inference_steps=1)

@@ -24,6 +24,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minisd.checks import real, whole
+
 
 @dataclass(frozen=True)
 class Options:
@@ -52,6 +54,13 @@ class Options:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ValueError("say how long to train: steps, minutes, or both")
+        if self.steps is not None:
+            whole("steps", self.steps, 1, 2**31)
+        if self.minutes is not None:
+            real("minutes", self.minutes, 0, 1e6)
+        whole("batch", self.batch, 1, 2**20)
+        whole("seed", self.seed, 0, 2**63 - 1)
+        real("lr", self.lr, 0, 1)
         if self.batch % processes():
             raise ValueError(f"batch={self.batch} does not divide over {processes()} processes; choose a multiple")
 
@@ -202,7 +211,10 @@ class Trainer:
         return self.options.folder / "checkpoint.pt"
 
     def save(self) -> None:
-        """Write state, loss curve and sample sheet; each file appears whole or not at all."""
+        """Write losses, state, curves and sample sheet; each file appears whole or not at all.
+
+        The losses come first: after a kill between the two they know a few steps too many, which `load` drops.
+        """
         if rank():
             return
         state = {
@@ -212,9 +224,9 @@ class Trainer:
             "averages": {str(decay): values for decay, values in self.averages.items()},
             "optimizer": self.optimizer.state_dict(),
         }
-        save_atomically(lambda path: torch.save(state, path), self.checkpoint)
         lines = "".join(json.dumps(line) + "\n" for line in self.losses)
         save_atomically(lambda path: path.write_text(lines), self.options.folder / "losses.jsonl")
+        save_atomically(lambda path: torch.save(state, path), self.checkpoint)
         save_atomically(lambda path: draw_curves(self.losses, path), self.options.folder / "curves.png")
         with self.averaged() as model:
             sheet = self.task.sheet(model)
@@ -227,6 +239,8 @@ class Trainer:
         """Continue from the folder's checkpoint. Raises FileNotFoundError when there is none."""
         if not self.checkpoint.exists():
             raise FileNotFoundError(f"nothing to resume: {self.checkpoint} does not exist; start without --resume")
+        for path in self.options.folder.rglob(".*.tmp") if rank() == 0 else ():
+            path.unlink(missing_ok=True)  # what a killed run was writing
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         self.task.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

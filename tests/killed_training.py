@@ -1,0 +1,163 @@
+"""Kills a small training again and again, at random points, and checks that nothing was lost each time.
+
+python tests/killed_training.py autoencoder|clip|unet|lora|inversion DATA MODEL OUTPUT KILLS SEED
+
+DATA: rendered scenes, or for lora and inversion a folder of pictures. MODEL: the folder of a small model for these two.
+In turn a run is killed by another process after a random time, in the middle of writing the checkpoint, and just before
+or just after a finished file takes its place. Runs are forks of this process, which imports everything once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_training import small_task
+
+from minisd import StableDiffusion
+from minisd.training import loop
+from minisd.training.adapting import InversionTask, LoRATask
+from minisd.training.loop import Options, Task, train
+
+STEPS = 6
+KINDS = ("after a random time", "in the middle of writing the checkpoint", "around the move of a file")
+
+
+def make_task(part: str, data: Path, model: Path, output: Path) -> Task:
+    if part in ("autoencoder", "clip", "unet"):
+        return small_task(part, data, output)
+    sd = StableDiffusion.from_pretrained(model, device="cpu")
+    return LoRATask(sd, data, rank=2) if part == "lora" else InversionTask(sd, data, "<it>", "thing", "fox")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_while_saving(number: int, share: float) -> None:
+    """Let the numberth `torch.save` write a part of its bytes and end the process."""
+    save, calls = torch.save, Counter[str]()
+
+    def half(state: Any, path: Path) -> None:
+        calls["save"] += 1
+        if calls["save"] < number:
+            return save(state, path)
+        whole = io.BytesIO()
+        save(state, whole)
+        path.write_bytes(whole.getvalue()[: int(share * whole.tell())])
+        die()
+
+    torch.save = half  # type: ignore[assignment]
+
+
+def die_while_moving(number: int, before: bool) -> None:
+    """End the process just before, or just after, the numberth file takes its place."""
+    replace, calls = os.replace, Counter[str]()
+
+    def moved(*paths: Any) -> None:
+        calls["replace"] += 1
+        if before and calls["replace"] == number:
+            die()
+        replace(*paths)
+        if calls["replace"] == number:
+            die()
+
+    os.replace = moved  # type: ignore[assignment]
+
+
+def run(part: str, data: Path, model: Path, output: Path, kind: int | None, rng: random.Random, length: float) -> bool:
+    """One process that begins or resumes the training; whether it reached the end."""
+    begun, told = os.pipe()
+    number, share, delay = rng.randint(1, 3 * STEPS), rng.random(), rng.uniform(0, length)
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            task = make_task(part, data, model, output)
+            task.sheet = lambda model: None  # type: ignore[method-assign]
+            loop.draw_curves = lambda lines, path: None or path.write_text(str(len(lines)))  # type: ignore[assignment]
+            resume = (output / "checkpoint.pt").exists()
+            options = Options(output, steps=STEPS, batch=4, lr=1e-3, warmup=2, save_minutes=0.0, resume=resume)
+            if kind == 1:
+                die_while_saving(1 + number // 3, share)
+            if kind == 2:
+                die_while_moving(number, before=share < 0.5)
+            os.write(told, b"!")
+            train(task, options)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    os.close(told)
+    os.read(begun, 1)
+    os.close(begun)
+    if kind == 0:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return False
+    assert os.WEXITSTATUS(status) == 0, "the training failed, and nobody had killed it"
+    return True
+
+
+def check(output: Path) -> None:
+    """After a kill: the checkpoint, if there is one, is whole, and the losses reach at least as far."""
+    path = output / "checkpoint.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        assert 0 <= state["step"] <= STEPS
+        losses = output / "losses.jsonl"
+        lines = losses.read_text().splitlines() if losses.exists() else []
+        assert len([json.loads(line)["loss"] for line in lines]) >= state["step"], "losses were lost"
+
+
+def compare(mine: Path, whole: Path) -> None:
+    """The end of a run that was killed against that of the unbroken one: the same bits, and no litter."""
+    assert (mine / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
+    ends = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (mine, whole)]
+    for key, value in ends[0]["model"].items():
+        assert torch.equal(value, ends[1]["model"][key]), key
+    for one, other in zip(ends[0]["averages"]["0.999"], ends[1]["averages"]["0.999"], strict=True):
+        assert torch.equal(one, other)
+    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (mine, whole)]
+    assert names[0] == names[1], names
+    for name in names[0]:
+        if name.startswith("export") and (mine / name).is_file():
+            assert (mine / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def main() -> None:
+    part, data, model, output = sys.argv[1], *map(Path, sys.argv[2:5])
+    kills, rng = int(sys.argv[5]), random.Random(int(sys.argv[6]))
+    began = time.monotonic()
+    assert run(part, data, model, output / "whole", None, rng, 0)
+    length, done, ends = time.monotonic() - began, Counter[str](), 0
+    broken = output / "broken"
+    while sum(done.values()) < kills:
+        kind = (sum(done.values()) + ends) % len(KINDS)
+        if run(part, data, model, broken, kind, rng, length):  # the end came first
+            compare(broken, output / "whole")
+            shutil.rmtree(broken)
+            ends += 1
+        else:
+            done[KINDS[kind]] += 1
+            check(broken)
+    run(part, data, model, broken, None, rng, length)
+    compare(broken, output / "whole")
+    print(json.dumps({"kills": done, "ends": ends + 1}))
+
+
+if __name__ == "__main__":
+    main()
