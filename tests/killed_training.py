@@ -30,7 +30,7 @@ from minisd.training import loop
 from minisd.training.adapting import InversionTask, LoRATask
 from minisd.training.loop import Options, Task, train
 
-STEPS = 8
+STEPS = 6
 KINDS = ("after a random time", "in the middle of writing the checkpoint", "around the move of a file")
 
 
