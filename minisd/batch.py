@@ -13,7 +13,7 @@ import signal
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -71,14 +71,14 @@ class Planned:
 
     def record(self, means: Means) -> dict[str, Any]:
         """The manifest's line."""
-        drawing = {field.name: getattr(self.drawing, field.name) for field in fields(self.drawing)}
+        drawing = dict(vars(self.drawing))
         for name in ("image", "mask"):
             drawing[name] = drawing[name] and drawing[name].name
         drawing["outpaint"] = drawing["outpaint"] and list(drawing["outpaint"])
-        sampler = asdict(self.drawing.sampler)
+        sampler = dict(vars(self.drawing.sampler))
         batch = dict(zip(("batch_size", "batch_pos"), self.place or (1, 0), strict=True))
         line = {"file": self.file, "seed": self.seed, "seed_drawn": self.seed_drawn} | drawing
-        return line | {"sampler": sampler.pop("name")} | sampler | batch | asdict(means) | {"version": __version__}
+        return line | {"sampler": sampler.pop("name")} | sampler | batch | vars(means) | {"version": __version__}
 
     def text(self, means: Means) -> str:
         """The picture's `parameters`."""
@@ -157,11 +157,11 @@ def make_plan(
         count = 1 if count is None else count
         if count < 1:
             raise ValueError(f"{line.where}: images is {count}; expected 1 or more")
+        settings |= {name: side for name in ("width", "height") if settings.get(name) is None}
         try:
             drawing = Drawing.choose(settings, defaults)
         except ValueError as error:
             raise ValueError(f"{line.where}: {error}") from error
-        drawing = replace(drawing, width=drawing.width or side, height=drawing.height or side)
         stem = _safe(line) or f"{number:0{max(4, len(str(len(lines))))}}-{slug(drawing.prompt)}"
         for at in range(count):
             file = f"{stem}.png" if count == 1 else f"{stem}-{at + 1}.png"
@@ -190,12 +190,17 @@ def _safe(line: Line) -> str:
 
 def _places(plan: Sequence[Planned], batch: int) -> Iterator[tuple[int, int] | None]:
     """The size of the batch of each picture, and its place: neighbours of equal settings are drawn together."""
-    for _, group in groupby(plan, lambda one: replace(one.drawing, prompt="", negative_prompt="")):
+    for _, group in groupby(plan, lambda one: _kind(one.drawing)):
         some = list(group)
         size = batch if some[0].drawing.image is None else 1
         for first in range(0, len(some), size):
             count = min(size, len(some) - first)
             yield from [(count, at) for at in range(count)] if count > 1 else [None]
+
+
+def _kind(drawing: Drawing) -> tuple[Any, ...]:
+    """What two drawings must share to be drawn together: everything but the prompts."""
+    return tuple(value for name, value in vars(drawing).items() if name not in ("prompt", "negative_prompt"))
 
 
 def check_plan(plan: Sequence[Planned], sd: StableDiffusion) -> None:
@@ -204,12 +209,12 @@ def check_plan(plan: Sequence[Planned], sd: StableDiffusion) -> None:
 
     known = set()
     for one in plan:
-        kind = replace(one.drawing, prompt="", negative_prompt="")
+        kind = _kind(one.drawing)
         try:
             if one.seed is not None:
                 seeds(one.seed, 1)
             if kind not in known:
-                kind.check(sd)
+                one.drawing.check(sd)
         except (ValueError, OverflowError) as error:
             raise ValueError(f"{one.where}: {error}") from error
         known.add(kind)
@@ -266,7 +271,8 @@ def read_seeds(plan: Sequence[Planned], means: Means, folder: Path) -> list[Plan
     for number, (line, one, seed) in enumerate(zip(lines, plan, numbers, strict=True), 1):
         expected = (replace(one, seed=seed) if one.seed_drawn else one).record(means)
         if line != expected:
-            name = next(name for name in {**line, **expected} if line.get(name) != expected.get(name))
+            names = sorted({**line, **expected}, key="file".__eq__)  # a file's name follows from its prompt
+            name = next(name for name in names if line.get(name) != expected.get(name))
             raise ValueError(
                 f"{path} belongs to other prompts or settings: on line {number}, {name} is {line.get(name)!r}, and now "
                 f"{expected.get(name)!r}; {DO}"

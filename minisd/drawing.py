@@ -74,10 +74,10 @@ class Means:
     """
 
     model: str
-    weights: str
     precision: str
     device: str
     prediction: str
+    weights: str
     loras: str = ""
     words: str = ""
 
@@ -91,7 +91,7 @@ class Means:
             device=sd.device.type,
             prediction=sd.schedule.config.prediction_type,
             loras=", ".join(f"{name} {number(weight)}" for name, weight in sd.adapters.weights.items()),
-            words=" ".join(sd.tokenizer.added),
+            words=", ".join(sd.tokenizer.added),
         )
 
 
@@ -177,7 +177,8 @@ class Drawing:
         """Raise what drawing would raise for a value out of range, without drawing."""
         start, mask = self.begin(sd)
         size: dict[str, Any] = {} if start else {"width": self.width, "height": self.height}
-        sd.denoise(self.prompt, start, mask, strength=self.share, seed=seed, **size, **self.choices())
+        begun = {"strength": self.share} if start else {}
+        sd.denoise(self.prompt, start, mask, seed=seed, **begun, **size, **self.choices())
         sd.encode_text("", self.clip_skip)
 
     def parameters(

@@ -43,7 +43,7 @@ class Recalled:
     def check(self, means: Means) -> None:
         """Compare what was loaded with what drew the picture. Raises BadParameter for a word that is missing."""
         said = self.said.settings
-        loaded = means.words.split()
+        loaded = means.words.split(", ")
         for word in _words(said):
             if word not in loaded:
                 raise typer.BadParameter(
@@ -221,7 +221,7 @@ def _words(settings: Mapping[str, str]) -> list[str]:
     """The words that textual inversions brought: here by themselves, elsewhere "name: hash, name: hash"."""
     if "TI hashes" in settings:
         return [one.partition(":")[0].strip() for one in settings["TI hashes"].split(",") if one.strip()]
-    return settings.get("Textual inversion", "").split()
+    return [word for word in settings.get("Textual inversion", "").split(", ") if word]
 
 
 def _ours(said: Parameters) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,26 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "small"
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, list[str], str]]:
+    """Run `minisd` in an empty folder, and return its exit code, the lines it printed, and its standard error."""
+    from minisd import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MINISD_DEBUG", raising=False)
+
+    def command(*arguments: str, model: str | None = str(small_model)) -> tuple[int, list[str], str]:
+        chosen = ["--model", model] if arguments[0] in ("generate", "interpolate") and model else []
+        code = cli.main([*arguments, *chosen])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out.splitlines(), err
+
+    return command
 
 
 @pytest.fixture(scope="session")

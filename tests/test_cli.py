@@ -25,22 +25,6 @@ from minisd.metadata import Parameters, parameters_text, parse_parameters, read_
 from minisd.samplers import SAMPLERS
 
 
-@pytest.fixture
-def run(small_model, tmp_path, monkeypatch, capsys):
-    """Run `minisd` in an empty folder, and return its exit code, the lines it printed, and its standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MINISD_DEBUG", raising=False)
-
-    def command(*arguments: str, model: str | None = str(small_model)) -> tuple[int, list[str], str]:
-        chosen = ["--model", model] if arguments[0] in ("generate", "interpolate") and model else []
-        code = cli.main([*arguments, *chosen])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out.splitlines(), err
-
-    return command
-
-
 def chunks(path: Path) -> dict[bytes, bytes]:
     """The chunks of a PNG file, by the specification: length, type, data, checksum."""
     data, at, found = path.read_bytes(), 8, {}
