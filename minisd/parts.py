@@ -127,7 +127,7 @@ class Parts:
         k are brought to one length. Raises ValueError for weights that are none and for prompts that are too long.
         """
         prompts = texts("prompts", prompts)
-        whole("clip_skip", clip_skip, 1, len(self.text_encoder.layers))
+        whole("clip_skip", clip_skip, 1, self.config.text_encoder.num_hidden_layers)
         read = [prompting.read(prompt, self.tokenizer) for prompt in prompts]
         for chunks in read:
             if len(chunks) > 1:
