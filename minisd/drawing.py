@@ -176,9 +176,8 @@ class Drawing:
     def check(self, sd: StableDiffusion, seed: int = 0) -> None:
         """Raise what drawing would raise for a value out of range, without drawing."""
         start, mask = self.begin(sd)
-        size: dict[str, Any] = {} if start else {"width": self.width, "height": self.height}
-        begun = {"strength": self.share} if start else {}
-        sd.denoise(self.prompt, start, mask, seed=seed, **begun, **size, **self.choices())
+        more: dict[str, Any] = {"strength": self.share} if start else {"width": self.width, "height": self.height}
+        sd.denoise(self.prompt, start, mask, seed=seed, **more, **self.choices())
         sd.encode_text("", self.clip_skip)
 
     def parameters(

@@ -127,7 +127,7 @@ class StableDiffusion(Parts):
         skipped = 0 if images is None else _skipped_steps(steps, strength)
         run = _sampler(self.defaults.sampler if sampler is None else sampler).plan(self.schedule, steps, start=skipped)
         stream = Noise.seeded(seeds(seed, len(prompts)), shape, self.device)
-        whole("clip_skip", clip_skip, 1, len(self.text_encoder.layers))
+        whole("clip_skip", clip_skip, 1, self.config.text_encoder.num_hidden_layers)
         if latents is not None:
             floats("latents", latents, len(prompts), *shape)
         if prompt_embeds is not None:
