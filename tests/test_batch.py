@@ -256,7 +256,7 @@ def test_pictures_of_somebody_else_are_left_alone(run: Run) -> None:
         ('{"prompt": "fox", "karras": 1}', ["karras is 1", "true or false"]),
         ('{"prompt": "fox", "guidance_scale": "7"}', ['guidance_scale is "7"', "a number"]),
         ('{"prompt": "fox", "guidance_scale": NaN}', ["guidance_scale=nan", "finite"]),
-        (f'{{"prompt": "fox", "guidance_scale": 1{"0" * 400}}}', ["too large"]),
+        (f'{{"prompt": "fox", "guidance_scale": 1{"0" * 400}}}', ["finite number"]),
         ('{"prompt": "fox", "num_inference_steps": 0}', ["num_inference_steps=0", "from 1 to 1000"]),
         ('{"prompt": "fox", "sampler": "magic"}', ["'magic'", "dpmpp_2m"]),
         ('{"prompt": "fox", "sampler": "ddim", "karras": true}', ["'ddim' has no Karras"]),
