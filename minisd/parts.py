@@ -85,7 +85,8 @@ class Parts:
 
         Where memory runs out, whatever torch calls it becomes a MemoryError that says what to do.
         """
-        home = None if self.offload in (None, next(part.parameters()).device) else part.state_dict()
+        there = self.offload is None or next(part.parameters()).device == self.offload
+        home = None if there else part.state_dict()
         try:
             if home is not None:
                 part.load_state_dict({key: value.to(self.offload) for key, value in home.items()}, assign=True)

@@ -62,7 +62,7 @@ class Options:
             real("minutes", self.minutes, 0, 1e6)
         whole("batch", self.batch, 1, 2**20)
         whole("seed", self.seed, 0, 2**63 - 1)
-        real("lr", self.lr, 0, 1)
+        real("lr", self.lr, 0)
         if self.batch % processes():
             raise ValueError(f"batch={self.batch} does not divide over {processes()} processes; choose a multiple")
 
