@@ -20,7 +20,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 TOLERANCE = 2.0  # mean absolute difference of two pictures, of 255
 
 
-@pytest.hookimpl(optionalhook=True)
+@pytest.hookimpl(optionalhook=True, trylast=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under `-n 2` each process takes a whole notebook at a time, in the order of the collection."""
     from xdist.scheduler import LoadFileScheduling

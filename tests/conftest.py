@@ -18,18 +18,32 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 REAL = "set MINISD_MODEL to a hub id, a folder or a file with published weights"
 
 
+FULL_SIZE = ("test_end_to_end", "test_autoencoder", "test_checkpoint", "test_text_encoder", "test_unet")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under `-n 2` each process takes a whole file at a time, in the order of the collection."""
+    """Under `-n 2` each process takes a whole file at a time, in the order of the collection.
+
+    One process takes all files that build full-size models: two of these at a time might not fit into memory.
+    """
     from xdist.scheduler import LoadFileScheduling
 
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope: str = super()._split_scope(nodeid)
+            return "full size" if Path(scope).stem in FULL_SIZE else scope
+
     config.option.loadscopereorder = False
-    return LoadFileScheduling(config, log)
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # the longest ones come first, so that under `-n 2` no process is left with one of them at the end
     items.sort(key=lambda item: 0 if item.get_closest_marker("full") else 1 if item.path.suffix == ".ipynb" else 2)
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.timeout(1200))
     if not os.environ.get("MINISD_MODEL"):
         for item in items:
             if item.get_closest_marker("real"):
