@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from minisd.autoencoder import Autoencoder
 from minisd.config import TINY
 from minisd.text_encoder import TextEncoder
-from minisd.training.autoencoder import AutoencoderTask
+from minisd.training.autoencoder import AutoencoderTask, Weights
 from minisd.training.clip import CLIPTask, ImageEncoderConfig
 from minisd.training.data import Scenes
 from minisd.training.layout import layouts
@@ -33,7 +33,8 @@ UNET = replace(
 def small_task(part: str, folder: Path, output: Path) -> Task:
     scenes = Scenes(folder)
     if part == "autoencoder":
-        return AutoencoderTask(scenes, AUTOENCODER, whole_from=0.5)
+        # correlations are of a batch as a whole: of several processes each asks for those of its own share
+        return AutoencoderTask(scenes, AUTOENCODER, whole_from=0.5, weights=Weights(correlation=0))
     if part == "clip":
         image = ImageEncoderConfig(widths=(16, 16), patch=16, groups=4, pooled=2, projection_dim=16)
         return CLIPTask(scenes, vocabulary(), TEXT, image)

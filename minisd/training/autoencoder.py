@@ -52,7 +52,10 @@ def reconstruction_loss(output: Tensor, target: Tensor, weights: Weights) -> Ten
 
 
 def correlation_loss(latents: Tensor) -> Tensor:
-    """The mean square of the correlations between channels of latents (n, c, h, w): 0 if none repeats another."""
+    """The mean square of the correlations between channels of latents (n, c, h, w): 0 if none repeats another.
+
+    It is no mean over pictures: under `torchrun` each process takes it of its own share of the batch.
+    """
     values = rearrange(latents, "n c h w -> c (n h w)")
     values = values - values.mean(1, keepdim=True)
     values = values / values.norm(dim=1, keepdim=True).clamp(min=1e-6)
