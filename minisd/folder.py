@@ -92,7 +92,8 @@ def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") not in PIPELINES:
         raise CheckpointError(
-            f"{folder} is a {shown(str(index.get('_class_name')))}; expected {', '.join(PIPELINES)} (Stable Diffusion 1 or 2)"
+            f"{folder} is a {shown(str(index.get('_class_name')))}; expected {', '.join(PIPELINES)} "
+            "(Stable Diffusion 1 or 2)"
         )
     for part, name in CLASSES.items():
         given = index.get(part)

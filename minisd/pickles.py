@@ -75,12 +75,19 @@ def check_pickle(path: Path) -> None:
         zipped, tarred = file.read(4) == b"PK\x03\x04", file.seek(257) and file.read(5) == b"ustar"
     if tarred:
         raise PickleError("is a tar archive, as torch wrote before 0.1.10; it cannot be read safely")
-    if zipped != is_zipfile(path):
+    if zipped != _ends_as_archive(path):
         raise PickleError("is damaged or incomplete (a zip archive without its beginning or its end)")
     if zipped:
         _check_archive(path)
     else:
         _check_old_format(path)
+
+
+def _ends_as_archive(path: Path) -> bool:
+    try:
+        return is_zipfile(path)
+    except BadZipFile:  # an archive in many volumes, or what looks like one
+        return False
 
 
 def _check_archive(path: Path) -> None:

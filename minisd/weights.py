@@ -212,7 +212,8 @@ def _read_tensor(file: Any, key: str, path: Path, device: torch.device | str, dt
     try:
         tensor = file.get_tensor(key)
     except (SafetensorError, AttributeError, RuntimeError) as error:  # a dtype that torch has not, an absurd shape
-        raise CheckpointError(f"{path} holds {shown(key)}, which torch cannot read ({error}); fetch it again") from error
+        message = f"{path} holds {shown(key)}, which torch cannot read ({error}); fetch it again"
+        raise CheckpointError(message) from error
     return tensor.to(device, dtype)  # type: ignore[no-any-return]
 
 

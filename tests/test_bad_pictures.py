@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import resource
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from minisd.images import read_picture
 from minisd.metadata import read_parameters
@@ -120,3 +121,21 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
     for missing in (tmp_path / "none.png", tmp_path):
         with pytest.raises(OSError, match=re.escape(str(missing))):
             read_picture(missing, 16, 16)
+
+
+def test_postscript_is_given_to_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow alone would call Ghostscript, for which a script stands here that leaves a file."""
+    path, canary = tmp_path / "x.png", tmp_path / "ran"
+    script = tmp_path / "gs"
+    script.write_text(f"#!/bin/sh\ntouch {canary}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(script))
+    path.write_bytes(encoded(SCENE, "EPS"))
+    with contextlib.suppress(OSError, SyntaxError), Image.open(path) as opened:
+        opened.load()
+    assert canary.exists(), "the test shows nothing"
+    canary.unlink()
+    for read in (lambda: read_picture(path, 16, 16), lambda: read_parameters(path)):
+        with pytest.raises(OSError, match="cannot identify image file"):
+            read()
+    assert not canary.exists()
