@@ -27,7 +27,9 @@ from torch import nn
 from minisd import StableDiffusion
 from minisd.adapters import LoRA, LowRank, layers_of
 from minisd.checkpoint import CheckpointError, load
+from minisd.cli import main
 from minisd.metadata import read_parameters, save_png
+from minisd.training.adapting import EXAMPLES
 from minisd.training.loop import Options, Trainer
 from minisd.weights import read_pickle, save_atomically
 
@@ -332,7 +334,9 @@ class Line:
     def export(self, model: nn.Module, folder: Path) -> None: ...
 
 
-def test_damaged_training_checkpoints_are_not_resumed(tmp_path: Path) -> None:
+def test_damaged_training_checkpoints_are_not_resumed(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = Options(tmp_path, steps=2)
     trainer = Trainer(Line(), options)
     trainer.run()
@@ -346,6 +350,10 @@ def test_damaged_training_checkpoints_are_not_resumed(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="(?s)checkpoint.pt cannot be resumed .*start without --resume"):
             Trainer(Line(), resumed)
+    command = ["train", "inversion", "--pictures", str(EXAMPLES), "--model", str(small_model), "--output", str(tmp_path)]
+    words = ["--token", "<it>", "--word", "unicorn", "--initial", "fox", "--steps", "3", "--resume"]
+    assert main([*command, *words]) == 1
+    assert "checkpoint.pt cannot be resumed" in capsys.readouterr().err
     path.write_bytes(good)
     with pytest.raises(CheckpointError, match="(?s)cannot be resumed .*size mismatch"):
         Trainer(Line(4), resumed)
