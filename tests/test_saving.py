@@ -350,9 +350,9 @@ def test_damaged_training_checkpoints_are_not_resumed(
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="(?s)checkpoint.pt cannot be resumed .*start without --resume"):
             Trainer(Line(), resumed)
-    command = ["train", "inversion", "--pictures", str(EXAMPLES), "--model", str(small_model), "--output", str(tmp_path)]
+    places = ["--pictures", str(EXAMPLES), "--model", str(small_model), "--output", str(tmp_path)]
     words = ["--token", "<it>", "--word", "unicorn", "--initial", "fox", "--steps", "3", "--resume"]
-    assert main([*command, *words]) == 1
+    assert main(["train", "inversion", *places, *words]) == 2
     assert "checkpoint.pt cannot be resumed" in capsys.readouterr().err
     path.write_bytes(good)
     with pytest.raises(CheckpointError, match="(?s)cannot be resumed .*size mismatch"):
