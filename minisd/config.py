@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
@@ -67,7 +66,7 @@ def _check(name: str, value: Any, like: Any) -> None:
         if type(value) is not int or not least <= value <= most:
             raise ValueError(f"{name} is {_short(value)}; expected a whole number from {least} to {most}")
     elif isinstance(like, float):
-        if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value < LARGEST:
+        if type(value) not in (int, float) or not 0 < value < LARGEST:  # so neither NaN nor infinite
             raise ValueError(f"{name} is {_short(value)}; expected a number above 0")
     elif not isinstance(value, str):
         raise ValueError(f"{name} is {_short(value)}; expected a text")

@@ -331,7 +331,8 @@ def outline(value: Any) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
+        shape = tuple(value.shape)
+        return shape[:2] if shape[2:] == (1, 1) else shape, value.dtype  # a layer may be linear or a 1×1 convolution
     if isinstance(value, dict):
         return {key: outline(item) for key, item in value.items() if not isinstance(key, tuple)}
     if isinstance(value, (list, tuple)):

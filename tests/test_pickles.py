@@ -46,7 +46,7 @@ def programs(canary: Path) -> dict[str, bytes]:
         "exec": call("builtins", "exec", python),
         "python 2 eval": call("__builtin__", "eval", python),
         "pty": call("subprocess", "getoutput", shell),
-        "run": call("timeit", "timeit", python.replace("open", "import os; open")),
+        "pager": call("pydoc", "pipepager", "", shell),
         "numpy": call("numpy.f2py.crackfortran", "myeval", python),
         "pickle in a pickle": b"\x80\x02cpickle\nloads\nC" + bytes([len(inner)]) + inner + b"\x85R.",
         "text of protocol 0": b"cposix\nsystem\n(V" + shell.encode() + b"\ntR.",

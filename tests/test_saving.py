@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from hunt_files import Hunt
 from PIL import Image
 from safetensors.torch import load_file
 from test_pickles import archive, call
@@ -25,7 +27,9 @@ from torch import nn
 from minisd import StableDiffusion
 from minisd.adapters import LoRA, LowRank, layers_of
 from minisd.checkpoint import CheckpointError, load
+from minisd.cli import main
 from minisd.metadata import read_parameters, save_png
+from minisd.training.adapting import EXAMPLES
 from minisd.training.loop import Options, Trainer
 from minisd.weights import read_pickle, save_atomically
 
@@ -118,10 +122,10 @@ def check_whole(place: Path) -> None:
 
 
 def test_killed_while_saving(small_model: Path, tmp_path: Path) -> None:
-    """SIGKILL at 25 moments: each file is whole, all parts of the model are of one version, the rest is named so."""
+    """SIGKILL at 10 moments: each file is whole, all parts of the model are of one version, the rest is named so."""
     place = Path(shutil.copytree(small_model, tmp_path / "place/model")).parent
     (place / "model/notes.txt").write_text("kept")
-    arguments = [sys.executable, "-c", KILLED, str(small_model), str(place), "25"]
+    arguments = [sys.executable, "-c", KILLED, str(small_model), str(place), "10"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
     left = 0
     with subprocess.Popen(arguments, **pipes) as process:  # type: ignore[call-overload]
@@ -139,7 +143,59 @@ def test_killed_while_saving(small_model: Path, tmp_path: Path) -> None:
             process.stdin.write("\n")
             process.stdin.flush()
     assert load(place / "model")
-    assert process.returncode == 0 and left > 5, "hardly any kill met a save"
+    assert process.returncode == 0 and left > 2, "hardly any kill met a save"
+
+
+def test_killed_at_every_step_of_replacing_a_model(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """SIGKILL before each change to the file system in turn, instead of at any moment."""
+    sd = Hunt(tmp_path_factory.mktemp("hunt")).model
+
+    def save(value: float, fatal: int) -> int:
+        """Save a model filled with a number, in a process that dies at the fatal change; return its exit status."""
+        child = os.fork()
+        if not child:
+            left = [fatal]
+
+            def step(event: str, arguments: tuple[Any, ...]) -> None:
+                changes = event in ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.chmod")
+                if changes or (event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT):
+                    left[0] -= 1
+                    if not left[0]:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            try:
+                for part in (sd.unet, sd.text_encoder, sd.autoencoder):
+                    for parameter in part.parameters():
+                        parameter.data.fill_(value)
+                sys.addaudithook(step)
+                sd.save_pretrained(tmp_path / "model")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return os.waitpid(child, 0)[1]
+
+    assert save(0, 0) == 0
+    (tmp_path / "model/notes.txt").write_text("kept")
+    before, seen = 0.0, {"old": 0, "new": 0, "between": 0}
+    for fatal in range(1, 1000):
+        status = save(float(fatal), fatal)
+        if not (tmp_path / "model").exists():
+            seen["between"] += 1
+            (old,) = tmp_path.glob(".model.*.old.tmp")
+            (new,) = set(tmp_path.glob(".model.*.tmp")) - {old}
+            assert values_in(old) == {before} and values_in(new) == {float(fatal)}
+            new.rename(tmp_path / "model")
+        (value,) = values_in(tmp_path / "model")
+        assert value in (before, float(fatal)) and (tmp_path / "model/notes.txt").read_text() == "kept"
+        seen["new" if value == fatal else "old"] += 1
+        before = value
+        for path in tmp_path.glob(".*"):
+            assert TEMPORARY.fullmatch(path.name)
+            shutil.rmtree(path)
+        if status == 0:
+            break
+        assert status == signal.SIGKILL
+    assert load(tmp_path / "model") and seen["between"] == 1 and seen["old"] > 20 and seen["new"] > 10, seen
 
 
 def test_several_save_to_one_place(small_model: Path, tmp_path: Path) -> None:
@@ -278,7 +334,9 @@ class Line:
     def export(self, model: nn.Module, folder: Path) -> None: ...
 
 
-def test_damaged_training_checkpoints_are_not_resumed(tmp_path: Path) -> None:
+def test_damaged_training_checkpoints_are_not_resumed(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = Options(tmp_path, steps=2)
     trainer = Trainer(Line(), options)
     trainer.run()
@@ -292,6 +350,10 @@ def test_damaged_training_checkpoints_are_not_resumed(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="(?s)checkpoint.pt cannot be resumed .*start without --resume"):
             Trainer(Line(), resumed)
+    places = ["--pictures", str(EXAMPLES), "--model", str(small_model), "--output", str(tmp_path)]
+    words = ["--token", "<it>", "--word", "unicorn", "--initial", "fox", "--steps", "3", "--resume"]
+    assert main(["train", "inversion", *places, *words]) == 2
+    assert "checkpoint.pt cannot be resumed" in capsys.readouterr().err
     path.write_bytes(good)
     with pytest.raises(CheckpointError, match="(?s)cannot be resumed .*size mismatch"):
         Trainer(Line(4), resumed)

@@ -312,10 +312,13 @@ def _command() -> str:
 
 
 def _state(folder: Path) -> tuple[int, float]:
-    import torch
+    from minisd.weights import read_pickle
 
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-    return state["step"], state["elapsed"]
+    try:
+        state = read_pickle(folder / "checkpoint.pt")
+        return state["step"], state["elapsed"]
+    except (OSError, ValueError, LookupError, TypeError):  # the trainer will say what is wrong with it
+        return 0, 0.0
 
 
 if __name__ == "__main__":
