@@ -7,7 +7,6 @@ that was killed and called again, or shared out by `torchrun`, writes the same f
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import time
@@ -21,15 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 from minisd import __version__
 from minisd.drawing import Drawing, Means, draw, slug
-from minisd.metadata import KEY, save_png, temporary_beside
+from minisd.metadata import KEY, save_png
 from minisd.processes import first_alone, process_group, processes, rank, total
+from minisd.weights import save_atomically
 
 if TYPE_CHECKING:
     from minisd.folder import Defaults
     from minisd.pipeline import StableDiffusion
 
 MANIFEST = "manifest.jsonl"
-LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(png|jsonl)")  # what a killed process had not renamed yet
+# what a killed process had not renamed yet
+LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.png|\.manifest\.jsonl\.[0-9a-f]{8}\.tmp")
 DO = "choose another folder for these pictures, or draw all of them anew with --overwrite"
 NAME = re.compile(r"\w(?:[\w .,()+=@-]*[\w)+=@-])?")
 KINDS: dict[str, tuple[type, ...]] = {
@@ -244,9 +245,7 @@ def settle(plan: Sequence[Planned], means: Means, folder: Path, overwrite: bool)
     lines = [json.dumps(one.record(means), ensure_ascii=False) + "\n" for one in seeded]
     folder.mkdir(parents=True, exist_ok=True)
     _clean(folder)
-    with temporary_beside(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
+    save_atomically(lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"), path)
 
 
 def _clean(folder: Path) -> None:

@@ -178,7 +178,6 @@ class Drawing:
         start, mask = self.begin(sd)
         more: dict[str, Any] = {"strength": self.share} if start else {"width": self.width, "height": self.height}
         sd.denoise(self.prompt, start, mask, seed=seed, **more, **self.choices())
-        sd.encode_text("", self.clip_skip)
 
     def parameters(
         self,

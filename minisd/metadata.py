@@ -15,8 +15,7 @@ import os
 import re
 import textwrap
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -163,22 +162,15 @@ def save_png(picture: Image.Image, path: Path, text: str, overwrite: bool = Fals
     info = PngInfo()
     info.add_text(KEY, text)  # Latin-1 where that is enough, else UTF-8 in an iTXt chunk
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_beside(path) as temporary:
+    temporary = path.parent / f".{uuid.uuid4().hex}.png"
+    try:
         picture.save(temporary, format="PNG", pnginfo=info)
         if not overwrite:
             return _number(temporary, path)
         os.replace(temporary, path)
-    return path
-
-
-@contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
-    """A hidden name in the folder of `path`, to write to and to rename; what is there at the end is removed."""
-    temporary = path.parent / f".{uuid.uuid4().hex}{path.suffix}"
-    try:
-        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+    return path
 
 
 def _number(temporary: Path, path: Path) -> Path:

@@ -15,9 +15,10 @@ import torch
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes, render_scenes
 from minisd.training.export import write_curves
-from minisd.training.loop import Options, Shuffled, learning_rate, save_atomically
+from minisd.training.loop import Options, Shuffled, learning_rate
 from minisd.training.scenes import flipped, render, scene
 from minisd.training.unet import loss_weight
+from minisd.weights import save_atomically
 
 SCRIPT = Path(__file__).with_name("small_training.py")
 PARTS = ("autoencoder", "clip", "unet")

@@ -21,8 +21,8 @@ from minisd.images import to_images, to_pixels
 from minisd.pipeline import StableDiffusion
 from minisd.training.clip import CLIP
 from minisd.training.judge import Judge, Verdict
-from minisd.training.loop import save_atomically
 from minisd.training.scenes import Mixture, Scene, render, scene
+from minisd.weights import save_atomically
 
 EVALUATION_SEED = 3_000_017
 QUOTED_FROM = 0.97  # an attribute's figures count if the judge is right about this share of real scenes

@@ -22,7 +22,8 @@ from torch.func import functional_call
 from minisd.adapters import INVERSION_FILES, LORA_FILES, LoRA, LowRank, add_word, layers_of
 from minisd.images import from_pil, grid, read_picture
 from minisd.pipeline import StableDiffusion
-from minisd.training.loop import Shuffled, channels_last, generator, save_atomically
+from minisd.training.loop import Shuffled, channels_last, generator
+from minisd.weights import save_atomically
 
 EXAMPLES = Path(__file__).parent.parent / "assets" / "examples"
 LAYERS = {"attention": r"unet\..*\.to_(q|k|v|out\.0)", "all": r"unet\..*"}

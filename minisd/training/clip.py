@@ -27,7 +27,8 @@ from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes
-from minisd.training.loop import Shuffled, channels_last, generator, save_atomically
+from minisd.training.loop import Shuffled, channels_last, generator
+from minisd.weights import save_atomically
 
 
 @dataclass(frozen=True)

@@ -283,18 +283,17 @@ def _train(task: Any, output: Path, **choices: Any) -> None:
 
     try:
         options = Options(folder=output, **choices)
-        began = _state(output) if options.resume else (0, 0.0)
         trainer = train(task, options)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     if rank() == 0:
-        steps, last = trainer.step - began[0], trainer.losses[-100:]
+        steps, last = trainer.step - trainer.began[0], trainer.losses[-100:]
         log_sitting(
             output / "log.jsonl",
             Sitting(
                 part=output.name,
                 command=_command(),
-                minutes=round((trainer.elapsed - began[1]) / 60, 1),
+                minutes=round((trainer.elapsed - trainer.began[1]) / 60, 1),
                 steps=steps,
                 samples=steps * options.batch,
                 loss=round(sum(line["loss"] for line in last) / max(len(last), 1), 5),
@@ -309,16 +308,6 @@ def _command() -> str:
     words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
     together = f"torchrun --nproc-per-node {processes()} -m minisd.training.commands"
     return " ".join(["minisd train" if processes() == 1 else together, *words])
-
-
-def _state(folder: Path) -> tuple[int, float]:
-    from minisd.weights import read_pickle
-
-    try:
-        state = read_pickle(folder / "checkpoint.pt")
-        return state["step"], state["elapsed"]
-    except (OSError, ValueError, LookupError, TypeError):  # the trainer will say what is wrong with it
-        return 0, 0.0
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisd.images import to_images
-from minisd.training.loop import save_atomically
 from minisd.training.scenes import SIZE, render, scene
+from minisd.weights import save_atomically
 
 
 def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> None:

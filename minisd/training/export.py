@@ -17,10 +17,10 @@ from minisd.images import to_images
 from minisd.pipeline import StableDiffusion
 from minisd.preview import fit_preview
 from minisd.tokenizer import Tokenizer
-from minisd.training.loop import save_atomically
 from minisd.training.parts import load_autoencoder, load_text_encoder, load_unet
 from minisd.training.scenes import render, scene
 from minisd.training.unet import SAMPLING
+from minisd.weights import save_atomically
 
 
 @dataclass(frozen=True)

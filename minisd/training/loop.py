@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from minisd.checks import real, whole
 from minisd.processes import process_group, processes, rank
-from minisd.weights import CheckpointError, read_pickle
-from minisd.weights import save_atomically as save_atomically  # for the tasks
+from minisd.weights import CheckpointError, read_pickle, save_atomically
 
 
 @dataclass(frozen=True)
@@ -173,6 +172,7 @@ class Trainer:
         self.losses: list[dict[str, float]] = []
         if options.resume:
             self.load()
+        self.began = self.step, self.elapsed  # of this sitting
 
     @property
     def checkpoint(self) -> Path:

@@ -30,8 +30,9 @@ from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.data import Scenes
 from minisd.training.layout import Layout, WithLayout, layout_loss
-from minisd.training.loop import Shuffled, channels_last, generator, save_atomically
+from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.unet import UNet
+from minisd.weights import save_atomically
 
 SAMPLING = Defaults(Sampler("dpmpp_2m", spacing="trailing"), num_inference_steps=20, guidance_scale=4.0)
 
