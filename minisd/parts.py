@@ -107,7 +107,7 @@ class Parts:
         widths, cell = self.autoencoder.config.block_out_channels, self.autoencoder.config.downscale**2
         # the UNet keeps two maps or more at the size of latents; the autoencoder three at full size: what a residual
         # block was given, its norm and its activation
-        numbers = 2 * self.unet.config.block_out_channels[0] / cell
+        numbers = 2 * self.config.unet.block_out_channels[0] / cell
         if self.tile is None:
             numbers = max(numbers, 3 * widths[0 if encoding else min(1, len(widths) - 1)])
         needed, free = count * height * width * numbers * self.dtype.itemsize, free_memory(self.device)
