@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -13,6 +13,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+class KeysValues(NamedTuple):
+    """What an attention layer makes of a context: keys and values, both (n, words, heads·d)."""
+
+    k: Tensor
+    v: Tensor
 
 
 class AttentionRecord(NamedTuple):
@@ -36,6 +43,7 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
     names = {module: name for name, module in model.named_modules()}
     records: list[AttentionRecord] = []
     outer = _recorder.get()
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
 
     def record(layer: nn.Module, weights: Tensor) -> None:
         if layer in names:
@@ -45,7 +53,8 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
 
     token = _recorder.set(record)
     try:
-        yield records
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield records
     finally:
         _recorder.reset(token)
 
@@ -85,7 +94,8 @@ def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, heads: int, causal
 class Attention(nn.Module):
     """Multi-head attention with diffusers' names: self-attention, or cross-attention when a context is given.
 
-    x (n, queries, query_dim), context (n, keys, context_dim) -> (n, queries, query_dim). `upcast` computes the scores
+    x (n, queries, query_dim), context (n, keys, context_dim) -> (n, queries, query_dim). For a context that does not
+    change from call to call, `keys_values` can be computed once and passed in its place. `upcast` computes the scores
     of half-precision inputs in float32, which Stable Diffusion 2.1 needs.
     """
 
@@ -99,9 +109,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or query_dim, query_dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Project a context (n, keys, context_dim) to what the queries meet."""
+        return KeysValues(self.to_k(context), self.to_v(context))
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
+        q = self.to_q(x)
+        k, v = context if isinstance(context, KeysValues) else self.keys_values(x if context is None else context)
         if self.upcast and q.dtype in HALF:
             q, k, v = q.float(), k.float(), v.float()
         return self.to_out[0](attend(self, q, k, v, self.heads).to(x.dtype))
@@ -136,7 +150,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Pixels look at each other, then at the words, then each thinks for itself; every step is added to its input.
 
-    x (n, pixels, dim), context (n, words, context_dim) -> (n, pixels, dim).
+    x (n, pixels, dim), context (n, words, context_dim), or its keys and values -> (n, pixels, dim).
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int, upcast: bool = False) -> None:
@@ -148,7 +162,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -157,8 +171,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of a feature map, with projections in and out and a residual around it all.
 
-    x (n, channels, h, w), context (n, words, context_dim) -> (n, channels, h, w). `linear` puts the projections on the
-    token side (Stable Diffusion 2) in place of 1×1 convolutions (Stable Diffusion 1).
+    x (n, channels, h, w), context (n, words, context_dim), or its keys and values -> (n, channels, h, w). `linear` puts
+    the projections on the token side (Stable Diffusion 2) in place of 1×1 convolutions (Stable Diffusion 1).
     Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", appendix E.2.1.
     """
 
@@ -172,7 +186,11 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim, upcast)])
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """What the block's cross-attention makes of a context."""
+        return self.transformer_blocks[0].attn2.keys_values(context)  # type: ignore[operator, union-attr, no-any-return]
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
         height = x.shape[-2]
         tokens = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         tokens = rearrange(tokens, "n c h w -> n (h w) c")

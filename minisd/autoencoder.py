@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisd.attention import Attention
+from minisd.attention import Attention, KeysValues
 from minisd.blocks import Downsample, ResBlock, Upsample
 from minisd.config import AutoencoderConfig
 
@@ -44,7 +44,7 @@ class PixelAttention(Attention):
         super().__init__(channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
         tokens = rearrange(self.group_norm(x), "n c h w -> n (h w) c")
         return x + rearrange(super().forward(tokens), "n (h w) c -> n c h w", h=x.shape[-2])
 
@@ -109,7 +109,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images)
+        x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
         for block in self.down_blocks:
             x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(latents))
+        x = self.mid_block(self.conv_in(latents.contiguous(memory_format=torch.channels_last)))
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -39,7 +39,7 @@ from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
 from minisd.tiling import tiled
 from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet
+from minisd.unet import UNet, Words
 
 SAVING_MEMORY = (
     "draw smaller pictures or fewer at a time, or load the model with tile=True, dtype=torch.float16 or offload=True"
@@ -85,11 +85,11 @@ class Parts:
 
         Where memory runs out, whatever torch calls it becomes a MemoryError that says what to do.
         """
-        there = self.offload is None or next(part.parameters()).device == self.offload
-        home = None if there else part.state_dict()
+        home = None
         try:
-            if home is not None:
-                part.load_state_dict({key: value.to(self.offload) for key, value in home.items()}, assign=True)
+            if self.offload is not None and next(part.parameters()).device != self.offload:
+                home = part.state_dict()
+                move(part, self.offload)
             yield
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, MemoryError) or not is_out_of_memory(error):
@@ -236,21 +236,27 @@ class Parts:
         shaped("context", context, "n", "tokens", self.unet.config.cross_attention_dim)
         if len(context) not in (len(latents), 2 * len(latents)):
             raise ValueError(f"{len(context)} rows of context for {len(latents)} latents; expected as many, or twice")
-        both = len(context) == 2 * len(latents)
-        x = torch.cat([latents, latents]) if both else latents
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         timestep = torch.tensor(real("t", t), device=self.device, dtype=torch.float32)
         with self._using(self.unet):
-            prediction = self.unet(x.to(self.dtype), timestep, context.to(self.dtype))
+            both = len(context) == 2 * len(latents)
+            return self._predict(latents, timestep, context.to(self.dtype), guidance if both else None)
+
+    def _predict(
+        self, latents: Tensor, timestep: Tensor, context: Tensor | Sequence[Words], guidance: Guidance | None
+    ) -> Tensor:
+        """The same, with what was checked: context, or its keys and values, for twice the latents where guided."""
+        x = torch.cat([latents, latents]) if guidance else latents
+        prediction = self.unet(x.to(self.dtype), timestep, context)
         try:
-            prediction = self._checked(prediction, "UNet").float()
+            # a copy, since a compiled UNet may use the memory of its answer for the next one
+            prediction = self._checked(prediction, "UNet").to(torch.float32, copy=True)
         except FloatingPointError:  # whose fault is it?
             finite_input("latents", latents)
-            finite_input("context", context)
+            if isinstance(context, Tensor):
+                finite_input("context", context)
             raise
-        if not both:
-            return prediction
-        guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-        return guidance.combine(*prediction.chunk(2))
+        return guidance.combine(*prediction.chunk(2)) if guidance else prediction
 
     @classmethod
     def from_pretrained(
@@ -277,7 +283,20 @@ class Parts:
         kind = precision(usual if dtype is None else dtype)
         loaded = checkpoint.load(source, device="cpu" if offload else place, dtype=kind, **choices)
         parts = loaded.tokenizer, loaded.text_encoder, loaded.unet, loaded.autoencoder
+        if place.type == "cuda" and not offload:
+            for part in (loaded.unet, loaded.autoencoder):
+                move(part, place)
         return cls(loaded.config, *parts, loaded.defaults, offload=place if offload else None, tile=tile)
+
+    def compile(self, **options: Any) -> None:
+        """Let torch.compile translate the UNet and the decoder for this device, a graph each without a break.
+
+        Every new size, and number of pictures, is translated when it first comes, which takes a minute or more; from
+        then on it is faster, most of all on a GPU. options: of torch.compile, such as mode="reduce-overhead". On a CPU
+        a C++ compiler is needed. While attention is recorded the plain code runs.
+        """
+        for part in (self.unet, self.autoencoder.decoder):
+            part.compile(**{"fullgraph": True, "dynamic": False, **options})
 
     def save_pretrained(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write a folder that diffusers, transformers and minisd load. dtype: by default the weights' own.
@@ -343,6 +362,16 @@ def usable_device(name: str | torch.device) -> torch.device:
         best = best_device()
         raise ValueError(f"device {name} cannot be used on this machine; leave it out to take {best}") from error
     return device
+
+
+def move(part: nn.Module, device: torch.device) -> None:
+    """Put a part's weights on a GPU; those of convolutions with the channels last, as tensor cores read them."""
+    formats = {4: torch.channels_last}
+    weights = {
+        key: value.to(device, memory_format=formats.get(value.dim(), torch.preserve_format))
+        for key, value in part.state_dict().items()
+    }
+    part.load_state_dict(weights, assign=True)
 
 
 def finite(x: Tensor, part: str) -> Tensor:

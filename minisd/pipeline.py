@@ -20,6 +20,7 @@ from minisd.noise import Noise, seeds
 from minisd.parts import Parts, finite
 from minisd.prompts import common_length, read
 from minisd.samplers import Run, Sampler
+from minisd.unet import Words
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,13 +147,17 @@ class StableDiffusion(Parts):
         # a mask at full strength begins with noise alone: nothing of what was under it shall shine through
         state = run.start(first, None if hole and given.strength == 1 else latents)
         beside = hole.channels(len(first)) if hole else None
+        timesteps = torch.tensor(run.timesteps, device=self.device, dtype=torch.float32)  # one copy to the device
+        heard: dict[bool, Sequence[Words]] = {}  # of both contexts, or of the prompt's alone
         with self._using(self.unet):
             for index, t in enumerate(run.timesteps):
                 x = run.model_input(state)
                 seen = x if beside is None else torch.cat([x, beside], dim=1)
                 acts = against is not None and guidance.acts(index / run.calls)
-                context = torch.cat([against, plain]) if against is not None and acts else plain
-                prediction = self.predict(seen, t, context, guidance)
+                if acts not in heard:
+                    context = torch.cat([against, plain]) if against is not None and acts else plain
+                    heard[acts] = self.unet.keys_values(context.to(self.dtype))
+                prediction = self._predict(seen, timesteps[index], heard[acts], guidance if acts else None)
                 state, x0 = run.step(state, prediction, stream.draw() if run.needs_noise(index) else None)
                 state = hole.keep(run, state, first) if hole else state
                 yield Step(index, run.calls, t, finite(run.latents(state), "UNet"), x0, run.noise(x, x0, index))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisd.attention import SpatialTransformer
+from minisd.attention import KeysValues, SpatialTransformer
 from minisd.blocks import Downsample, ResBlock, Upsample
 from minisd.config import UNetConfig
+
+Words = Sequence[KeysValues]  # what the attention layers of one block make of a context, in their order
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -66,12 +69,12 @@ class DownBlock(nn.Module):
         if level < len(widths) - 1:
             self.downsamplers = nn.ModuleList([Downsample(widths[level], padding=1)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | Words) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if hasattr(self, "attentions"):
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, context if isinstance(context, Tensor) else context[i])
             skips.append(x)
         if hasattr(self, "downsamplers"):
             x = self.downsamplers[0](x)
@@ -91,8 +94,8 @@ class MidBlock(nn.Module):
             for _ in range(2)
         )
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, time), context)
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | Words) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, time), context if isinstance(context, Tensor) else context[0])
         return self.resnets[1](x, time)
 
 
@@ -114,11 +117,11 @@ class UpBlock(nn.Module):
         if level > 0:
             self.upsamplers = nn.ModuleList([Upsample(widths[level])])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor | Words) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if hasattr(self, "attentions"):
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, context if isinstance(context, Tensor) else context[i])
         if hasattr(self, "upsamplers"):
             x = self.upsamplers[0](x, size=skips[-1].shape[-2:])
         return x
@@ -142,20 +145,31 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def keys_values(self, context: Tensor) -> tuple[Words, ...]:
+        """What all cross-attention layers make of a context (n, words, d), block by block from input to output.
+
+        The words stay the same while a picture is drawn: project them once, and pass this in place of the context.
+        """
+        blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        return tuple(tuple(site.keys_values(context) for site in getattr(block, "attentions", ())) for block in blocks)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | Sequence[Words]) -> Tensor:
         """Latents (n, in_channels, h, w), timesteps (n,) or one, context (n, words, d) -> (n, out_channels, h, w).
 
-        The timesteps lie between 0 and 999 and need not be whole. The output is the predicted noise, or v, as the
-        checkpoint was trained.
+        The timesteps lie between 0 and 999 and need not be whole. In place of a context, its `keys_values` will do. The
+        output is the predicted noise, or v, as the checkpoint was trained.
         """
-        embedding = timestep_embedding(timesteps.expand(latents.shape[0]), self.config.block_out_channels[0])
+        embedding = timestep_embedding(timesteps.reshape(-1), self.config.block_out_channels[0])
         time = self.time_embedding(embedding.to(latents.dtype))
-        x = self.conv_in(latents)
+        down = len(self.down_blocks)
+        words = [context] * (2 * down + 1) if isinstance(context, Tensor) else context
+        # channels last: convolutions are faster so, and tokens, (n, pixels, c), are then a view of the map
+        x = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
         skips = [x]
-        for block in self.down_blocks:
-            x, new = block(x, time, context)
+        for block, heard in zip(self.down_blocks, words[:down], strict=True):
+            x, new = block(x, time, heard)
             skips += new
-        x = self.mid_block(x, time, context)
-        for block in self.up_blocks:
-            x = block(x, skips, time, context)
+        x = self.mid_block(x, time, words[down])
+        for block, heard in zip(self.up_blocks, words[down + 1 :], strict=True):
+            x = block(x, skips, time, heard)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -82,7 +82,8 @@ def test_offloaded_parts_are_on_the_device_one_at_a_time_and_fit_four_gigabytes(
 def test_a_lora_acts_on_offloaded_parts(outcomes: Any) -> None:
     assert outcomes["offload with LoRA"]["outcome"] == "ran through", outcomes["offload with LoRA"]["error"]
     layers, calls = outcomes["offload with LoRA"]["result"]
-    assert calls == 2 * layers > 400  # two steps, guidance in one batch
+    # two steps, guidance in one batch; but the keys and values of 16 layers that attend to words are computed once
+    assert calls == 2 * layers - 2 * 16 > 400
 
 
 @pytest.mark.parametrize("name", PLANTS)
