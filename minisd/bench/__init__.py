@@ -28,6 +28,7 @@ from minisd.config import SD15, ModelConfig
 from minisd.weights import save_atomically
 
 CEILING_SIDE = 4096
+LIBRARIES = ("minisd", "diffusers")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Settings:
     dtype: str = "float32"
     threads: int = 2
     compiled: bool = False
-    libraries: tuple[str, ...] = ("minisd", "diffusers")
+    libraries: tuple[str, ...] = LIBRARIES
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.steps < 0:
@@ -157,19 +158,44 @@ def run(source: str | Path, settings: Settings, say: Callable[[str], None] = pri
                 if last:
                     stack.callback(process.close)
                     processes.append(process)
-                answer = process.ask(
-                    "load", folder=str(source), device=settings.device, dtype=settings.dtype,
-                    threads=settings.threads, compiled=settings.compiled,
-                )  # fmt: skip
-                loads[name].append(answer["seconds"])
+                loads[name].append(_load(process, source, settings))
                 if not last:
                     process.close()
         rows += [row("load, first step included", name, times[1:]) for name, times in loads.items()]
+        rows += _cold_loads(source, settings, say)
         rows += _measure(processes, config, settings, say)
         report: dict[str, Any] = {"machine": machine(settings), "settings": asdict(settings), "rows": rows}
+        if not settings.compiled:  # whose operators are few, and have no names
+            report["profile"] = _profiles(processes, settings, say)
         if settings.steps:
             report["picture_difference"] = _pictures(processes, settings, rows, say)
     return report
+
+
+def _load(process: Process, source: str | Path, settings: Settings) -> float:
+    answer = process.ask(
+        "load", folder=str(source), device=settings.device, dtype=settings.dtype,
+        threads=settings.threads, compiled=settings.compiled,
+    )  # fmt: skip
+    return float(answer["seconds"])
+
+
+def _cold_loads(source: str | Path, settings: Settings, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Loading once more, when the system has forgotten the files: as on the first time of a day. Linux only."""
+    if not hasattr(os, "posix_fadvise"):
+        return []
+    rows = []
+    for name in settings.libraries:
+        say(f"load, cold: {name}")
+        for path in Path(source).rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        process = Process(name, settings)
+        rows.append(row("load, files not in memory", name, [_load(process, source, settings)]))
+        process.close()
+    return rows
 
 
 def _measure(
@@ -200,6 +226,19 @@ def _measure(
         in_turns(f"one guided UNet step at {size}", "step", cost["step"], size=size)
         in_turns(f"decode at {size}", "decode", cost["decode"], size=size)
     return rows
+
+
+def _profiles(processes: Sequence[Process], settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+    """Where the time of a step and of decoding goes: for each library the share of each kind of operator."""
+    from minisd.bench.operators import shares
+
+    found: dict[str, Any] = {}
+    for what in ("step", "decode"):
+        for process in processes:
+            say(f"profile of one {what}: {process.library}")
+            seen = process.ask("profile", what=what, size=settings.sizes[0])
+            found.setdefault(what, {})[process.library] = shares(seen["operators"], seen["seconds"])
+    return found
 
 
 def _pictures(
@@ -267,13 +306,17 @@ def machine(settings: Settings) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text: a line for each measurement, minisd beside diffusers, and their ratio."""
+    """The report as text: a line for each measurement, minisd beside diffusers, and their ratio.
+
+    ± is half of what the middle half of the times spans; the percentage is of the speed of the matrix product.
+    """
     by_what: dict[str, dict[str, dict[str, Any]]] = {}
+    ceiling = next((line["gflops"] for line in report["rows"] if line["what"].startswith("matrix product")), None)
     for line in report["rows"]:
         by_what.setdefault(_what(line), {})[line["library"]] = line
     lines = [f"{'':<38}{'minisd':>30}{'diffusers':>30}{'ratio':>8}"]
     for what, found in by_what.items():
-        texts = [_cell(found.get("minisd") or found.get("torch")), _cell(found.get("diffusers"))]
+        texts = [_cell(found.get("minisd") or found.get("torch"), ceiling), _cell(found.get("diffusers"), ceiling)]
         ratio = ""
         if {"minisd", "diffusers"} <= set(found):
             key = "peak_gb" if found["minisd"]["seconds"] is None else "seconds"
@@ -281,6 +324,11 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{what:<38}{texts[0]:>30}{texts[1]:>30}{ratio:>8}")
     if report.get("picture_difference") is not None:
         lines.append(f"largest difference of the two pictures: {report['picture_difference']}/255")
+    for what, profiles in report.get("profile", {}).items():
+        lines += ["", f"where the time of one {what} goes"]
+        for kind in dict.fromkeys(kind for profile in profiles.values() for kind in profile):
+            cells = [f"{profiles[name].get(kind, 0):.1%}" if name in profiles else "" for name in LIBRARIES]
+            lines.append(f"{kind:<38}{cells[0]:>30}{cells[1]:>30}")
     return "\n".join(lines)
 
 
@@ -289,12 +337,14 @@ def _what(line: dict[str, Any]) -> str:
     return "import" if line["what"] == f"import {line['library']}" != "import torch" else str(line["what"])
 
 
-def _cell(line: dict[str, Any] | None) -> str:
+def _cell(line: dict[str, Any] | None, ceiling: float | None) -> str:
     if line is None:
         return ""
     if line["seconds"] is None:
         return f"{line['peak_gb']:.2f} GB"
     speed = f", {line['gflops']:.0f} GFLOP/s" if line["gflops"] else ""
+    if speed and ceiling and line["gflops"] != ceiling:
+        speed += f" ({line['gflops'] / ceiling:.0%})"
     spread = f" ±{(line['high'] - line['low']) / 2:.2g}" if line["high"] != line["low"] else ""
     return f"{line['seconds']:.3g}{spread} s{speed}"
 

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minisd.guidance import Guidance
+
 PROMPT = "a fox in the snow"
 GUIDANCE = 7.5
 TIMESTEP = 481
@@ -30,8 +32,12 @@ class Library(Protocol):
         """The prompt and the empty one to contexts (2, 77, width), the empty one first."""
         ...
 
-    def step(self, latents: Tensor, context: Tensor) -> Tensor:
-        """One guided prediction: a batch of two through the UNet, and their combination."""
+    def keep(self, context: Tensor) -> Any:
+        """What is made of the context once for all steps of a run."""
+        ...
+
+    def step(self, latents: Tensor, context: Any) -> Tensor:
+        """One guided prediction: a batch of two through the UNet, and their combination. context: as kept."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -51,15 +57,19 @@ class Minisd:
 
         self.sd = StableDiffusion.from_pretrained(folder, device=device, dtype=dtype)
         if compiled:
-            self.sd.unet = torch.compile(self.sd.unet, fullgraph=True)  # type: ignore[assignment]
-            self.sd.autoencoder.decode = torch.compile(self.sd.autoencoder.decode)  # type: ignore[method-assign]
+            self.sd.compile()
 
     def text(self) -> Tensor:
         return self.sd.encode_text(["", PROMPT])
 
     @torch.inference_mode()
-    def step(self, latents: Tensor, context: Tensor) -> Tensor:
-        return self.sd.predict(latents, TIMESTEP, context, GUIDANCE)
+    def keep(self, context: Tensor) -> Any:
+        return self.sd.unet.keys_values(context)
+
+    @torch.inference_mode()
+    def step(self, latents: Tensor, context: Any) -> Tensor:
+        timestep = torch.tensor(float(TIMESTEP), device=self.sd.device)
+        return self.sd._predict(latents, timestep, context, Guidance(GUIDANCE))
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.sd.decode_to_tensor(latents)
@@ -96,8 +106,11 @@ class Diffusers:
         plain, empty = self.pipe.encode_prompt(PROMPT, self.pipe.device, 1, True, "")
         return torch.cat([empty, plain])
 
+    def keep(self, context: Tensor) -> Any:
+        return context
+
     @torch.no_grad()
-    def step(self, latents: Tensor, context: Tensor) -> Tensor:
+    def step(self, latents: Tensor, context: Any) -> Tensor:
         both = torch.cat([latents, latents]).to(self.pipe.unet.dtype)
         empty, plain = self.pipe.unet(both, TIMESTEP, context, return_dict=False)[0].chunk(2)
         return empty + GUIDANCE * (plain - empty)
@@ -135,6 +148,25 @@ def peak_memory(device: str) -> int:
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
 
+def operator_seconds(call: Callable[[], object], device: str = "cpu") -> dict[str, Any]:
+    """Run something under torch's profiler: {"seconds": of the whole, "operators": {name: seconds of its own}}.
+
+    On a GPU the operators' seconds are those of their kernels.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    gpu = device.startswith("cuda")
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as profiler:
+        started = time.perf_counter()
+        call()
+        if gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    events = profiler.key_averages()
+    own = {event.key: (event.self_device_time_total if gpu else event.self_cpu_time_total) / 1e6 for event in events}
+    return {"seconds": seconds, "operators": own}
+
+
 class Worker:
     """Answers the requests of `minisd.bench`: {"do": …} with seconds, bytes or what else was asked for."""
 
@@ -155,7 +187,7 @@ class Worker:
         self.library.load(folder, device, getattr(torch, dtype), compiled)
         self.context = self.library.text()
         if not compiled:
-            self.library.step(noise(64, device), self.context)
+            self.library.step(noise(64, device), self.library.keep(self.context))
             self._wait()
         return {"seconds": time.perf_counter() - started}
 
@@ -163,8 +195,8 @@ class Worker:
         return self._time(lambda: self.library.text())
 
     def step(self, size: int) -> dict[str, Any]:
-        latents = noise(size, self.device)
-        return self._time(lambda: self.library.step(latents, self.context))
+        latents, context = noise(size, self.device), self.library.keep(self.context)
+        return self._time(lambda: self.library.step(latents, context))
 
     def decode(self, size: int) -> dict[str, Any]:
         latents = noise(size, self.device)
@@ -186,11 +218,25 @@ class Worker:
         a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
         return self._time(lambda: a @ b)
 
+    def profile(self, what: str, size: int) -> dict[str, Any]:
+        """Seconds of each operator, by its name in torch, in one step ("step") or one decoding ("decode")."""
+        latents, context = noise(size, self.device), self.library.keep(self.context)
+        calls: dict[str, Callable[[], object]] = {
+            "step": lambda: self.library.step(latents, context),
+            "decode": lambda: self.library.decode(latents),
+        }
+        return operator_seconds(calls[what], self.device)
+
     def _time(self, call: Callable[[], object]) -> dict[str, Any]:
-        self._wait()
+        if self.device.startswith("cuda"):  # the GPU's own clock: what waiting for it and Python cost is not in it
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            return {"seconds": begin.elapsed_time(end) / 1000}
         started = time.perf_counter()
         call()
-        self._wait()
         return {"seconds": time.perf_counter() - started}
 
     def _wait(self) -> None:
