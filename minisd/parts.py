@@ -232,6 +232,21 @@ class Parts:
         latents (n, 4, h/8, w/8), or with 9 channels for an inpainting UNet -> prediction (n, 4, h/8, w/8), float32.
         guidance: a scale, or more that `Guidance` can say. Raises FloatingPointError, naming the UNet, for NaN.
         """
+        return self.predict_reusing(latents, t, context, guidance)[0]
+
+    def predict_reusing(
+        self,
+        latents: Tensor,
+        t: float,
+        context: Tensor,
+        guidance: Guidance | float = 1.0,
+        layers: int | None = None,
+        feature: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `predict`, with a UNet that keeps and reuses a feature: returns (prediction, feature).
+
+        layers, feature: see `UNet.forward`. The feature has a row for each row of context; None without layers.
+        """
         shaped("latents", latents, "n", self.unet.config.in_channels, "h", "w")
         shaped("context", context, "n", "tokens", self.unet.config.cross_attention_dim)
         if len(context) not in (len(latents), 2 * len(latents)):
@@ -239,8 +254,10 @@ class Parts:
         both = len(context) == 2 * len(latents)
         x = torch.cat([latents, latents]) if both else latents
         timestep = torch.tensor(real("t", t), device=self.device, dtype=torch.float32)
+        reuse = () if layers is None else (layers, feature)
         with self._using(self.unet):
-            prediction = self.unet(x.to(self.dtype), timestep, context.to(self.dtype))
+            output = self.unet(x.to(self.dtype), timestep, context.to(self.dtype), *reuse)
+        prediction, feature = output if reuse else (output, None)
         try:
             prediction = self._checked(prediction, "UNet").float()
         except FloatingPointError:  # whose fault is it?
@@ -248,9 +265,9 @@ class Parts:
             finite_input("context", context)
             raise
         if not both:
-            return prediction
+            return prediction, feature
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-        return guidance.combine(*prediction.chunk(2))
+        return guidance.combine(*prediction.chunk(2)), feature
 
     @classmethod
     def from_pretrained(
