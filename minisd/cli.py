@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SamplerName = Literal["ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "lcm"]
 Spacing = Literal["leading", "trailing", "linspace"]
 Precision = Literal["float32", "float16", "bfloat16"]
+PresetName = Literal["fast"]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 HASHES = {"image_hash": "image", "mask_hash": "mask"}
 MOST = 1_000_000
@@ -97,6 +98,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Draws the same picture again. [default: random]")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt; 1 is plain.")] = None,
+    preset: Annotated[
+        PresetName | None, typer.Option(help="Settings that trade a little of the picture for time; says which.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What to keep away from, in words.")] = None,
     sampler: Annotated[SamplerName | None, typer.Option(help="How to walk from noise to a picture.")] = None,
     spacing: Annotated[Spacing | None, typer.Option(help="Which timesteps the steps visit.")] = None,
@@ -121,6 +125,14 @@ def generate(
         typer.Option(help="Draw beyond --image's edges: pixels left, right, top, bottom.", metavar="L R T B"),
     ] = None,
     rescale: Annotated[float | None, typer.Option(help="Tame strong guidance, 0 (off) to 1. [default: 0]")] = None,
+    interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--guidance-interval", help="The part of the run with guidance. [default: 0 1]", metavar="B E"),
+    ] = None,
+    reuse: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Calls of the UNet: every N-th whole, the others L of its last layers.", metavar="N L"),
+    ] = None,
     clip_skip: Annotated[
         int | None, typer.Option(help="Which layer of the text encoder, counted from its end. [default: 1]")
     ] = None,
@@ -160,15 +172,17 @@ def generate(
       minisd generate "a red car" --images 9 --grid --steps 30 --sampler euler
       minisd generate "a snowman" --image photo.jpg --strength 0.6
       minisd generate "a snowman" --image photo.jpg --mask mask.png
+      minisd generate "a castle at night" --preset fast
       minisd generate "a fox" --model stable-diffusion-v1-5/stable-diffusion-v1-5
       minisd generate --like castle.png --steps 50
       minisd generate --prompts prompts.txt --output out/
 
     With --prompts, a .txt file has a prompt on each line; lines that begin with # are skipped. Each line of a .jsonl
     file is an object: {"prompt": "a fox", "seed": 7, "name": "fox"}, with negative_prompt, num_inference_steps,
-    guidance_scale, sampler, spacing, karras, width, height, clip_skip, guidance_rescale and images as further keys; the
-    options here are their defaults. All lines are checked before the first picture is drawn. The same command again
-    draws what is missing, and `torchrun --nproc-per-node 2 -m minisd generate …` shares the work out.
+    guidance_scale, sampler, spacing, karras, width, height, clip_skip, guidance_rescale, guidance_interval,
+    feature_reuse, preset and images as further keys; the options here are their defaults. All lines are checked before
+    the first picture is drawn. The same command again draws what is missing, and
+    `torchrun --nproc-per-node 2 -m minisd generate …` shares the work out.
     """
     _check_modes(context, prompt, prompts, like, output, grid)
     options: dict[str, Any] = {
@@ -186,6 +200,9 @@ def generate(
         "strength": strength,
         "outpaint": outpaint,
         "guidance_rescale": rescale,
+        "guidance_interval": interval,
+        "feature_reuse": reuse,
+        "preset": preset,
         "clip_skip": clip_skip,
         "seed": seed,
         "images": images,
@@ -196,8 +213,9 @@ def generate(
     recalled = None
     if like is not None:
         from minisd.like import recall
+        from minisd.presets import fill
 
-        recalled = recall(like, options, model, lora or [])
+        recalled = recall(like, fill(options), model, lora or [])
         options = recalled.options
     options |= {name: file_hash(options[of]) for name, of in HASHES.items() if options[of]}
     count, batch = options["images"] or 1, options["batch"] or 4
@@ -223,6 +241,10 @@ def generate(
     words = " ".join(one.get(name) or "" for one in said for name in ("prompt", "negative_prompt"))
     if not rank() and (unknown := _unknown_words(sd, words)):
         _say(unknown)
+    from minisd.presets import PRESETS
+
+    for name in dict.fromkeys(one["preset"] for one in said if one.get("preset") in PRESETS):
+        say(PRESETS[name].describe())
     if lines is not None:
         from minisd.batch import draw_many, make_plan
 

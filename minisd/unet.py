@@ -156,7 +156,7 @@ class UNet(nn.Module):
     @property
     def layers(self) -> int:
         """How many residual blocks there are on the way up, all levels together."""
-        return sum(len(block.resnets) for block in self.up_blocks)
+        return len(self.config.block_out_channels) * (self.config.layers_per_block + 1)
 
     def forward(
         self,
@@ -202,7 +202,7 @@ class UNet(nn.Module):
         x = self.mid_block(x, time, context) if feature is None else feature
         below = self.layers - layers  # from here to the feature
         for block in self.up_blocks:
-            count = len(block.resnets)
+            count = self.config.layers_per_block + 1
             cut = min(max(below, 0), count)
             if whole and cut:
                 x = block(x, skips, time, context, range(cut))
