@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -378,17 +379,36 @@ def bench(
     ),
     compiled: Annotated[bool, typer.Option("--compile", help="Compile UNet and decoder, of both libraries.")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="Measure minisd only, without diffusers.")] = False,
+    preset: Annotated[
+        PresetName | None, typer.Option(help="Measure this preset beside --steps without it, in place of diffusers.")
+    ] = None,
+    pictures: Annotated[int | None, typer.Option(min=1, help="For --preset. [default: 256, at full size 1]")] = None,
+    train: Annotated[
+        bool, typer.Option("--training", help="Measure the training of the tiny model's parts, in place of drawing.")
+    ] = False,
 ) -> None:
     """Time minisd and diffusers in turns, on the same weights: import, load, text, step, decode, a picture; and memory.
 
     Nothing else should be running. At full size on two cores this takes about half an hour; --steps 2 a third of it.
+
+    \b
+    Examples:
+      minisd bench
+      minisd bench --preset fast --model tiny
+      minisd bench --preset fast --model full
+      minisd bench --training
     """
-    from contextlib import nullcontext
     from importlib.util import find_spec
 
     from minisd import bench as benches
     from minisd.parts import best_device
 
+    if train:
+        _bench_training(output, repeats, threads)
+        return
+    if preset is not None:
+        _bench_preset(preset, model, output, steps, pictures, device, dtype, threads)
+        return
     place = str(best_device()) if device is None else str(_usable_device(device))
     settings = benches.Settings(
         sizes=tuple(size or [128 if model == "tiny" else 512]),
@@ -400,16 +420,59 @@ def bench(
         compiled=compiled,
         libraries=("minisd",) if alone or find_spec("diffusers") is None else ("minisd", "diffusers"),
     )
-    if model == "tiny":
-        from minisd.checkpoint import SHIPPED
-
-        source: Any = nullcontext(SHIPPED)
-    else:
-        source = benches.random_weights() if model == "full" else nullcontext(Path(model))
-    with source as folder:
+    with _benched(model) as folder:
         report = benches.run(folder, settings, say=_say)
     benches.write(report, output)
     _say(benches.table(report))
+    print(output)
+
+
+def _benched(model: str) -> AbstractContextManager[Path]:
+    """The folder of a model to measure: the shipped one, one with random weights, or one that is there."""
+    from minisd.bench import random_weights
+    from minisd.checkpoint import SHIPPED
+
+    if model == "full":
+        return random_weights()
+    return nullcontext(SHIPPED if model == "tiny" else Path(model))
+
+
+def _bench_preset(
+    preset: str,
+    model: str,
+    output: Path,
+    steps: int,
+    pictures: int | None,
+    device: str | None,
+    dtype: str | None,
+    threads: int,
+) -> None:
+    import torch
+
+    from minisd import bench as benches
+    from minisd.bench import preset as presets
+    from minisd.weights import save_atomically
+
+    torch.set_num_threads(threads)
+    settings = presets.Settings(preset, pictures or (1 if model == "full" else 256), steps=steps)
+    with _benched(model) as folder:
+        sd = _load(str(folder), device, dtype)
+        report, picture = presets.run(sd, settings, say=_say)
+    machine = benches.machine(benches.Settings(device=str(sd.device), libraries=("minisd",)))
+    report["machine"] = machine | {"dtype": str(sd.dtype).removeprefix("torch."), "threads": threads}
+    benches.write_json(report, output)
+    save_atomically(lambda path: picture.save(path, format="PNG"), output.with_suffix(".png"))
+    _say(presets.table(report))
+    print(output)
+
+
+def _bench_training(output: Path, repeats: int, threads: int) -> None:
+    from minisd import bench as benches
+    from minisd.bench import training as trainings
+
+    report = trainings.run(trainings.Settings(steps=4 * repeats, threads=threads), say=_say)
+    benches.write_json(report, output)
+    _say(trainings.table(report))
     print(output)
 
 

@@ -44,7 +44,7 @@ class Reuse:
             raise TypeError(f"feature_reuse={value!r}; expected two numbers, (every, layers), such as (3, 1)")
         reuse = cls(*value)
         if reuse.layers > layers:
-            raise ValueError(f"feature_reuse={value!r} has {reuse.layers} layers; expected 1 to {layers}, which are all")
+            raise ValueError(f"feature_reuse={value!r} ; expected 1 to {layers} layers, all that there are")
         return reuse
 
     def feature(self, kept: Kept, rows: int) -> Tensor | None:

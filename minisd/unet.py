@@ -195,6 +195,8 @@ class UNet(nn.Module):
         self, x: Tensor, time: Tensor, context: Tensor, layers: int, feature: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """From `conv_in` to the last layer, in two halves: what makes the feature, unless it is given, and the rest."""
+        if not 1 <= layers <= self.layers:
+            raise ValueError(f"layers={layers}; expected 1 to {self.layers}, all that there are on the way up")
         whole, skips = feature is None, [x]
         for block in self.down_blocks:
             x, new = block(x, time, context, None if whole else layers - len(skips))
