@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from minisd.bench import flops as step_and_decode
+from minisd.bench.worker import PROMPT
 from minisd.config import SD15, ModelConfig
 from minisd.images import grid
 from minisd.pipeline import StableDiffusion
@@ -133,11 +134,10 @@ def run(
 
 
 def _prompts(settings: Settings, judged: bool) -> list[str]:
-    from minisd.bench.worker import PROMPT
-    from minisd.evaluation.measure import Settings as Scenes
-
     if not judged:
         return [PROMPT] * settings.pictures
+    from minisd.evaluation.measure import Settings as Scenes
+
     return [scene.caption for scene in Scenes(count=settings.pictures).scenes()]
 
 
