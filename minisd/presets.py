@@ -50,9 +50,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "fast": Preset(
             "fast",
             num_inference_steps=12,
-            sampler=Sampler("dpmpp_2m", karras=True),
-            guidance_interval=(0.0, 0.8),
-            feature_reuse=(2, 1),
+            sampler=Sampler("dpmpp_2m", spacing="trailing"),
+            feature_reuse=(2, 2),
         ),
     }
 )
