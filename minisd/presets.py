@@ -34,7 +34,8 @@ class Preset:
         if self.num_inference_steps is not None:
             said.append(f"{self.num_inference_steps} steps")
         if self.sampler is not None:
-            said.append(f"sampler {self.sampler.name}{' with Karras levels' if self.sampler.karras else ''}")
+            levels = "Karras levels" if self.sampler.karras else f"{self.sampler.spacing or 'its own'} timesteps"
+            said.append(f"sampler {self.sampler.name} with {levels}")
         if self.guidance_interval is not None:
             begin, end = (f"{share:.0%}" for share in self.guidance_interval)
             said.append(f"guidance from {begin} to {end} of the run")
