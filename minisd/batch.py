@@ -46,6 +46,9 @@ KINDS: dict[str, tuple[type, ...]] = {
     "height": (int,),
     "clip_skip": (int,),
     "guidance_rescale": (int, float),
+    "guidance_interval": (list,),
+    "feature_reuse": (list,),
+    "preset": (str,),
     "images": (int,),
     "name": (str,),
 }
@@ -75,7 +78,8 @@ class Planned:
         drawing = dict(vars(self.drawing))
         for name in ("image", "mask"):
             drawing[name] = drawing[name] and drawing[name].name
-        drawing["outpaint"] = drawing["outpaint"] and list(drawing["outpaint"])
+        for name in ("outpaint", "guidance_interval", "feature_reuse"):
+            drawing[name] = drawing[name] and list(drawing[name])
         sampler = dict(vars(self.drawing.sampler))
         batch = dict(zip(("batch_size", "batch_pos"), self.place or (1, 0), strict=True))
         line = {"file": self.file, "seed": self.seed, "seed_drawn": self.seed_drawn} | drawing
@@ -135,9 +139,11 @@ def _parse(text: str, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: {name!r} is not known; expected some of {', '.join(KINDS)}")
         # a bool is an int in Python, and must not be taken for one here
         if not isinstance(value, KINDS[name]) or (isinstance(value, bool) and bool not in KINDS[name]):
-            expected = {str: "a string", int: "a whole number", bool: "true or false"}[KINDS[name][0]]
+            expected = {str: "a string", int: "a whole number", bool: "true or false", list: "a list"}[KINDS[name][0]]
             expected = "a number" if float in KINDS[name] else expected
             raise ValueError(f"{where}: {name} is {json.dumps(value)}; expected {expected}")
+        if isinstance(value, list) and not (len(value) == 2 and all(type(one) in (int, float) for one in value)):
+            raise ValueError(f"{where}: {name} is {json.dumps(value)}; expected a list of two numbers")
     return settings
 
 
@@ -216,7 +222,7 @@ def check_plan(plan: Sequence[Planned], sd: StableDiffusion) -> None:
                 seeds(one.seed, 1)
             if kind not in known:
                 one.drawing.check(sd)
-        except (ValueError, OverflowError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{one.where}: {error}") from error
         known.add(kind)
 

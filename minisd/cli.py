@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 SamplerName = Literal["ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "lcm"]
 Spacing = Literal["leading", "trailing", "linspace"]
 Precision = Literal["float32", "float16", "bfloat16"]
+PresetName = Literal["fast"]
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 HASHES = {"image_hash": "image", "mask_hash": "mask"}
 MOST = 1_000_000
@@ -97,6 +99,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Draws the same picture again. [default: random]")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt; 1 is plain.")] = None,
+    preset: Annotated[
+        PresetName | None, typer.Option(help="Settings that trade a little of the picture for time; says which.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What to keep away from, in words.")] = None,
     sampler: Annotated[SamplerName | None, typer.Option(help="How to walk from noise to a picture.")] = None,
     spacing: Annotated[Spacing | None, typer.Option(help="Which timesteps the steps visit.")] = None,
@@ -121,6 +126,14 @@ def generate(
         typer.Option(help="Draw beyond --image's edges: pixels left, right, top, bottom.", metavar="L R T B"),
     ] = None,
     rescale: Annotated[float | None, typer.Option(help="Tame strong guidance, 0 (off) to 1. [default: 0]")] = None,
+    interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--guidance-interval", help="The part of the run with guidance. [default: 0 1]", metavar="B E"),
+    ] = None,
+    reuse: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Calls of the UNet: every N-th whole, the others L of its last layers.", metavar="N L"),
+    ] = None,
     clip_skip: Annotated[
         int | None, typer.Option(help="Which layer of the text encoder, counted from its end. [default: 1]")
     ] = None,
@@ -160,15 +173,17 @@ def generate(
       minisd generate "a red car" --images 9 --grid --steps 30 --sampler euler
       minisd generate "a snowman" --image photo.jpg --strength 0.6
       minisd generate "a snowman" --image photo.jpg --mask mask.png
+      minisd generate "a castle at night" --preset fast
       minisd generate "a fox" --model stable-diffusion-v1-5/stable-diffusion-v1-5
       minisd generate --like castle.png --steps 50
       minisd generate --prompts prompts.txt --output out/
 
     With --prompts, a .txt file has a prompt on each line; lines that begin with # are skipped. Each line of a .jsonl
     file is an object: {"prompt": "a fox", "seed": 7, "name": "fox"}, with negative_prompt, num_inference_steps,
-    guidance_scale, sampler, spacing, karras, width, height, clip_skip, guidance_rescale and images as further keys; the
-    options here are their defaults. All lines are checked before the first picture is drawn. The same command again
-    draws what is missing, and `torchrun --nproc-per-node 2 -m minisd generate …` shares the work out.
+    guidance_scale, sampler, spacing, karras, width, height, clip_skip, guidance_rescale, guidance_interval,
+    feature_reuse, preset and images as further keys; the options here are their defaults. All lines are checked before
+    the first picture is drawn. The same command again draws what is missing, and
+    `torchrun --nproc-per-node 2 -m minisd generate …` shares the work out.
     """
     _check_modes(context, prompt, prompts, like, output, grid)
     options: dict[str, Any] = {
@@ -186,6 +201,9 @@ def generate(
         "strength": strength,
         "outpaint": outpaint,
         "guidance_rescale": rescale,
+        "guidance_interval": interval,
+        "feature_reuse": reuse,
+        "preset": preset,
         "clip_skip": clip_skip,
         "seed": seed,
         "images": images,
@@ -196,8 +214,9 @@ def generate(
     recalled = None
     if like is not None:
         from minisd.like import recall
+        from minisd.presets import fill
 
-        recalled = recall(like, options, model, lora or [])
+        recalled = recall(like, fill(options), model, lora or [])
         options = recalled.options
     options |= {name: file_hash(options[of]) for name, of in HASHES.items() if options[of]}
     count, batch = options["images"] or 1, options["batch"] or 4
@@ -223,6 +242,10 @@ def generate(
     words = " ".join(one.get(name) or "" for one in said for name in ("prompt", "negative_prompt"))
     if not rank() and (unknown := _unknown_words(sd, words)):
         _say(unknown)
+    from minisd.presets import PRESETS
+
+    for name in dict.fromkeys(one["preset"] for one in said if one.get("preset") in PRESETS):
+        say(PRESETS[name].describe())
     if lines is not None:
         from minisd.batch import draw_many, make_plan
 
@@ -356,17 +379,36 @@ def bench(
     ),
     compiled: Annotated[bool, typer.Option("--compile", help="Compile UNet and decoder, of both libraries.")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="Measure minisd only, without diffusers.")] = False,
+    preset: Annotated[
+        PresetName | None, typer.Option(help="Measure this preset beside --steps without it, in place of diffusers.")
+    ] = None,
+    pictures: Annotated[int | None, typer.Option(min=1, help="For --preset. [default: 256, at full size 1]")] = None,
+    train: Annotated[
+        bool, typer.Option("--training", help="Measure the training of the tiny model's parts, in place of drawing.")
+    ] = False,
 ) -> None:
     """Time minisd and diffusers in turns, on the same weights: import, load, text, step, decode, a picture; and memory.
 
     Nothing else should be running. At full size on two cores this takes about half an hour; --steps 2 a third of it.
+
+    \b
+    Examples:
+      minisd bench
+      minisd bench --preset fast --model tiny
+      minisd bench --preset fast --model full
+      minisd bench --training
     """
-    from contextlib import nullcontext
     from importlib.util import find_spec
 
     from minisd import bench as benches
     from minisd.parts import best_device
 
+    if train:
+        _bench_training(output, repeats, threads)
+        return
+    if preset is not None:
+        _bench_preset(preset, model, output, steps, pictures, device, dtype, threads)
+        return
     place = str(best_device()) if device is None else str(_usable_device(device))
     settings = benches.Settings(
         sizes=tuple(size or [128 if model == "tiny" else 512]),
@@ -378,16 +420,59 @@ def bench(
         compiled=compiled,
         libraries=("minisd",) if alone or find_spec("diffusers") is None else ("minisd", "diffusers"),
     )
-    if model == "tiny":
-        from minisd.checkpoint import SHIPPED
-
-        source: Any = nullcontext(SHIPPED)
-    else:
-        source = benches.random_weights() if model == "full" else nullcontext(Path(model))
-    with source as folder:
+    with _benched(model) as folder:
         report = benches.run(folder, settings, say=_say)
     benches.write(report, output)
     _say(benches.table(report))
+    print(output)
+
+
+def _benched(model: str) -> AbstractContextManager[Path]:
+    """The folder of a model to measure: the shipped one, one with random weights, or one that is there."""
+    from minisd.bench import random_weights
+    from minisd.checkpoint import SHIPPED
+
+    if model == "full":
+        return random_weights()
+    return nullcontext(SHIPPED if model == "tiny" else Path(model))
+
+
+def _bench_preset(
+    preset: str,
+    model: str,
+    output: Path,
+    steps: int,
+    pictures: int | None,
+    device: str | None,
+    dtype: str | None,
+    threads: int,
+) -> None:
+    import torch
+
+    from minisd import bench as benches
+    from minisd.bench import preset as presets
+    from minisd.weights import save_atomically
+
+    torch.set_num_threads(threads)
+    settings = presets.Settings(preset, pictures or (1 if model == "full" else 256), steps=steps)
+    with _benched(model) as folder:
+        sd = _load(str(folder), device, dtype)
+        report, picture = presets.run(sd, settings, say=_say)
+    machine = benches.machine(benches.Settings(device=str(sd.device), libraries=("minisd",)))
+    report["machine"] = machine | {"dtype": str(sd.dtype).removeprefix("torch."), "threads": threads}
+    benches.write_json(report, output)
+    save_atomically(lambda path: picture.save(path, format="PNG"), output.with_suffix(".png"))
+    _say(presets.table(report))
+    print(output)
+
+
+def _bench_training(output: Path, repeats: int, threads: int) -> None:
+    from minisd import bench as benches
+    from minisd.bench import training as trainings
+
+    report = trainings.run(trainings.Settings(steps=4 * repeats, threads=threads), say=_say)
+    benches.write_json(report, output)
+    _say(trainings.table(report))
     print(output)
 
 

@@ -114,6 +114,8 @@ class Drawing:
     outpaint: tuple[int, int, int, int] | None = None
     guidance_rescale: float = 0.0
     clip_skip: int = 1
+    guidance_interval: tuple[float, float] | None = None
+    feature_reuse: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.image is None and (self.mask or self.outpaint):
@@ -126,13 +128,15 @@ class Drawing:
 
     @classmethod
     def choose(cls, options: Mapping[str, Any], defaults: Defaults) -> Drawing:
-        """A drawing from options, by the names of Python's arguments; those that are None the model decides.
+        """A drawing from options, by the names of Python's arguments; what is None the preset or the model decides.
 
         A sampler that is named comes without the spacing and the noise levels of the model's own.
         """
+        from minisd.presets import fill
         from minisd.samplers import Sampler
 
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in fill(options).items() if value is not None}
+        given |= {name: tuple(given[name]) for name in ("guidance_interval", "feature_reuse") if name in given}
         changes = {name: given[name] for name in ("spacing", "karras", "eta") if name in given}
         base = Sampler(given["sampler"]) if "sampler" in given else defaults.sampler
         decided: dict[str, Any] = {
@@ -156,6 +160,8 @@ class Drawing:
             "sampler": self.sampler,
             "guidance_rescale": self.guidance_rescale,
             "clip_skip": self.clip_skip,
+            "guidance_interval": self.guidance_interval,
+            "feature_reuse": self.feature_reuse,
         }
 
     def begin(self, sd: StableDiffusion) -> tuple[Image.Image | None, Image.Image | None]:
@@ -213,6 +219,8 @@ class Drawing:
             "Timestep spacing": self.sampler.spacing,
             "Eta": number(self.sampler.eta),
             "Guidance rescale": number(self.guidance_rescale),
+            "Guidance interval": " ".join(map(number, self.guidance_interval or ())),
+            "Feature reuse": " ".join(map(str, self.feature_reuse or ())),
             "Clip skip": self.clip_skip,
             "Denoising strength": self.image and number(self.share),
             "Mask": self.mask and self.mask.name,
@@ -330,9 +338,12 @@ def draw_all(
     if grid and images > GRID:
         raise typer.BadParameter(f"--grid lays out {GRID} pictures at most, not {images}; draw several grids")
     numbers, sampler = seeds(seed, images), drawing.sampler
+    interval = " from {:.0%} to {:.0%}".format(*drawing.guidance_interval) if drawing.guidance_interval else ""
+    whole = f", 1 call of the UNet in {drawing.feature_reuse[0]} whole" if drawing.feature_reuse else ""
     say(
         f"seed {numbers[0]}{f' to {numbers[-1]}' if images > 1 else ''}, {drawing.num_inference_steps} steps of "
         f"{sampler.name}{' with Karras levels' if sampler.karras else ''}, guidance {drawing.guidance_scale:g}"
+        f"{interval}{whole}"
     )
     started, pictures = time.perf_counter(), []
     progress = False if quiet else None

@@ -20,6 +20,7 @@ TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]+)(?::([^<>]*))?>")
 UNDERSTOOD = {
     *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model", "Weights", "Prediction type"),
     *("Precision", "Device", "LoRA", "Textual inversion", "Timestep spacing", "Eta", "Guidance rescale", "Clip skip"),
+    *("Guidance interval", "Feature reuse"),
     *("Denoising strength", "Mask", "Mask hash", "Outpaint", "Image", "Image hash", "Images"),
     *("Batch size", "Batch pos"),
     *("Version", "Model hash", "Lora hashes", "TI hashes", "Hashes", "Size-1", "Size-2"),
@@ -103,6 +104,8 @@ def recall(path: Path, given: Mapping[str, Any], model: str | None, loras: Seque
     read("seed", "Seed", int, "--seed")
     read("clip_skip", "Clip skip", int, "--clip-skip", [1])
     read("guidance_rescale", "Guidance rescale", float, "--rescale", [0.0])
+    read("guidance_interval", "Guidance interval", _pair_of(float), "--guidance-interval", [None])
+    read("feature_reuse", "Feature reuse", _pair_of(int), "--reuse", [None])
     read("outpaint", "Outpaint", _sides, "--outpaint", [None])
     if options["image"] is not None:
         read("strength", "Denoising strength", float, "--strength", [None])
@@ -232,6 +235,14 @@ def _size(text: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)):
         raise ValueError(text)
     return int(match[1]), int(match[2])
+
+
+def _pair_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, Any]]:
+    def read(text: str) -> tuple[Any, Any]:
+        one, two = map(kind, text.split())
+        return one, two
+
+    return read
 
 
 def _sides(text: str) -> tuple[int, int, int, int]:

@@ -238,16 +238,26 @@ class Parts:
             raise ValueError(f"{len(context)} rows of context for {len(latents)} latents; expected as many, or twice")
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         timestep = torch.tensor(real("t", t), device=self.device, dtype=torch.float32)
+        both = len(context) == 2 * len(latents)
         with self._using(self.unet):
-            both = len(context) == 2 * len(latents)
-            return self._predict(latents, timestep, context.to(self.dtype), guidance if both else None)
+            return self._predict(latents, timestep, context.to(self.dtype), guidance if both else None)[0]
 
     def _predict(
-        self, latents: Tensor, timestep: Tensor, context: Tensor | Sequence[Words], guidance: Guidance | None
-    ) -> Tensor:
-        """The same, with what was checked: context, or its keys and values, for twice the latents where guided."""
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor | Sequence[Words],
+        guidance: Guidance | None,
+        *reuse: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, with what was checked, and (prediction, feature) returned.
+
+        context: or its keys and values; for twice the latents where there is guidance. reuse: layers and feature, as
+        `UNet.forward` takes them; without, there is no feature.
+        """
         x = torch.cat([latents, latents]) if guidance else latents
-        prediction = self.unet(x.to(self.dtype), timestep, context)
+        output = self.unet(x.to(self.dtype), timestep, context, *reuse)
+        prediction, feature = output if reuse else (output, None)
         try:
             # a copy, since a compiled UNet may use the memory of its answer for the next one
             prediction = self._checked(prediction, "UNet").to(torch.float32, copy=True)
@@ -256,7 +266,7 @@ class Parts:
             if isinstance(context, Tensor):
                 finite_input("context", context)
             raise
-        return guidance.combine(*prediction.chunk(2)) if guidance else prediction
+        return guidance.combine(*prediction.chunk(2)) if guidance else prediction, feature
 
     @classmethod
     def from_pretrained(

@@ -11,14 +11,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd import noise
+from minisd import noise, presets
 from minisd.checks import floats, real, texts, whole
 from minisd.editing import Hole, check_margins, extend, hide, latent_mask, paste, read_mask, slerp
 from minisd.guidance import Guidance
 from minisd.images import from_pil, to_pil
 from minisd.noise import Noise, seeds
 from minisd.parts import Parts, finite
+from minisd.presets import pick
 from minisd.prompts import common_length, read
+from minisd.reuse import Kept, Reuse
 from minisd.samplers import Run, Sampler
 from minisd.unet import Words
 
@@ -75,7 +77,7 @@ class StableDiffusion(Parts):
         num_inference_steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] | None = None,
         height: int | None = None,
         width: int | None = None,
         strength: float | None = None,
@@ -84,6 +86,8 @@ class StableDiffusion(Parts):
         clip_skip: int = 1,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
+        feature_reuse: tuple[int, int] | None = None,
+        preset: str | None = None,
     ) -> Iterator[Step]:
         """Run the sampler, one `Step` per call of the UNet; `decode(step.latents)` of the last is the picture.
 
@@ -99,11 +103,14 @@ class StableDiffusion(Parts):
         sampler: a name or a `Sampler`.
         latents: the first noise, unit Gaussian (n, 4, h/8, w/8), in place of the seed's.
         prompt_embeds: the context (n, 77·k, width), in place of the prompt's.
+        feature_reuse: (every, layers), see `reuse.Reuse`; by default every call of the UNet is whole.
+        preset: a name in `presets.PRESETS`.
 
-        What is None comes from `self.defaults`. Stop early by leaving the loop.
+        What is None comes from the preset, if one is named, or from `self.defaults`. Stop early by leaving the loop.
         Raises TypeError for a value of the wrong kind and ValueError for one that cannot be used, before any work is
         done; FloatingPointError, naming the part, for NaN; and MemoryError, with advice, where memory runs out.
         """
+        chosen = presets.find(preset)
         prompts = texts("prompt", prompt)
         negatives = texts("negative_prompt", negative_prompt)
         negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
@@ -113,20 +120,23 @@ class StableDiffusion(Parts):
             read(text, self.tokenizer)
         scale: Any = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         scale = tuple(scale) if isinstance(scale, (list, tuple)) else scale
-        guidance = Guidance(scale, guidance_rescale, guidance_interval)
+        interval = pick(guidance_interval, chosen.guidance_interval, (0.0, 1.0))
+        guidance = Guidance(scale, guidance_rescale, interval)
         guidance.scales(len(prompts))
         images = None if image is None else self._read_image(image)
         if images is not None and len(images) not in (1, len(prompts)):
             raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one, or one for each")
         shape = self.latent_shape(height, width, len(prompts), images)
         mask = self._read_mask(images, mask_image)
-        steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        reuse = Reuse.read(pick(feature_reuse, chosen.feature_reuse), self.unet.layers)
+        steps = pick(num_inference_steps, chosen.num_inference_steps, self.defaults.num_inference_steps)
         steps = whole("num_inference_steps", steps, 1, self.schedule.config.num_train_timesteps)
         if strength is not None and images is None:
             raise ValueError(f"strength={strength!r} says how much of a picture is redrawn; pass the picture, as image")
         strength = (0.8 if mask is None else 1.0) if strength is None else real("strength", strength)
         skipped = 0 if images is None else _skipped_steps(steps, strength)
-        run = _sampler(self.defaults.sampler if sampler is None else sampler).plan(self.schedule, steps, start=skipped)
+        method = _sampler(pick(sampler, chosen.sampler, self.defaults.sampler))
+        run = method.plan(self.schedule, steps, start=skipped)
         stream = Noise.seeded(seeds(seed, len(prompts)), shape, self.device)
         whole("clip_skip", clip_skip, 1, self.config.text_encoder.num_hidden_layers)
         if latents is not None:
@@ -136,10 +146,10 @@ class StableDiffusion(Parts):
             features = self.config.text_encoder.hidden_size
             floats("prompt_embeds", prompt_embeds, len(prompts), 77 * max(1, tokens // 77), features)
         given = _Given(prompts, negatives, prompt_embeds, images, mask, latents, clip_skip, strength)
-        return self._denoise(given, guidance, run, stream)
+        return self._denoise(given, guidance, reuse, run, stream)
 
     @torch.inference_mode()
-    def _denoise(self, given: _Given, guidance: Guidance, run: Run, stream: Noise) -> Iterator[Step]:
+    def _denoise(self, given: _Given, guidance: Guidance, reuse: Reuse, run: Run, stream: Noise) -> Iterator[Step]:
         plain, against = self._contexts(given, guidance)
         first = stream.draw() if given.latents is None else given.latents.float().to(self.device)
         latents = None if given.image is None else self.encode_image(given.image).float()
@@ -149,6 +159,7 @@ class StableDiffusion(Parts):
         beside = hole.channels(len(first)) if hole else None
         timesteps = torch.tensor(run.timesteps, device=self.device, dtype=torch.float32)  # one copy to the device
         heard: dict[bool, Sequence[Words]] = {}  # of both contexts, or of the prompt's alone
+        kept = Kept()
         with self._using(self.unet):
             for index, t in enumerate(run.timesteps):
                 x = run.model_input(state)
@@ -157,7 +168,10 @@ class StableDiffusion(Parts):
                 if acts not in heard:
                     context = torch.cat([against, plain]) if against is not None and acts else plain
                     heard[acts] = self.unet.keys_values(context.to(self.dtype))
-                prediction = self._predict(seen, timesteps[index], heard[acts], guidance if acts else None)
+                old = reuse.feature(kept, len(x) * (2 if acts else 1))
+                again = [reuse.layers, old] if reuse.every > 1 else []
+                prediction, new = self._predict(seen, timesteps[index], heard[acts], guidance if acts else None, *again)
+                kept = reuse.keep(kept, old, new)
                 state, x0 = run.step(state, prediction, stream.draw() if run.needs_noise(index) else None)
                 state = hole.keep(run, state, first) if hole else state
                 yield Step(index, run.calls, t, finite(run.latents(state), "UNet"), x0, run.noise(x, x0, index))
@@ -186,13 +200,15 @@ class StableDiffusion(Parts):
         num_inference_steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         guidance_rescale: float = 0.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] | None = None,
         height: int | None = None,
         width: int | None = None,
         seed: int | Sequence[int] | None = None,
         sampler: str | Sampler | None = None,
         num_images_per_prompt: int = 1,
         clip_skip: int = 1,
+        feature_reuse: tuple[int, int] | None = None,
+        preset: str | None = None,
         progress: bool | None = None,
     ) -> Any:
         """Draw: one PIL picture for one prompt, or a list for a list of prompts or several images per prompt.
@@ -219,6 +235,8 @@ class StableDiffusion(Parts):
             seed=numbers,
             sampler=sampler,
             clip_skip=clip_skip,
+            feature_reuse=feature_reuse,
+            preset=preset,
         )
         pictures = self._finish(steps, numbers, progress)
         return pictures[0] if isinstance(prompt, str) and count == 1 else pictures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ def _transformer(config: UNetConfig, level: int) -> SpatialTransformer:
 class DownBlock(nn.Module):
     """One level on the way down: residual blocks, each with attention where the level has it, then half the size.
 
-    Returns the output and every feature map made on the way, which the way up will use.
+    Returns the output and every feature map made on the way, which the way up will use. most: stop after so many maps.
     """
 
     def __init__(self, config: UNetConfig, level: int) -> None:
@@ -69,14 +70,18 @@ class DownBlock(nn.Module):
         if level < len(widths) - 1:
             self.downsamplers = nn.ModuleList([Downsample(widths[level], padding=1)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | Words) -> tuple[Tensor, list[Tensor]]:
-        skips = []
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor | Words, most: int | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        skips: list[Tensor] = []
         for i, resnet in enumerate(self.resnets):
+            if i == most:
+                return x, skips
             x = resnet(x, time)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context if isinstance(context, Tensor) else context[i])
             skips.append(x)
-        if hasattr(self, "downsamplers"):
+        if hasattr(self, "downsamplers") and most != len(self.resnets):
             x = self.downsamplers[0](x)
             skips.append(x)
         return x, skips
@@ -100,7 +105,10 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level on the way up: each residual block first takes back, as extra channels, a map saved on the way down."""
+    """One level on the way up: each residual block first takes back, as extra channels, a map saved on the way down.
+
+    layers: run only these of its residual blocks, each with its attention; twice the size comes after the last one.
+    """
 
     def __init__(self, config: UNetConfig, level: int) -> None:
         super().__init__()
@@ -117,12 +125,16 @@ class UpBlock(nn.Module):
         if level > 0:
             self.upsamplers = nn.ModuleList([Upsample(widths[level])])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor | Words) -> Tensor:
+    def forward(
+        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor | Words, layers: range | None = None
+    ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
+            if layers is not None and i not in layers:
+                continue
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if hasattr(self, "attentions"):
                 x = self.attentions[i](x, context if isinstance(context, Tensor) else context[i])
-        if hasattr(self, "upsamplers"):
+        if hasattr(self, "upsamplers") and (layers is None or layers.stop == len(self.resnets)):
             x = self.upsamplers[0](x, size=skips[-1].shape[-2:])
         return x
 
@@ -145,6 +157,11 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
+    @property
+    def layers(self) -> int:
+        """How many residual blocks there are on the way up, all levels together."""
+        return len(self.config.block_out_channels) * (self.config.layers_per_block + 1)
+
     def keys_values(self, context: Tensor) -> tuple[Words, ...]:
         """What all cross-attention layers make of a context (n, words, d), block by block from input to output.
 
@@ -153,11 +170,23 @@ class UNet(nn.Module):
         blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
         return tuple(tuple(site.keys_values(context) for site in getattr(block, "attentions", ())) for block in blocks)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | Sequence[Words]) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor | Sequence[Words],
+        layers: int | None = None,
+        feature: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Latents (n, in_channels, h, w), timesteps (n,) or one, context (n, words, d) -> (n, out_channels, h, w).
 
         The timesteps lie between 0 and 999 and need not be whole. In place of a context, its `keys_values` will do. The
         output is the predicted noise, or v, as the checkpoint was trained.
+
+        layers: return (output, feature), the feature being what the last so many layers of the way up begin with: it
+        changes little from one step to the next. feature: begin there with that of an earlier call, and run only those
+        layers, and what they need of the way down. Source: Ma et al. 2024, "DeepCache: Accelerating Diffusion Models
+        for Free", section 3.2.
         """
         embedding = timestep_embedding(timesteps.reshape(-1), self.config.block_out_channels[0])
         time = self.time_embedding(embedding.to(latents.dtype))
@@ -165,6 +194,9 @@ class UNet(nn.Module):
         words = [context] * (2 * down + 1) if isinstance(context, Tensor) else context
         # channels last: convolutions are faster so, and tokens, (n, pixels, c), are then a view of the map
         x = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
+        if layers is not None:
+            x, feature = self._reusing(x, time, words, layers, feature)
+            return self.conv_out(F.silu(self.conv_norm_out(x))), feature
         skips = [x]
         for block, heard in zip(self.down_blocks, words[:down], strict=True):
             x, new = block(x, time, heard)
@@ -173,3 +205,28 @@ class UNet(nn.Module):
         for block, heard in zip(self.up_blocks, words[down + 1 :], strict=True):
             x = block(x, skips, time, heard)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def _reusing(
+        self, x: Tensor, time: Tensor, words: Sequence[Any], layers: int, feature: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """From `conv_in` to the last layer, in two halves: what makes the feature, unless it is given, and the rest."""
+        if not 1 <= layers <= self.layers:
+            raise ValueError(f"layers={layers}; expected 1 to {self.layers}, all that there are on the way up")
+        whole, skips = feature is None, [x]
+        down = len(self.down_blocks)
+        for block, heard in zip(self.down_blocks, words[:down], strict=True):
+            x, new = block(x, time, heard, None if whole else layers - len(skips))
+            skips += new
+        x = self.mid_block(x, time, words[down]) if feature is None else feature
+        below = self.layers - layers  # from here to the feature
+        for block, heard in zip(self.up_blocks, words[down + 1 :], strict=True):
+            count = self.config.layers_per_block + 1
+            cut = min(max(below, 0), count)
+            if whole and cut:
+                x = block(x, skips, time, heard, range(cut))
+            feature = x if below == cut < count else feature
+            if cut < count:
+                x = block(x, skips, time, heard, range(cut, count))
+            below -= count
+        assert feature is not None
+        return x, feature

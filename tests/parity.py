@@ -274,3 +274,7 @@ def lively_model(config: ModelConfig, defaults: Defaults | None = None) -> Stabl
                     parameter.mul_(2)
     text_encoder, unet, autoencoder = (part.eval().requires_grad_(False) for part in parts)
     return StableDiffusion(config, Tokenizer.from_pretrained(), text_encoder, unet, autoencoder, defaults)
+
+# FLOPs of Stable Diffusion 1's time embedding for one row: two layers, then one in each of 22 residual blocks, to 320
+# channels (5 of them, 2 down and 3 up), 640 (5) and 1280 (12). diffusers computes it for both rows of a guided call.
+SD1_TIME_FLOPS = 2 * (320 * 1280 + 1280 * 1280 + 1280 * (5 * 320 + 5 * 640 + 12 * 1280))

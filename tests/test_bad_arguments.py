@@ -131,9 +131,14 @@ POOLS: dict[str, tuple[list[Any], list[Any]]] = {
     ),
     "guidance_rescale": ([0, 0.5, 1], [-0.1, 1.1, NAN, "x", True, None, [0.5]]),
     "guidance_interval": (
-        [(0, 1), (0.2, 0.5), [0.0, 1.0], (0, 0)],
-        [(0.8, 0.2), (0, 2), (0,), "01", None, 5, (NAN, 1), (0, "1"), (0, 0.5, 1), {0, 1}],
+        [(0, 1), (0.2, 0.5), [0.0, 1.0], (0, 0), None],
+        [(0.8, 0.2), (0, 2), (0,), "01", 5, (NAN, 1), (0, "1"), (0, 0.5, 1), {0, 1}],
     ),
+    "feature_reuse": (
+        [(2, 1), [3, 6], (np.int64(1), 2), None],
+        [(0, 1), (2, 7), (2, 0), (2,), (2, 1, 1), 3, "21", (2.0, 1), (True, 1), ("2", 1), {2, 1}, (2**70, 1), NAN],
+    ),
+    "preset": (["fast", np.str_("fast"), None], ["quick", "", 5, True, ["fast"], b"fast", NAN, object()]),
     "height": SIZES,
     "width": SIZES,
     "seed": (
@@ -186,7 +191,7 @@ POOLS: dict[str, tuple[list[Any], list[Any]]] = {
 }  # fmt: skip
 
 TEXT = ("negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval", "seed",
-        "sampler", "clip_skip")  # fmt: skip
+        "sampler", "clip_skip", "feature_reuse", "preset")  # fmt: skip
 # For each function the arguments it needs, and those it may be given.
 CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "__call__": (("prompt",), (*TEXT, "height", "width", "num_images_per_prompt")),

@@ -24,7 +24,10 @@ from tests.parity import SD1_AUTOENCODER, SD1_UNET
 PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "convolution")  # what a linear layer or a convolution becomes
 COPIES = ("clone", "_to_copy", "copy_")
 MAYBE = ("to", "contiguous", "reshape")  # in inference mode torch does not say whether they copied
-FREE = ("view", "_unsafe_view", "permute", "transpose", "t", "expand", "unsqueeze", "slice", "split", "unfold", "device")
+FREE = (
+    *("view", "_unsafe_view", "permute", "transpose", "t", "expand", "unsqueeze", "slice", "split", "unfold"),
+    "device",
+)
 
 
 class Counting(TorchDispatchMode):
@@ -99,7 +102,8 @@ def test_every_layer_is_one_product(steps: dict[str, Counting], decodes: dict[st
 
 def test_attention_is_fused_and_nothing_else_is_computed_twice(steps: dict[str, Counting]) -> None:
     ours, theirs = steps["minisd"].calls, steps["diffusers"].calls
-    for name in ("_scaled_dot_product_flash_attention_for_cpu", "native_group_norm", "native_layer_norm", "gelu", "silu"):
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    for name in (attention, "native_group_norm", "native_layer_norm", "gelu", "silu"):
         assert 0 < ours[name] <= theirs[name], name
     assert steps["minisd"].work <= steps["diffusers"].work
 
@@ -159,7 +163,7 @@ def test_the_convolution_as_a_product_is_the_convolution() -> None:
             x = torch.randn(2, 48, *sides, dtype=torch.float64)
             with Counting() as counting:
                 y = layer(x)
-            heavy = 9 * 48 * 40 >= 16 * x.numel()
+            heavy = 16 * x.numel() <= 9 * 48 * 40
             assert (counting.calls["convolution"] == 0) == heavy
             expected = nn.functional.conv2d(x, layer.weight, layer.bias, stride, padding)
             torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)

@@ -370,8 +370,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
     save_atomically(lambda target: figure.savefig(target, format="png", dpi=100), path)
 
 
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write a report, whole or not at all."""
+    save_atomically(lambda target: target.write_text(json.dumps(report, indent=1) + "\n"), path)
+
+
 def write(report: dict[str, Any], path: Path) -> None:
     """Write the report as JSON and, where matplotlib is installed, its picture beside it; each whole or not at all."""
-    save_atomically(lambda target: target.write_text(json.dumps(report, indent=1) + "\n"), path)
+    write_json(report, path)
     if find_spec("matplotlib") is not None:
         draw(report, path.with_suffix(".png"))

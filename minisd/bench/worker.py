@@ -69,7 +69,7 @@ class Minisd:
     @torch.inference_mode()
     def step(self, latents: Tensor, context: Any) -> Tensor:
         timestep = torch.tensor(float(TIMESTEP), device=self.sd.device)
-        return self.sd._predict(latents, timestep, context, Guidance(GUIDANCE))
+        return self.sd._predict(latents, timestep, context, Guidance(GUIDANCE))[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.sd.decode_to_tensor(latents)
