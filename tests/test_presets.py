@@ -342,3 +342,13 @@ def test_the_command_measures_the_preset(tmp_path: Path, capsys: pytest.CaptureF
     assert 10 < report["psnr"]["mean"] < 60 and report["seconds"]["a_picture"][0] > 0
     assert Image.open(path.with_suffix(".png")).size == (8 * 128, 2 * 128)
     assert FAST.describe() in capsys.readouterr().err
+
+
+def test_a_model_that_the_judge_does_not_know_is_only_timed(small_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "preset.json"
+    words = f"bench --preset fast --model {small_model} --pictures 2 --steps 2 --threads 1 --device cpu -o {path}"
+    assert main(words.split()) == 0
+    report = json.loads(path.read_text())
+    assert report["calls"] == [2, FAST.num_inference_steps] and "judge" not in report
+    assert report["work"]["this model"]["size"] == 32 and report["seconds"]["ratio"] > 0
+    assert Image.open(path.with_suffix(".png")).size == (32, 64)

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,8 @@ class Call:
     reused: bool = False
 
 
-def record(sd: StableDiffusion, draw: Callable[[], object]) -> list[Call]:
-    """The calls of the UNet in the course of a function."""
+def record(sd: StableDiffusion, draw: Callable[[], Sequence[Image.Image]]) -> tuple[list[Image.Image], list[Call]]:
+    """The pictures that a function draws, and the calls of the UNet in its course."""
     calls = []
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -66,10 +67,9 @@ def record(sd: StableDiffusion, draw: Callable[[], object]) -> list[Call]:
 
     hook = sd.unet.register_forward_pre_hook(note)
     try:
-        draw()
+        return list(draw()), calls
     finally:
         hook.remove()
-    return calls
 
 
 def flops(config: ModelConfig, calls: Sequence[Call]) -> int:
@@ -106,31 +106,30 @@ def work(config: ModelConfig, plain: Sequence[Call], fast: Sequence[Call]) -> di
 def run(
     sd: StableDiffusion, settings: Settings, say: Callable[[str], None] = print
 ) -> tuple[dict[str, Any], Image.Image]:
-    """Draw, time and judge. Returns the report, and fixed prompts in a picture: as they are above, fast below."""
-    from minisd.training.unet import PROMPTS
+    """Draw, time and judge. Returns the report and a picture: in it the steps without the preset above, with it below.
 
-    ways: tuple[dict[str, Any], ...] = ({"num_inference_steps": settings.steps}, {"preset": settings.preset})
-    rows: list[Image.Image] = []
-    calls = []
+    Where the judge knows the model's pictures, they are of fixed prompts and of the scenes of `minisd evaluate`.
+    """
     judged = sd.unet.config.sample_size * sd.autoencoder.config.downscale == SIDE
-    shown = list(PROMPTS[: 8 if judged else 1])
-    for choices in ways:
-
-        def draw(choices: dict[str, Any] = choices) -> None:
-            rows.extend(sd(shown, seed=[0] * len(shown), progress=False, **choices))
-
-        calls.append([Call(one.rows // len(shown), one.layers, one.reused) for one in record(sd, draw)])
-    report = {
+    ways: tuple[dict[str, Any], ...] = ({"num_inference_steps": settings.steps}, {"preset": settings.preset})
+    prompts = _prompts(settings, judged)
+    calls, drawn, seconds = _in_turns(sd, ways, prompts, settings.batch if judged else 1, say)
+    report: dict[str, Any] = {
         "settings": asdict(settings),
         "preset": find(settings.preset).describe(),
         "calls": [len(one) for one in calls],
         "work": {"this model": work(sd.config, *calls), "Stable Diffusion 1.5": work(SD15, *calls)},
+        "seconds": seconds,
+        "psnr": _psnr(*drawn),
     }
-    drawn, report["seconds"] = _in_turns(sd, ways, settings, judged, say)
-    report["psnr"] = _psnr(*drawn)
-    if judged:
-        report["judge"] = _judge(settings, *drawn)
-    return report, grid(rows, columns=len(shown))
+    if not judged:
+        return report, grid([Image.fromarray(pixels[0]) for pixels in drawn], columns=1)
+    from minisd.training.unet import PROMPTS
+
+    report["judge"] = _judge(settings, *drawn)
+    shown = list(PROMPTS[:8])
+    rows = [sd(shown, seed=[0] * len(shown), progress=False, **choices) for choices in ways]
+    return report, grid(sum(rows, []), columns=len(shown))
 
 
 def _prompts(settings: Settings, judged: bool) -> list[str]:
@@ -144,22 +143,29 @@ def _prompts(settings: Settings, judged: bool) -> list[str]:
 def _in_turns(
     sd: StableDiffusion,
     ways: Sequence[dict[str, Any]],
-    settings: Settings,
-    judged: bool,
+    prompts: Sequence[str],
+    size: int,
     say: Callable[[str], None],
-) -> tuple[list[np.ndarray], dict[str, Any]]:
-    """Draw the pictures both ways, a batch of one and then of the other: pixels (n, h, w, 3), and the times of one."""
-    prompts, size = _prompts(settings, judged), settings.batch if judged else 1
+) -> tuple[list[list[Call]], list[np.ndarray], dict[str, Any]]:
+    """Draw `size` pictures one way, then the other way, and so on.
+
+    Of each way: the calls of the UNet for one picture, the pixels (n, h, w, 3), and how long a picture took.
+    """
+    calls: list[list[Call]] = [[], []]
     pixels: list[list[np.ndarray]] = [[], []]
     times: list[list[float]] = [[], []]
+    sd(prompts[0], seed=0, num_inference_steps=1, progress=False)  # warms up
     for first in range(0, len(prompts), size):
         some = prompts[first : first + size]
         say(f"pictures {first + 1} to {first + len(some)} of {len(prompts)}, without and with the preset")
         for way, choices in enumerate(ways):
+            seeds = list(range(first, first + len(some)))
+            draw = partial(sd, some, seed=seeds, progress=False, **choices)
             started = time.perf_counter()
-            pictures = sd(some, seed=list(range(first, first + len(some))), progress=False, **choices)
+            drawn, made = record(sd, draw)
             times[way].append((time.perf_counter() - started) / len(some))
-            pixels[way] += [np.asarray(picture) for picture in pictures]
+            calls[way] = [Call(one.rows // len(some), one.layers, one.reused) for one in made]
+            pixels[way] += [np.asarray(picture) for picture in drawn]
     ratios = [fast / plain for plain, fast in zip(*times, strict=True)]
     seconds = {
         "a_picture": [round(statistics.median(one), 3) for one in times],
@@ -167,7 +173,7 @@ def _in_turns(
         "lowest": round(min(ratios), 3),
         "highest": round(max(ratios), 3),
     }
-    return [np.stack(one) for one in pixels], seconds
+    return calls, [np.stack(one) for one in pixels], seconds
 
 
 def _psnr(plain: np.ndarray, fast: np.ndarray) -> dict[str, float]:
