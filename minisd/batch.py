@@ -78,8 +78,10 @@ class Planned:
         drawing = dict(vars(self.drawing))
         for name in ("image", "mask"):
             drawing[name] = drawing[name] and drawing[name].name
-        for name in ("outpaint", "guidance_interval", "feature_reuse"):
-            drawing[name] = drawing[name] and list(drawing[name])
+        drawing["outpaint"] = drawing["outpaint"] and list(drawing["outpaint"])
+        for name in ("guidance_interval", "feature_reuse"):  # where they are off, as in manifests from before they were
+            value = drawing.pop(name)
+            drawing |= {name: list(value)} if value else {}
         sampler = dict(vars(self.drawing.sampler))
         batch = dict(zip(("batch_size", "batch_pos"), self.place or (1, 0), strict=True))
         line = {"file": self.file, "seed": self.seed, "seed_drawn": self.seed_drawn} | drawing
