@@ -1,0 +1,83 @@
+"""`minisd bench --throughput`: a prompts file drawn by one process with all threads, or by a process for each thread."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minisd.bench import Settings as Machine
+from minisd.bench import machine
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: so many pictures, drawn both ways in turns, `repeats` times; `threads` in all."""
+
+    pictures: int = 64
+    repeats: int = 3
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        if self.pictures < self.threads or self.repeats < 1 or self.threads < 2:
+            raise ValueError(f"{self}; expected two threads or more, a picture for each, and repeats ≥ 1")
+
+
+def run(model: Path, settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Time whole commands, their start included, and return the report. Raises RuntimeError where one fails."""
+    from minisd.training.unet import PROMPTS
+
+    alone = [sys.executable, "-m", "minisd"]
+    together = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(settings.threads), "-m", "minisd"),
+    ]
+    ways = {
+        f"one process, {settings.threads} threads": (alone, settings.threads),
+        f"{settings.threads} processes, 1 thread each": (together, 1),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory(prefix="minisd-bench-") as name:
+        prompts = Path(name) / "prompts.txt"
+        lines = [f"{PROMPTS[i % len(PROMPTS)]}\n" for i in range(settings.pictures)]
+        prompts.write_text("".join(lines))
+        for turn in range(settings.repeats + 1):
+            for way, (command, threads) in ways.items():
+                say(f"{settings.pictures} pictures: {way}")
+                seconds = _time(command, threads, model, prompts, Path(name) / f"{turn} {threads}")
+                times[way] += [seconds] if turn else []  # the first turn warms up
+    rows = [{"way": way, "seconds": [round(value, 2) for value in values]} for way, values in times.items()]
+    first, second = (statistics.median(values) for values in times.values())
+    report = {"settings": asdict(settings), "rows": rows, "throughput_ratio": round(first / second, 3)}
+    return {"machine": machine(Machine(libraries=("minisd",)))} | report
+
+
+def _time(command: list[str], threads: int, model: Path, prompts: Path, output: Path) -> float:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    arguments = ["generate", "--model", str(model), "--prompts", str(prompts), "--output", str(output), "--seed", "0"]
+    started = time.perf_counter()
+    done = subprocess.run([*command, *arguments, "--device", "cpu"], env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+    return seconds
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    pictures = report["settings"]["pictures"]
+    lines = [f"{f'{pictures} pictures':<32}{'median':>10}{'from':>10}{'to':>10}{'pictures/s':>12}"]
+    for row in report["rows"]:
+        values = row["seconds"]
+        middle = statistics.median(values)
+        spread = f"{middle:>8.1f} s{min(values):>8.1f} s{max(values):>8.1f} s"
+        lines.append(f"{row['way']:<32}{spread}{pictures / middle:>12.2f}")
+    lines.append(f"throughput of the second over the first: {report['throughput_ratio']}")
+    return "\n".join(lines)
