@@ -12,14 +12,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from minisd import __version__
-from minisd.drawing import Drawing, Means, Target, draw_all, file_hash, model_side, split_lora
+from minisd.drawing import Drawing, Means, Target, draw_all, file_hash, model_side, split_lora, unknown_words_warning
 from minisd.processes import own_device, processes, rank
 from minisd.training.commands import app as training
 
@@ -221,7 +220,7 @@ def generate(
         recalled.check(means)
     said: list[Mapping[str, Any]] = [options] if lines is None else [options, *(line.settings for line in lines)]
     words = " ".join(one.get(name) or "" for one in said for name in ("prompt", "negative_prompt"))
-    if not rank() and (unknown := _unknown_words(sd, words)):
+    if not rank() and (unknown := unknown_words_warning(sd, words)):
         _say(unknown)
     if lines is not None:
         from minisd.batch import draw_many, make_plan
@@ -260,7 +259,7 @@ def interpolate(
 
     target = Target.parse(output, f"{start} to {end}", several=False, overwrite=overwrite)
     sd = _load(model, device, None)
-    if unknown := _unknown_words(sd, f"{start} {end}"):
+    if unknown := unknown_words_warning(sd, f"{start} {end}"):
         _say(unknown)
     drawing = Drawing(
         prompt=f"{start} to {end}",
@@ -436,23 +435,6 @@ def _check_modes(
             raise typer.BadParameter(f"--prompts does not go with {name}; leave one of them out", context)
     if output is None or (output.lower().endswith(".png") and not Path(output).is_dir()):
         raise typer.BadParameter("--prompts draws many pictures; name a folder for them: --output out/", context)
-
-
-def _unknown_words(sd: StableDiffusion, text: str) -> str:
-    """A warning about words that the model never learned, with some that it did; "" where it knows all."""
-    unknown = sd.unknown_words(text)
-    if not unknown:
-        return ""
-    from minisd.training.captions import vocabulary
-    from minisd.training.catalogue import CATALOGUE
-
-    known = [word for word in vocabulary() if not sd.unknown_words(word)]
-    close = [match for word in unknown[:12] for match in get_close_matches(word.lower(), known, n=1, cutoff=0.7)]
-    nouns = [entry.noun for entry in CATALOGUE if entry.noun in known][::6]
-    some = ", ".join(dict.fromkeys(close + nouns))
-    quoted = ", ".join(f'"{word}"' for word in unknown[:12])
-    quoted += f" and {len(unknown) - 12} more words" if len(unknown) > 12 else ""
-    return f"warning: this model never learned {quoted}" + (f"; it knows, for example: {some}" if some else "")
 
 
 def _explain(error: Exception) -> tuple[int, str]:
