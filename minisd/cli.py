@@ -20,6 +20,7 @@ import typer
 from minisd import __version__
 from minisd.drawing import Drawing, Means, Target, draw_all, file_hash, model_side, split_lora, unknown_words_warning
 from minisd.processes import own_device, processes, rank
+from minisd.serve import serve
 from minisd.training.commands import app as training
 
 if TYPE_CHECKING:
@@ -388,6 +389,9 @@ def bench(
     benches.write(report, output)
     _say(benches.table(report))
     print(output)
+
+
+app.command()(serve)
 
 
 def _load(model: str | None, device: str | None, dtype: str | None, **choices: Any) -> StableDiffusion:
