@@ -23,10 +23,12 @@ from minisd.playground import Drawn, Preview, Wish, draw, overlay
 
 REFUSED = (ValueError, TypeError, FloatingPointError, MemoryError)  # errors whose text is written for the reader
 PICTURE = -1  # the chip that shows the picture alone
+NAMES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # what the fields are called here
 FONT = ("system-ui", "sans-serif")
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1040px !important; margin: 0 auto !important; }
-#head, #view, #status, #words { padding: 0 !important; border: none !important; background: none !important; }
+#head, #view, #status, #words, .form:has(#words), .html-container { padding: 0 !important; border: none !important;
+  background: none !important; }
 .head { display: flex; align-items: baseline; gap: .75rem; flex-wrap: wrap; }
 .head h1 { margin: 0; font-size: 1.6rem; font-weight: 650; }
 .head span, .hint { color: var(--body-text-color-subdued); font-size: .9rem; }
@@ -35,7 +37,11 @@ CSS = """
   display: grid; place-items: center; }
 .view img { width: 100%; height: 100%; object-fit: contain; display: block; }
 .status { min-height: 3.6rem; font-size: .95rem; line-height: 1.45; }
-.status progress { width: 100%; height: .5rem; display: block; margin: .1rem 0 .5rem; accent-color: #0072B2; }
+.status progress { appearance: none; width: 100%; height: .5rem; display: block; margin: .1rem 0 .5rem; border: none;
+  border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
+.status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.status progress::-webkit-progress-value { background: #0072B2; }
+.status progress::-moz-progress-bar { background: #0072B2; }
 .status .row { display: flex; justify-content: space-between; align-items: center; gap: .6rem 1rem; flex-wrap: wrap; }
 .status .hint { margin: .6rem 0 0; }
 .status a { background: #0072B2; color: #fff !important; padding: .4rem .9rem; border-radius: 6px; font-weight: 600;
@@ -107,7 +113,10 @@ class Page:
                 busy = gr.update(choices=[], value=None, visible=False) if frame.call == 1 else same
                 yield _view(_png(frame.picture), f"{prompt}, unfinished"), _progress(frame), busy, same
         except REFUSED as error:
-            yield same, _status("", error=str(error)), same, idle
+            message = str(error)
+            for name, label in NAMES.items():
+                message = message.replace(name, label)
+            yield same, _status("", error=message), same, idle
 
     def look(self, session: Session, chosen: int | None) -> tuple[str, str]:
         """Lay a word's map over the picture, or take it away: (view, status)."""
