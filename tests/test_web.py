@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,10 +222,32 @@ def test_unknown_words_and_long_prompts_are_notes(small: StableDiffusion) -> Non
 def test_text_of_a_prompt_is_no_html(small: StableDiffusion) -> None:
     page, session = Page(small, Means.of(small, None)), Session()
     run, *_ = page.begin(session)
-    frames = list(page.draw(session, run, '<b>fox"', "", "1", 1, None, ""))
-    chosen = page.look(session, 1)
-    for html in (*frames[0][:2], *frames[-1][:2], *chosen):
-        assert "<b>" not in html and 'fox"' not in html.replace('download="b-fox-1.png"', "")
+    hostile = '<b onclick="x">fox" \'<&amp;'
+    frames = list(page.draw(session, run, hostile, '<b>"', "1", 1, None, ""))
+    assert session.drawn
+    looks = [page.look(session, place) for place in range(len(session.drawn.words))]
+    views = [*frames[0][:2], *frames[-1][:2], *(html for look in looks for html in look)]
+    found = Elements()
+    for html in views:
+        found.feed(html)
+    assert found.names <= {"figure", "img", "div", "span", "a", "p", "progress"}
+    assert found.attributes <= {"class", "src", "alt", "role", "download", "href", "value", "max"}
+    assert hostile in found.alts
+
+
+class Elements(HTMLParser):
+    """The names, the attributes and the texts for the blind of all elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.attributes: set[str] = set()
+        self.alts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.alts += [value or "" for name, value in attrs if name == "alt"]
 
 
 # Runs of a session
