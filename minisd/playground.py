@@ -100,7 +100,7 @@ def draw(sd: StableDiffusion, means: Means, wish: Wish) -> Iterator[Preview | Dr
     yield Drawn(picture, seed, _file(picture, text), name, notes, words, maps, calls, seconds)
 
 
-def overlay(picture: Image.Image, weights: Tensor, strength: float = 0.65) -> Image.Image:
+def overlay(picture: Image.Image, weights: Tensor, strength: float = 0.55) -> Image.Image:
     """Lay a word's map (h/8, w/8) over its picture: dark blue where it is 0, yellow where it is largest.
 
     The colours are the ends and the middle of "cividis", which anybody can tell apart (Nuñez et al. 2018).

@@ -176,7 +176,9 @@ def build(sd: StableDiffusion, means: Means) -> gr.Blocks:
 def theme() -> gr.themes.Base:
     """gradio's own, with the fonts of the machine that shows it."""
     blue = gr.themes.Color(*["#e6f2fa", "#cce4f4", "#99cae9", "#66afde", "#3395d3", *["#0072B2"] * 2, *["#005a8e"] * 4])
-    return gr.themes.Default(primary_hue=blue, neutral_hue="slate", font=FONT, font_mono=("ui-monospace", "monospace"))
+    base = gr.themes.Default(primary_hue=blue, neutral_hue="slate", font=FONT, font_mono=("ui-monospace", "monospace"))
+    # gradio's grey of small text has too little contrast on white
+    return base.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
 
 
 def _whole(steps: float | None) -> Any:

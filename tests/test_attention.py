@@ -24,7 +24,15 @@ from parity import (
 from torch import Tensor, nn
 
 import minisd.attention
-from minisd.attention import GEGLU, Attention, TransformerBlock, attend, attention_weights, record_attention, watch_attention
+from minisd.attention import (
+    GEGLU,
+    Attention,
+    TransformerBlock,
+    attend,
+    attention_weights,
+    record_attention,
+    watch_attention,
+)
 
 
 def attend_in_loops(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
@@ -188,7 +196,7 @@ def test_another_thread_is_not_recorded() -> None:
 
 def test_watching_hands_over_what_is_recorded_and_changes_no_bit() -> None:
     layer, other = Attention(8, 2, context_dim=6), Attention(8, 2)
-    x, context = noise(2, 5, 8), noise(2, 3, 6)
+    x, context = noise(2, 5, 8).float(), noise(2, 3, 6).float()
     with record_attention(layer) as records:
         layer(x, context)
     seen: list[torch.Tensor] = []
