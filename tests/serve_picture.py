@@ -12,7 +12,7 @@ from test_web import Opened, started
 
 
 def main(path: Path, width: int = 1080, height: int = 740) -> None:
-    """Draw in the page, click a word, and save what a window of this size shows, in few colours."""
+    """Draw in the page, click a word, and save what a window of this size shows."""
     with TemporaryDirectory() as folder, started(Path(folder), Path(folder) / "log") as address, chromium() as browser:
         opened = Opened.at(browser, address, width, height)
         opened.draw(prompt="a fox in the snow", seed="7")
@@ -22,7 +22,7 @@ def main(path: Path, width: int = 1080, height: int = 740) -> None:
         opened.page.mouse.move(0, 0)
         opened.page.wait_for_timeout(500)  # until colours have faded over
         opened.page.screenshot(path=str(path))
-    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(path).convert("RGB").save(path, optimize=True)
 
 
 if __name__ == "__main__":
