@@ -49,8 +49,6 @@ def serve(
     sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision)
     means = Means.of(sd, model)
     _say(f"{means.model} on {sd.device} in {means.precision}")
-    # gradio reads these when it is imported
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_NUM_PORTS": "1"}
     from minisd.web import CSS, build, theme
 
     settings: dict[str, Any] = {

@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -435,6 +437,18 @@ def test_a_picture_its_words_and_its_file(server: str, browser: Any, run: Any, t
     opened.choose("picture")
     opened.page.wait_for_function("src => document.querySelector('#view img').src === src", arg=shown["picture"])
     opened.close()
+
+
+@pytest.mark.parametrize("place", ["file=/etc/passwd", f"file={__file__}", "upload"])
+def test_the_server_neither_gives_nor_takes_files(server: str, place: str) -> None:
+    address = f"{server}gradio_api/{place}"
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n12\r\n--x--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    asked = urllib.request.Request(address, body, headers) if place == "upload" else urllib.request.Request(address)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked, timeout=60)
+    assert refused.value.code == (413 if place == "upload" else 403)
+    refused.value.close()
 
 
 def test_two_pages_at_once_new_runs_stops_and_mistakes(server: str, browser: Any) -> None:
