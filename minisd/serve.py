@@ -66,7 +66,7 @@ def serve(
     }
     blocks = build(sd, means)
     _, address, _ = blocks.launch(
-        server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, **settings
+        server_name=f"[{host}]" if ":" in host else host, server_port=port, inbrowser=browser, prevent_thread_lock=True, **settings
     )
     print(address, flush=True)
     _say("Ctrl-C stops it")
