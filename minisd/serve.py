@@ -64,9 +64,9 @@ def serve(
         "css": CSS,
         "theme": theme(),
     }
-    blocks = build(sd, means)
+    blocks, name = build(sd, means), f"[{host}]" if ":" in host else host
     _, address, _ = blocks.launch(
-        server_name=f"[{host}]" if ":" in host else host, server_port=port, inbrowser=browser, prevent_thread_lock=True, **settings
+        server_name=name, server_port=port, inbrowser=browser, prevent_thread_lock=True, **settings
     )
     print(address, flush=True)
     _say("Ctrl-C stops it")
