@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,10 @@ class AttentionRecord(NamedTuple):
     weights: Tensor
 
 
+Watch = Callable[[Tensor], None]
+
 _recorder: ContextVar[Callable[[nn.Module, Tensor], None] | None] = ContextVar("recorder", default=None)
+_watched: ContextVar[Mapping[nn.Module, Watch]] = ContextVar("watched", default=MappingProxyType({}))
 
 
 @contextmanager
@@ -59,6 +63,22 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
         _recorder.reset(token)
 
 
+@contextmanager
+def watch_attention(layers: Mapping[nn.Module, Watch]) -> Iterator[None]:
+    """Within this block, hand the weights of each of these layers to its function, once a call.
+
+    They are those of `record_attention`, float32 (n, heads, queries, keys). But here the fused kernel still gives the
+    answer, so that results stay what they are to the last bit, nothing is kept, and no other layer's weights are
+    computed. Only calls made by the same thread are watched, and of a compiled model none. Of blocks that nest, the
+    inner one watches.
+    """
+    token = _watched.set(layers)
+    try:
+        yield
+    finally:
+        _watched.reset(token)
+
+
 def attention_weights(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
     """Return softmax(q kᵀ / √d), the share of each key in each query's answer; computed in float32 or wider.
 
@@ -82,6 +102,9 @@ def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, heads: int, causal
     """
     q, k, v = (rearrange(x, "n tokens (heads d) -> n heads tokens d", heads=heads) for x in (q, k, v))
     record = None if torch.compiler.is_compiling() else _recorder.get()
+    watch = None if torch.compiler.is_compiling() else _watched.get().get(layer)
+    if watch is not None:
+        watch(attention_weights(q, k, causal).detach().float())
     if record is None:
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     else:

@@ -12,16 +12,16 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from minisd import __version__
-from minisd.drawing import Drawing, Means, Target, draw_all, file_hash, model_side, split_lora
+from minisd.bench.command import bench
+from minisd.drawing import Drawing, Means, Target, draw_all, file_hash, model_side, split_lora, unknown_words_warning
 from minisd.processes import own_device, processes, rank
+from minisd.serve import serve
 from minisd.training.commands import app as training
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def generate(
         recalled.check(means)
     said: list[Mapping[str, Any]] = [options] if lines is None else [options, *(line.settings for line in lines)]
     words = " ".join(one.get(name) or "" for one in said for name in ("prompt", "negative_prompt"))
-    if not rank() and (unknown := _unknown_words(sd, words)):
+    if not rank() and (unknown := unknown_words_warning(sd, words)):
         _say(unknown)
     from minisd.presets import PRESETS
 
@@ -283,7 +283,7 @@ def interpolate(
 
     target = Target.parse(output, f"{start} to {end}", several=False, overwrite=overwrite)
     sd = _load(model, device, None)
-    if unknown := _unknown_words(sd, f"{start} {end}"):
+    if unknown := unknown_words_warning(sd, f"{start} {end}"):
         _say(unknown)
     drawing = Drawing(
         prompt=f"{start} to {end}",
@@ -359,121 +359,8 @@ def evaluate(
     print(output / "evaluation.json")
 
 
-@app.command()
-def bench(
-    model: Annotated[
-        str, typer.Option(help='A model folder, "tiny", or "full": Stable Diffusion 1.5 with random weights.')
-    ] = "full",
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .json file; a picture is drawn beside it.")] = Path(
-        "runs/bench.json"
-    ),
-    size: Annotated[
-        list[int] | None, typer.Option(help="In pixels; may be repeated. [default: 512, with tiny 128]")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=0, help="Of the whole picture; 0 draws none.")] = 20,
-    repeats: Annotated[int, typer.Option(min=1, help="How often each part is timed.")] = 5,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: the first there is]")] = None,
-    dtype: Annotated[Precision | None, typer.Option(help="[default: float16 on cuda, else float32]")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of each process, on a CPU. [default: its cores]")] = (
-        os.cpu_count() or 1
-    ),
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile UNet and decoder, of both libraries.")] = False,
-    alone: Annotated[bool, typer.Option("--alone", help="Measure minisd only, without diffusers.")] = False,
-    preset: Annotated[
-        PresetName | None, typer.Option(help="Measure this preset beside --steps without it, in place of diffusers.")
-    ] = None,
-    pictures: Annotated[int | None, typer.Option(min=1, help="For --preset. [default: 256, at full size 1]")] = None,
-    train: Annotated[
-        bool, typer.Option("--training", help="Measure the training of the tiny model's parts, in place of drawing.")
-    ] = False,
-) -> None:
-    """Time minisd and diffusers in turns, on the same weights: import, load, text, step, decode, a picture; and memory.
-
-    Nothing else should be running. At full size on two cores this takes about half an hour; --steps 2 a third of it.
-
-    \b
-    Examples:
-      minisd bench
-      minisd bench --preset fast --model tiny
-      minisd bench --preset fast --model full
-      minisd bench --training
-    """
-    from importlib.util import find_spec
-
-    from minisd import bench as benches
-    from minisd.parts import best_device
-
-    if train:
-        _bench_training(output, repeats, threads)
-        return
-    if preset is not None:
-        _bench_preset(preset, model, output, steps, pictures, device, dtype, threads)
-        return
-    place = str(best_device()) if device is None else str(_usable_device(device))
-    settings = benches.Settings(
-        sizes=tuple(size or [128 if model == "tiny" else 512]),
-        steps=steps,
-        repeats=repeats,
-        device=place,
-        dtype=dtype or ("float16" if place.startswith("cuda") else "float32"),
-        threads=threads,
-        compiled=compiled,
-        libraries=("minisd",) if alone or find_spec("diffusers") is None else ("minisd", "diffusers"),
-    )
-    with _benched(model) as folder:
-        report = benches.run(folder, settings, say=_say)
-    benches.write(report, output)
-    _say(benches.table(report))
-    print(output)
-
-
-def _benched(model: str) -> AbstractContextManager[Path]:
-    """The folder of a model to measure: the shipped one, one with random weights, or one that is there."""
-    from minisd.bench import random_weights
-    from minisd.checkpoint import SHIPPED
-
-    if model == "full":
-        return random_weights()
-    return nullcontext(SHIPPED if model == "tiny" else Path(model))
-
-
-def _bench_preset(
-    preset: str,
-    model: str,
-    output: Path,
-    steps: int,
-    pictures: int | None,
-    device: str | None,
-    dtype: str | None,
-    threads: int,
-) -> None:
-    import torch
-
-    from minisd import bench as benches
-    from minisd.bench import preset as presets
-    from minisd.weights import save_atomically
-
-    torch.set_num_threads(threads)
-    settings = presets.Settings(preset, pictures or (1 if model == "full" else 256), steps=steps)
-    with _benched(model) as folder:
-        sd = _load(str(folder), device, dtype)
-        report, picture = presets.run(sd, settings, say=_say)
-    machine = benches.machine(benches.Settings(device=str(sd.device), libraries=("minisd",)))
-    report["machine"] = machine | {"dtype": str(sd.dtype).removeprefix("torch."), "threads": threads}
-    benches.write_json(report, output)
-    save_atomically(lambda path: picture.save(path, format="PNG"), output.with_suffix(".png"))
-    _say(presets.table(report))
-    print(output)
-
-
-def _bench_training(output: Path, repeats: int, threads: int) -> None:
-    from minisd import bench as benches
-    from minisd.bench import training as trainings
-
-    report = trainings.run(trainings.Settings(steps=4 * repeats, threads=threads), say=_say)
-    benches.write_json(report, output)
-    _say(trainings.table(report))
-    print(output)
+app.command()(bench)
+app.command()(serve)
 
 
 def _load(model: str | None, device: str | None, dtype: str | None, **choices: Any) -> StableDiffusion:
@@ -521,23 +408,6 @@ def _check_modes(
             raise typer.BadParameter(f"--prompts does not go with {name}; leave one of them out", context)
     if output is None or (output.lower().endswith(".png") and not Path(output).is_dir()):
         raise typer.BadParameter("--prompts draws many pictures; name a folder for them: --output out/", context)
-
-
-def _unknown_words(sd: StableDiffusion, text: str) -> str:
-    """A warning about words that the model never learned, with some that it did; "" where it knows all."""
-    unknown = sd.unknown_words(text)
-    if not unknown:
-        return ""
-    from minisd.training.captions import vocabulary
-    from minisd.training.catalogue import CATALOGUE
-
-    known = [word for word in vocabulary() if not sd.unknown_words(word)]
-    close = [match for word in unknown[:12] for match in get_close_matches(word.lower(), known, n=1, cutoff=0.7)]
-    nouns = [entry.noun for entry in CATALOGUE if entry.noun in known][::6]
-    some = ", ".join(dict.fromkeys(close + nouns))
-    quoted = ", ".join(f'"{word}"' for word in unknown[:12])
-    quoted += f" and {len(unknown) - 12} more words" if len(unknown) > 12 else ""
-    return f"warning: this model never learned {quoted}" + (f"; it knows, for example: {some}" if some else "")
 
 
 def _explain(error: Exception) -> tuple[int, str]:

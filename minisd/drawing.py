@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -290,6 +291,23 @@ def fingerprint(sd: StableDiffusion) -> str:
         ends = torch.cat([flat[:8], flat[-8:]]).float().cpu()
         found.update(f"{name} {tuple(tensor.shape)}".encode() + ends.numpy().tobytes())
     return found.hexdigest()[:10]
+
+
+def unknown_words_warning(sd: StableDiffusion, text: str) -> str:
+    """A warning about words that the model never learned, with some that it did; "" where it knows all."""
+    unknown = sd.unknown_words(text)
+    if not unknown:
+        return ""
+    from minisd.training.captions import vocabulary
+    from minisd.training.catalogue import CATALOGUE
+
+    known = [word for word in vocabulary() if not sd.unknown_words(word)]
+    close = [match for word in unknown[:12] for match in get_close_matches(word.lower(), known, n=1, cutoff=0.7)]
+    nouns = [entry.noun for entry in CATALOGUE if entry.noun in known][::6]
+    some = ", ".join(dict.fromkeys(close + nouns))
+    quoted = ", ".join(f'"{word}"' for word in unknown[:12])
+    quoted += f" and {len(unknown) - 12} more words" if len(unknown) > 12 else ""
+    return f"warning: this model never learned {quoted}" + (f"; it knows, for example: {some}" if some else "")
 
 
 def draw(

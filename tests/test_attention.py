@@ -24,7 +24,15 @@ from parity import (
 from torch import Tensor, nn
 
 import minisd.attention
-from minisd.attention import GEGLU, Attention, TransformerBlock, attend, attention_weights, record_attention
+from minisd.attention import (
+    GEGLU,
+    Attention,
+    TransformerBlock,
+    attend,
+    attention_weights,
+    record_attention,
+    watch_attention,
+)
 
 
 def attend_in_loops(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool) -> Tensor:
@@ -184,3 +192,28 @@ def test_another_thread_is_not_recorded() -> None:
         assert records == []
         layer(x)
     assert len(records) == 1
+
+
+def test_watching_hands_over_what_is_recorded_and_changes_no_bit() -> None:
+    layer, other = Attention(8, 2, context_dim=6), Attention(8, 2)
+    x, context = noise(2, 5, 8).float(), noise(2, 3, 6).float()
+    with record_attention(layer) as records:
+        layer(x, context)
+    seen: list[torch.Tensor] = []
+    with watch_attention({layer: seen.append}):
+        watched = layer(x, context)
+        other(x)
+    assert torch.equal(watched, layer(x, context))
+    assert len(seen) == 1 and torch.equal(seen[0], records[0].weights)
+
+
+def test_another_thread_is_not_watched_and_the_block_ends() -> None:
+    layer, x = Attention(8, 2), torch.ones(1, 3, 8)
+    seen: list[torch.Tensor] = []
+    with pytest.raises(ZeroDivisionError), watch_attention({layer: seen.append}):
+        thread = threading.Thread(target=layer, args=(x,))
+        thread.start()
+        thread.join()
+        raise ZeroDivisionError
+    layer(x)
+    assert seen == []

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from minisd import bench
+from minisd.bench import compare as bench
 from minisd.bench import operators, training
 from minisd.checkpoint import SHIPPED
 from minisd.cli import main

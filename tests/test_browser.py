@@ -1,29 +1,22 @@
-"""JupyterLab in a real browser: headless Chromium runs whole notebooks, as a reader does, and moves a slider.
-
-Needs Debian's `chromium` (or the path of another one in MINISD_CHROMIUM). Without it the tests are skipped, loudly, but
-in CI (CI or MINISD_CI is set) they fail.
-"""
+"""JupyterLab in a real browser: headless Chromium (see `browsers.py`) runs whole notebooks, and moves a slider."""
 
 from __future__ import annotations
 
 import base64
 import os
 import secrets
-import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbformat
 import pytest
+from browsers import chromium, free_port, need_chromium, wait_for_server
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-CHROMIUM = os.environ.get("MINISD_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 SECONDS_TO_RUN = 400  # for all cells of one notebook; a quiet machine needs a tenth of it
 
 pytestmark = pytest.mark.timeout(1000)
@@ -38,11 +31,7 @@ class Lab(NamedTuple):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    if CHROMIUM is None:
-        message = "NO BROWSER: install Debian's chromium, or name one in MINISD_CHROMIUM, to test the notebooks in it"
-        if os.environ.get("CI") or os.environ.get("MINISD_CI"):
-            pytest.fail(message)
-        pytest.skip(message)
+    need_chromium()
     folder = tmp_path_factory.mktemp("lab")
     for name in ("00_tour.ipynb", "05_attention.ipynb"):
         notebook = nbformat.read(NOTEBOOKS / name, 4)
@@ -50,9 +39,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, folder / name)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     token = secrets.token_hex(16)
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
@@ -70,35 +57,17 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
-            wait_for_server(f"http://127.0.0.1:{port}/api?token={token}", server, folder / "server.log")
+            wait_for_server("JupyterLab", f"http://127.0.0.1:{port}/api?token={token}", server, folder / "server.log")
             yield Lab(f"http://127.0.0.1:{port}/lab/tree/{{}}?reset&token={token}", folder)
         finally:
             server.terminate()
             server.wait(30)
 
 
-def wait_for_server(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(240):
-        if server.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"JupyterLab did not start: {log.read_text()[-2000:]}")
-
-
 @pytest.fixture(scope="module")
 def browser(lab: Lab) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-gpu"]
-    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet + sandbox)
-        yield chromium
-        chromium.close()
+    with chromium() as opened:
+        yield opened
 
 
 # Of the notebook that is open: for each code cell, its execution count, and the name and text of an error in it.

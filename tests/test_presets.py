@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from minisd import bench
+from minisd.bench import compare as bench
 from minisd.bench.preset import Call, Settings, difference, flops, work
 from minisd.cli import main
 from minisd.config import SD15, TINY

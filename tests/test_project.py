@@ -61,7 +61,8 @@ def test_installed_versions_satisfy_the_ranges(name):
 def test_the_package_imports_only_what_it_declares():
     """Core files use core requirements only, some others those of an extra; diffusers only to be measured beside."""
     import_names = {"pillow": "PIL", "huggingface-hub": "huggingface_hub", "resvg-py": "resvg_py", "ipython": "IPython"}
-    extra_of = {"training": "train", "evaluation": "train", "figures.py": "notebooks", "bench": "notebooks"}
+    extra_of = {"training": "train", "evaluation": "train", "figures.py": "notebooks", "bench": "notebooks",
+                "web.py": "web"}
     core = {import_names.get(name, name) for name in requirements(PROJECT["dependencies"])}
     for path in (ROOT / "minisd").rglob("*.py"):
         extra = extra_of.get(path.relative_to(ROOT / "minisd").parts[0])
@@ -82,7 +83,7 @@ def test_import_is_lazy_and_leaves_diffusers_alone():
     code = "import sys, minisd; assert 'torch' not in sys.modules; minisd.StableDiffusion; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], **PYTHON).stdout.split())
     assert {"torch", "minisd.pipeline"} <= loaded
-    assert not {"diffusers", "transformers", "matplotlib", "minisd.training", "minisd.cli"} & loaded
+    assert not {"diffusers", "transformers", "matplotlib", "gradio", "minisd.training", "minisd.cli"} & loaded
 
 
 def test_public_names_are_all_there():

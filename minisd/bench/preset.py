@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from minisd.bench import flops as step_and_decode
+from minisd.bench.compare import flops as step_and_decode
 from minisd.bench.worker import PROMPT
 from minisd.config import SD15, ModelConfig
 from minisd.images import grid

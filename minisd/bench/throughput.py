@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minisd.bench import Settings as Machine
-from minisd.bench import machine
+from minisd.bench.compare import Settings as Machine
+from minisd.bench.compare import machine
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from minisd.bench import Settings as Machine
-from minisd.bench import machine
+from minisd.bench.compare import Settings as Machine
+from minisd.bench.compare import machine
 from minisd.bench.operators import shares
 from minisd.bench.worker import operator_seconds
 from minisd.checkpoint import SHIPPED

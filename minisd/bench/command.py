@@ -1,0 +1,156 @@
+"""The `minisd bench` command: what is measured is in the files beside this one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Option(help='A model folder, "tiny", or "full": Stable Diffusion 1.5 with random weights. [default: full]'),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .json file; a picture is drawn beside it.")] = Path(
+        "runs/bench.json"
+    ),
+    size: Annotated[
+        list[int] | None, typer.Option(help="In pixels; may be repeated. [default: 512, with tiny 128]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Of the whole picture; 0 draws none.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each part is timed.")] = 5,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: the first there is]")] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="[default: float16 on cuda, else float32]")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of each process, on a CPU. [default: its cores]")] = (
+        os.cpu_count() or 1
+    ),
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile UNet and decoder, of both libraries.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Measure minisd only, without diffusers.")] = False,
+    preset: Annotated[
+        Literal["fast"] | None,
+        typer.Option(help="Measure this preset beside --steps without it, in place of diffusers."),
+    ] = None,
+    pictures: Annotated[
+        int | None, typer.Option(min=1, help="For --preset [default: 256, at full size 1] and --throughput [default: 64].")
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--training", help="Measure the training of the tiny model's parts, in place of drawing.")
+    ] = False,
+    throughput: Annotated[
+        bool, typer.Option("--throughput", help="Draw a prompts file in one process, and in one for each thread.")
+    ] = False,
+) -> None:
+    """Time minisd and diffusers in turns, on the same weights: import, load, text, step, decode, a picture; and memory.
+
+    Nothing else should be running. At full size on two cores this takes about half an hour; --steps 2 a third of it.
+
+    \b
+    Examples:
+      minisd bench
+      minisd bench --model tiny --size 128 --size 256
+      minisd bench --preset fast --model tiny
+      minisd bench --preset fast
+      minisd bench --training
+      minisd bench --throughput
+    """
+    from importlib.util import find_spec
+
+    from minisd.bench import compare
+    from minisd.checks import writable
+    from minisd.parts import best_device, usable_device
+
+    writable(output.parent)
+    if train:
+        _training(output, repeats, threads)
+        return
+    if throughput:
+        _throughput(model or "tiny", output, repeats, threads, pictures or 64)
+        return
+    try:
+        place = str(best_device() if device is None else usable_device(device))
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from error
+    kind = dtype or ("float16" if place.startswith("cuda") else "float32")
+    if preset is not None:
+        _preset(preset, model or "full", output, steps, pictures, place, kind, threads)
+        return
+    settings = compare.Settings(
+        sizes=tuple(size or [128 if model == "tiny" else 512]),
+        steps=steps,
+        repeats=repeats,
+        device=place,
+        dtype=kind,
+        threads=threads,
+        compiled=compiled,
+        libraries=("minisd",) if alone or find_spec("diffusers") is None else compare.LIBRARIES,
+    )
+    with _model(model or "full") as folder:
+        report = compare.run(folder, settings, say=_say)
+    compare.write(report, output)
+    _say(compare.table(report))
+    print(output)
+
+
+def _model(name: str) -> AbstractContextManager[Path]:
+    """The folder of a model to measure: the shipped one, one with random weights, or one that is there."""
+    from minisd.bench.compare import random_weights
+    from minisd.checkpoint import SHIPPED
+
+    if name == "full":
+        return random_weights()
+    return nullcontext(SHIPPED if name == "tiny" else Path(name))
+
+
+def _preset(
+    preset: str, model: str, output: Path, steps: int, pictures: int | None, device: str, dtype: str, threads: int
+) -> None:
+    import torch
+
+    from minisd.bench import compare
+    from minisd.bench import preset as presets
+    from minisd.pipeline import StableDiffusion
+    from minisd.weights import save_atomically
+
+    torch.set_num_threads(threads)
+    settings = presets.Settings(preset, pictures or (1 if model == "full" else 256), steps=steps)
+    with _model(model) as folder:
+        sd = StableDiffusion.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
+        report, picture = presets.run(sd, settings, say=_say)
+    machine = compare.machine(compare.Settings(device=device, libraries=("minisd",)))
+    report["machine"] = machine | {"dtype": dtype, "threads": threads}
+    compare.write_json(report, output)
+    save_atomically(lambda path: picture.save(path, format="PNG"), output.with_suffix(".png"))
+    _say(presets.table(report))
+    print(output)
+
+
+def _training(output: Path, repeats: int, threads: int) -> None:
+    from minisd.bench import compare
+    from minisd.bench import training as trainings
+
+    report = trainings.run(trainings.Settings(steps=4 * repeats, threads=threads), say=_say)
+    compare.write_json(report, output)
+    _say(trainings.table(report))
+    print(output)
+
+
+def _throughput(model: str, output: Path, repeats: int, threads: int, pictures: int) -> None:
+    from minisd.bench import compare
+    from minisd.bench import throughput as throughputs
+
+    with _model(model) as folder:
+        report = throughputs.run(folder, throughputs.Settings(pictures, repeats, threads), say=_say)
+    compare.write_json(report, output)
+    _say(throughputs.table(report))
+    print(output)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,382 @@
+"""`minisd bench`: minisd and diffusers on the same weights, in turns, on this machine.
+
+A time holds only beside another one of the same run. So each library loads the same folder into a process of its own,
+and the two are asked in turns, A B A B …; the table gives medians, the middle half of the times, and their ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minisd.config import SD15, ModelConfig
+from minisd.weights import save_atomically
+
+CEILING_SIDE = 4096
+LIBRARIES = ("minisd", "diffusers")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    sizes: sides of pictures in pixels; the first is that of the whole picture, drawn in `steps` steps (0: not at all).
+    repeats: how often each part is timed. libraries: "minisd" and, where it is installed, "diffusers".
+    """
+
+    sizes: tuple[int, ...] = (512,)
+    steps: int = 20
+    repeats: int = 5
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 2
+    compiled: bool = False
+    libraries: tuple[str, ...] = LIBRARIES
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or self.steps < 0:
+            raise ValueError(f"repeats={self.repeats}, steps={self.steps}; expected repeats ≥ 1 and steps ≥ 0")
+        for size in self.sizes:
+            if size < 64 or size % 64:
+                raise ValueError(f"size={size}; expected a positive multiple of 64, such as 512")
+
+
+class Process:
+    """A worker process with one library."""
+
+    def __init__(self, library: str, settings: Settings) -> None:
+        self.library = library
+        environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "minisd.bench.worker", library]
+        self._noise = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`): what libraries print while they load
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._noise, text=True, env=environment
+        )
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request and wait for the answer. Raises RuntimeError with what went wrong there."""
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            self._noise.seek(0)
+            said = self._noise.read().strip().splitlines()[-1:] or ["it said nothing"]
+            raise RuntimeError(f"the process of {self.library} ended at {do!r} with exit code {code}: {said[0]}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"{self.library} failed at {do!r}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._noise.close()
+
+
+@contextmanager
+def random_weights(config: ModelConfig = SD15) -> Iterator[Path]:
+    """A folder, in diffusers' layout, with random weights for the whole of `config`; removed afterwards."""
+    from minisd.autoencoder import Autoencoder
+    from minisd.pipeline import StableDiffusion
+    from minisd.text_encoder import TextEncoder
+    from minisd.tokenizer import Tokenizer
+    from minisd.unet import UNet
+
+    with tempfile.TemporaryDirectory(prefix="minisd-bench-") as folder:
+        torch.manual_seed(0)
+        parts: list[nn.Module] = [TextEncoder(config.text_encoder), UNet(config.unet), Autoencoder(config.autoencoder)]
+        StableDiffusion(config, Tokenizer.from_pretrained(), *parts).save_pretrained(folder)  # type: ignore[arg-type]
+        del parts
+        yield Path(folder)
+
+
+def flops(config: ModelConfig, size: int) -> dict[str, int]:
+    """Floating-point operations of a guided step and of decoding, at a size in pixels: counted on shapes alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from minisd.autoencoder import Autoencoder
+    from minisd.unet import UNet
+
+    side = size // config.autoencoder.downscale
+    with torch.device("meta"):
+        unet, autoencoder = UNet(config.unet), Autoencoder(config.autoencoder)
+        latents, t = torch.empty(2, 4, side, side), torch.tensor(481.0)
+        context = torch.empty(2, 77, config.text_encoder.hidden_size)
+    counts = {}
+    calls: dict[str, Callable[[], object]] = {
+        "step": lambda: unet(latents, t, context),
+        "decode": lambda: autoencoder.decode(latents[:1]),
+    }
+    for name, call in calls.items():
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            call()
+        counts[name] = counter.get_total_flops()
+    return counts
+
+
+def run(source: str | Path, settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure a model folder, and return the report: machine, settings, rows (see `row`) and picture difference.
+
+    Raises RuntimeError, with the reason, when a process fails.
+    """
+    from minisd.checkpoint import open_checkpoint
+
+    config = open_checkpoint(source).config
+    rows = []
+    for name in ["torch", *settings.libraries]:
+        say(f"import {name}")
+        rows.append(row(f"import {name}", name, [_import_seconds(name) for _ in range(settings.repeats)]))
+    with ExitStack() as stack:
+        processes = []
+        loads: dict[str, list[float]] = {name: [] for name in settings.libraries}
+        for last in (False, False, True):  # the first pair warms the file cache and is not counted
+            for name in settings.libraries:
+                say(f"load: {name}")
+                process = Process(name, settings)
+                if last:
+                    stack.callback(process.close)
+                    processes.append(process)
+                loads[name].append(_load(process, source, settings))
+                if not last:
+                    process.close()
+        rows += [row("load, first step included", name, times[1:]) for name, times in loads.items()]
+        rows += _cold_loads(source, settings, say)
+        rows += _measure(processes, config, settings, say)
+        report: dict[str, Any] = {"machine": machine(settings), "settings": asdict(settings), "rows": rows}
+        if not settings.compiled:  # whose operators are few, and have no names
+            report["profile"] = _profiles(processes, settings, say)
+        if settings.steps:
+            report["picture_difference"] = _pictures(processes, settings, rows, say)
+    return report
+
+
+def _load(process: Process, source: str | Path, settings: Settings) -> float:
+    answer = process.ask(
+        "load", folder=str(source), device=settings.device, dtype=settings.dtype,
+        threads=settings.threads, compiled=settings.compiled,
+    )  # fmt: skip
+    return float(answer["seconds"])
+
+
+def _cold_loads(source: str | Path, settings: Settings, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Loading once more, when the system has forgotten the files: as on the first time of a day. Linux only."""
+    if not hasattr(os, "posix_fadvise"):
+        return []
+    rows = []
+    for name in settings.libraries:
+        say(f"load, cold: {name}")
+        for path in Path(source).rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        process = Process(name, settings)
+        rows.append(row("load, files not in memory", name, [_load(process, source, settings)]))
+        process.close()
+    return rows
+
+
+def _measure(
+    processes: Sequence[Process], config: ModelConfig, settings: Settings, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+
+    def in_turns(what: str, do: str, flop: int = 0, **arguments: Any) -> None:
+        say(what)
+        turns = [
+            [process.ask(do, **arguments)["seconds"] for process in processes] for _ in range(settings.repeats + 1)
+        ]
+        for process, times in zip(processes, zip(*turns[1:], strict=True), strict=True):  # the first turn warms up
+            rows.append(row(what, process.library, times, flop))
+
+    first = settings.sizes[0]
+    for process in processes:  # the peak of a life with one step and one decode, before anything else
+        say(f"peak memory: {process.library}")
+        process.ask("step", size=first)
+        process.ask("decode", size=first)
+        peak = process.ask("peak")["bytes"]
+        rows.append(row(f"peak memory, step and decode at {first}", process.library, [], peak=peak))
+    ceiling = [processes[0].ask("ceiling", side=CEILING_SIDE)["seconds"] for _ in range(settings.repeats + 1)][1:]
+    rows.append(row(f"matrix product {CEILING_SIDE}³", "torch", ceiling, 2 * CEILING_SIDE**3))
+    in_turns("text encoder, two prompts", "text")
+    for size in settings.sizes:
+        cost = flops(config, size)
+        in_turns(f"one guided UNet step at {size}", "step", cost["step"], size=size)
+        in_turns(f"decode at {size}", "decode", cost["decode"], size=size)
+    return rows
+
+
+def _profiles(processes: Sequence[Process], settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
+    """Where the time of a step and of decoding goes: for each library the share of each kind of operator."""
+    from minisd.bench.operators import shares
+
+    found: dict[str, Any] = {}
+    for what in ("step", "decode"):
+        for process in processes:
+            say(f"profile of one {what}: {process.library}")
+            seen = process.ask("profile", what=what, size=settings.sizes[0])
+            found.setdefault(what, {})[process.library] = shares(seen["operators"], seen["seconds"])
+    return found
+
+
+def _pictures(
+    processes: Sequence[Process], settings: Settings, rows: list[dict[str, Any]], say: Callable[[str], None]
+) -> int | None:
+    """Time whole pictures; return the largest difference between the libraries', in 1/255."""
+    import numpy as np
+    from PIL import Image
+
+    size, drawn = settings.sizes[0], []
+    what = f"picture {size}×{size}, {settings.steps} steps"
+    say(what)
+    with tempfile.TemporaryDirectory() as folder:
+        for process in processes:
+            path = Path(folder) / f"{process.library}.png"
+            seconds = process.ask("picture", size=size, steps=settings.steps, path=str(path))["seconds"]
+            rows.append(row(what, process.library, [seconds]))
+            drawn.append(np.asarray(Image.open(path), dtype=int))
+    return int(np.abs(drawn[0] - drawn[1]).max()) if len(drawn) == 2 else None
+
+
+def row(what: str, library: str, times: Sequence[float], flop: int = 0, peak: int | None = None) -> dict[str, Any]:
+    """One line of the report: median seconds, the middle half of them, FLOPs a second, peak memory; None: not taken."""
+    low = median = high = None
+    if times:
+        quarters = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+        low, median, high = (round(value, 4) for value in quarters)
+    return {
+        "what": what,
+        "library": library,
+        "seconds": median,
+        "low": low,
+        "high": high,
+        "gflops": round(flop / median / 1e9, 1) if flop and median else None,
+        "peak_gb": None if peak is None else round(peak / 1e9, 3),
+    }
+
+
+def _import_seconds(name: str) -> float:
+    """Seconds of `import name` in a fresh process, the interpreter's own start not counted."""
+    what = "from diffusers import StableDiffusionPipeline" if name == "diffusers" else f"import {name}"
+    if name == "minisd":
+        what += "; minisd.StableDiffusion"
+    code = f"import time; s = time.perf_counter(); {what}; print(time.perf_counter() - s)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def machine(settings: Settings) -> dict[str, Any]:
+    """What the figures hold for."""
+    if settings.device.startswith("cuda"):
+        chip = torch.cuda.get_device_name()
+    else:
+        chip = platform.processor() or platform.machine()
+        info = Path("/proc/cpuinfo")
+        if info.exists():
+            names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+            chip = names[0] if names else chip
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if "diffusers" in settings.libraries:
+        from importlib.metadata import version
+
+        versions["diffusers"] = version("diffusers")
+    return {"chip": chip, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), **versions}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text: a line for each measurement, minisd beside diffusers, and their ratio.
+
+    ± is half of what the middle half of the times spans; the percentage is of the speed of the matrix product.
+    """
+    by_what: dict[str, dict[str, dict[str, Any]]] = {}
+    ceiling = next((line["gflops"] for line in report["rows"] if line["what"].startswith("matrix product")), None)
+    for line in report["rows"]:
+        by_what.setdefault(_what(line), {})[line["library"]] = line
+    lines = [f"{'':<38}{'minisd':>30}{'diffusers':>30}{'ratio':>8}"]
+    for what, found in by_what.items():
+        texts = [_cell(found.get("minisd") or found.get("torch"), ceiling), _cell(found.get("diffusers"), ceiling)]
+        ratio = ""
+        if {"minisd", "diffusers"} <= set(found):
+            key = "peak_gb" if found["minisd"]["seconds"] is None else "seconds"
+            ratio = f"{found['minisd'][key] / found['diffusers'][key]:.2f}"
+        lines.append(f"{what:<38}{texts[0]:>30}{texts[1]:>30}{ratio:>8}")
+    if report.get("picture_difference") is not None:
+        lines.append(f"largest difference of the two pictures: {report['picture_difference']}/255")
+    for what, profiles in report.get("profile", {}).items():
+        lines += ["", f"where the time of one {what} goes"]
+        for kind in dict.fromkeys(kind for profile in profiles.values() for kind in profile):
+            cells = [f"{profiles[name].get(kind, 0):.1%}" if name in profiles else "" for name in LIBRARIES]
+            lines.append(f"{kind:<38}{cells[0]:>30}{cells[1]:>30}")
+    return "\n".join(lines)
+
+
+def _what(line: dict[str, Any]) -> str:
+    """The name of a row, the same for both libraries."""
+    return "import" if line["what"] == f"import {line['library']}" != "import torch" else str(line["what"])
+
+
+def _cell(line: dict[str, Any] | None, ceiling: float | None) -> str:
+    if line is None:
+        return ""
+    if line["seconds"] is None:
+        return f"{line['peak_gb']:.2f} GB"
+    speed = f", {line['gflops']:.0f} GFLOP/s" if line["gflops"] else ""
+    if speed and ceiling and line["gflops"] != ceiling:
+        speed += f" ({line['gflops'] / ceiling:.0%})"
+    spread = f" ±{(line['high'] - line['low']) / 2:.2g}" if line["high"] != line["low"] else ""
+    return f"{line['seconds']:.3g}{spread} s{speed}"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Bars, minisd beside diffusers, one group for each time that both have."""
+    from matplotlib.figure import Figure
+
+    times: dict[str, dict[str, float]] = {"minisd": {}, "diffusers": {}}
+    for line in report["rows"]:
+        if line["seconds"] and line["library"] in times:
+            times[line["library"]][_what(line)] = line["seconds"]
+    both = [what for what in times["minisd"] if what in times["diffusers"]]
+    figure = Figure(figsize=(7, 0.55 * len(both) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    for shift, library, colour in ((-0.2, "minisd", "#0072B2"), (0.2, "diffusers", "#E69F00")):
+        places = [place + shift for place in range(len(both))]
+        axes.barh(places, [times[library][what] for what in both], 0.36, color=colour, label=library)
+    axes.set_yticks(range(len(both)), both)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="seconds", title=report["machine"]["chip"])
+    axes.legend()
+    save_atomically(lambda target: figure.savefig(target, format="png", dpi=100), path)
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write a report, whole or not at all."""
+    save_atomically(lambda target: target.write_text(json.dumps(report, indent=1) + "\n"), path)
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write the report as JSON and, where matplotlib is installed, its picture beside it; each whole or not at all."""
+    write_json(report, path)
+    if find_spec("matplotlib") is not None:
+        draw(report, path.with_suffix(".png"))

@@ -1,0 +1,102 @@
+"""The `minisd serve` command: load a model, open a port, and serve the page of `web.py` until Ctrl-C."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+import threading
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first there is]")] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="[default: float16 on cuda, else float32]")
+    ] = None,
+    browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Play with prompts in the browser: the picture as it comes, and where the model looked for each word.
+
+    Only this machine can open it, unless --host says otherwise. There is no password: whoever reaches it can use it.
+
+    \b
+    Examples:
+      minisd serve
+      minisd serve stable-diffusion-v1-5/stable-diffusion-v1-5 --port 8080 --open
+    """
+    if find_spec("gradio") is None:
+        raise OSError('minisd serve needs gradio, which is not installed; run: pip install "minisd[web]"')
+    _check_free(host, port)
+    if not _is_loopback(host):
+        _say(f"warning: --host {host} lets anyone on the network use this page and this machine's time; "
+             "there is no password. Leave --host out to keep it to this machine")
+    import torch
+
+    from minisd.drawing import Means
+    from minisd.pipeline import StableDiffusion
+
+    precision = None if dtype is None else getattr(torch, dtype)
+    sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision)
+    means = Means.of(sd, model)
+    _say(f"{means.model} on {sd.device} in {means.precision}")
+    from minisd.web import CSS, build, theme
+
+    settings: dict[str, Any] = {
+        "share": False,
+        "ssr_mode": False,
+        "pwa": False,
+        "mcp_server": False,
+        "run_history": False,
+        "enable_monitoring": False,
+        "footer_links": [],
+        "max_file_size": 1,  # byte: the page takes no files
+        "quiet": True,
+        "css": CSS,
+        "theme": theme(),
+    }
+    blocks, name = build(sd, means), f"[{host}]" if ":" in host else host
+    _, address, _ = blocks.launch(
+        server_name=name, server_port=port, inbrowser=browser, prevent_thread_lock=True, **settings
+    )
+    print(address, flush=True)
+    _say("Ctrl-C stops it")
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        _say("stopped")
+    finally:
+        blocks.close(verbose=False)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise OSError where nothing can listen at this address, before a model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            if os.name == "posix":
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"cannot listen on {host}, port {port}: {reason}; choose another --port or --host") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

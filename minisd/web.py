@@ -1,0 +1,226 @@
+"""The page of `minisd serve`: a prompt, settings, the picture as it comes, and where each word was looked for.
+
+gradio carries it. Pictures travel inside the page's own messages, so nothing is written to disk, and everything the
+page needs comes from the server itself.
+"""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from minisd.drawing import Means, model_side
+from minisd.metadata import LABELS, sampler_label
+from minisd.pipeline import StableDiffusion
+from minisd.playground import Drawn, Preview, Wish, draw, overlay
+
+REFUSED = (ValueError, TypeError, FloatingPointError, MemoryError)  # errors whose text is written for the reader
+PICTURE = -1  # the chip that shows the picture alone
+NAMES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # what the fields are called here
+FONT = ("system-ui", "sans-serif")
+CSS = """
+.gradio-container { width: 100% !important; max-width: 1040px !important; margin: 0 auto !important; }
+#head, #view, #status, #words, .form:has(#words), .html-container { padding: 0 !important; border: none !important;
+  background: none !important; }
+.head { display: flex; align-items: baseline; gap: .75rem; flex-wrap: wrap; }
+.head h1 { margin: 0; font-size: 1.6rem; font-weight: 650; }
+.head span, .hint { color: var(--body-text-color-subdued); font-size: .9rem; }
+.view { margin: 0; width: 100%; aspect-ratio: 1; border-radius: 8px; overflow: hidden; box-sizing: border-box;
+  background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
+  display: grid; place-items: center; }
+.view img { width: 100%; height: 100%; object-fit: contain; display: block; }
+.status { min-height: 3.6rem; font-size: .95rem; line-height: 1.45; }
+.status progress { appearance: none; width: 100%; height: .5rem; display: block; margin: .1rem 0 .5rem; border: none;
+  border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
+.status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.status progress::-webkit-progress-value { background: #0072B2; }
+.status progress::-moz-progress-bar { background: #0072B2; }
+.status .row { display: flex; justify-content: space-between; align-items: center; gap: .6rem 1rem; flex-wrap: wrap; }
+.status .hint { margin: .6rem 0 0; }
+.status a { background: #0072B2; color: #fff !important; padding: .4rem .9rem; border-radius: 6px; font-weight: 600;
+  text-decoration: none !important; }
+.status a:hover, .status a:focus-visible { background: #005a8e; }
+.status .error, .status .note { padding: .5rem .75rem; border-radius: 6px; border-left: 4px solid; margin-top: .6rem;
+  color: var(--body-text-color); background: var(--background-fill-secondary); overflow-wrap: anywhere; }
+.status .error { border-color: #c0392b; }
+.status .note { border-color: #E69F00; }
+#words label { padding: .25rem .75rem !important; border-radius: 999px !important; transition: none !important; }
+#words label input { position: absolute; opacity: 0; width: 1px; height: 1px; }
+#words label:has(input:focus-visible) { outline: 2px solid #0072B2; outline-offset: 2px; }
+#words label span { margin: 0 !important; }
+#words label.selected, #words label.selected span { background: #0072B2 !important; color: #fff !important; }
+footer { display: none !important; }
+"""
+
+
+@dataclass(eq=False)
+class Session:
+    """One open page: the number of its latest run, which stops the ones before, and its latest picture."""
+
+    run: int = 0
+    drawn: Drawn | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """What the page's buttons do. Each takes the session that it belongs to; there is no other state."""
+
+    sd: StableDiffusion
+    means: Means
+
+    def begin(self, session: Session) -> tuple[Any, ...]:
+        """Number a new run, which stops an older one of this page at its next step."""
+        session.run += 1
+        return session.run, _status("Waiting for its turn …"), gr.update(interactive=True)
+
+    def stop(self, session: Session) -> None:
+        """Stop what is drawn for this page, and what waits to be."""
+        session.run += 1
+
+    def draw(
+        self,
+        session: Session,
+        run: int,
+        prompt: str,
+        negative: str,
+        seed: str,
+        steps: float | None,
+        guidance: float | None,
+        sampler: str | None,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Draw, as one run of a session: (view, status, words, stop button) after each step and at the end."""
+        same, idle = gr.skip(), gr.update(interactive=False)
+        if session.run != run:
+            yield same, _status("Stopped before it began."), same, idle
+            return
+        try:
+            wish = Wish(prompt, negative, seed, _whole(steps), guidance, sampler)
+            for frame in draw(self.sd, self.means, wish):
+                if isinstance(frame, Drawn):
+                    session.drawn = frame
+                    yield _view(frame.file, prompt), _finished(frame), _chips(frame), idle
+                    return
+                if session.run != run:
+                    yield same, _status(f"Stopped after step {frame.call} of {frame.calls}."), same, idle
+                    return
+                busy = gr.update(choices=[], value=None, visible=False) if frame.call == 1 else same
+                yield _view(_png(frame.picture), f"{prompt}, unfinished"), _progress(frame), busy, same
+        except REFUSED as error:
+            message = str(error)
+            for name, label in NAMES.items():
+                message = message.replace(name, label)
+            yield same, _status("", error=message), same, idle
+
+    def look(self, session: Session, chosen: int | None) -> tuple[str, str]:
+        """Lay a word's map over the picture, or take it away: (view, status)."""
+        drawn = session.drawn
+        if drawn is None or chosen is None:
+            return gr.skip(), gr.skip()
+        if not 0 <= chosen < len(drawn.words):
+            return _view(drawn.file, drawn.name), _finished(drawn)
+        word, weights = drawn.words[chosen], drawn.maps.of(drawn.words[chosen])
+        mean = f"mean of {drawn.maps.layers} layers, {drawn.maps.heads} heads and {drawn.calls} calls of the UNet"
+        share = f"{weights.max():.1%} of the cross-attention is on this word"
+        text = f"“{escape(word.text)}”: where it is brightest, {share} ({mean})."
+        shown = _png(overlay(drawn.picture, weights))
+        return _view(shown, f"where the model looked for: {word.text}"), _finished(drawn, text)
+
+
+def build(sd: StableDiffusion, means: Means) -> gr.Blocks:
+    """The page for a model. Pages that are open at once share nothing but the model; one picture is drawn at a time."""
+    page, side, defaults = Page(sd, means), model_side(sd), sd.defaults
+    own = f"the model's own: {sampler_label(defaults.sampler.name, defaults.sampler.karras)}"
+    with gr.Blocks(title="minisd", analytics_enabled=False) as blocks:
+        session, run = gr.State(Session()), gr.Number(visible=False)
+        title = f"{escape(means.model)} · {side}×{side} · {means.device}, {means.precision}"
+        gr.HTML(f'<div class="head"><h1>minisd</h1><span>{title}</span></div>', elem_id="head")
+        with gr.Row():
+            with gr.Column(scale=5, min_width=300):
+                prompt = gr.Textbox(
+                    "a fox in the snow", label="Prompt", info="(words:1.3) count more, [words] less",
+                    max_lines=6, elem_id="prompt",
+                )  # fmt: skip
+                negative = gr.Textbox(label="Negative prompt", max_lines=4, elem_id="negative")
+                with gr.Row():
+                    steps = gr.Number(defaults.num_inference_steps, label="Steps", min_width=90, elem_id="steps")
+                    guidance = gr.Number(defaults.guidance_scale, label="Guidance", min_width=90, elem_id="guidance")
+                    seed = gr.Textbox(label="Seed", placeholder="random", min_width=120, elem_id="seed")
+                choices = [(own, ""), *((label, name) for name, label in LABELS.items())]
+                sampler = gr.Dropdown(choices, value="", label="Sampler", elem_id="sampler")
+                with gr.Row():
+                    start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
+                    stop = gr.Button("Stop", interactive=False, scale=1, min_width=80, elem_id="stop")
+            with gr.Column(scale=5, min_width=300):
+                view = gr.HTML(_frame('<span class="hint">Your picture appears here.</span>'), elem_id="view")
+                words = gr.Radio([], label="Where did the model look for a word?", visible=False, elem_id="words")
+                status = gr.HTML(_status(""), elem_id="status")
+        fields = [prompt, negative, seed, steps, guidance, sampler]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "multiple", "api_visibility": "private"}
+        begun = gr.on(
+            [start.click, prompt.submit, negative.submit, seed.submit],
+            page.begin, [session], [run, status, stop], queue=False, **quiet,
+        )  # fmt: skip
+        begun.then(page.draw, [session, run, *fields], [view, status, words, stop], concurrency_limit=1, **quiet)
+        stop.click(page.stop, [session], None, queue=False, **quiet)
+        words.input(page.look, [session, words], [view, status], queue=False, **quiet)
+    return blocks
+
+
+def theme() -> gr.themes.Base:
+    """gradio's own, with the fonts of the machine that shows it."""
+    blue = gr.themes.Color(*["#e6f2fa", "#cce4f4", "#99cae9", "#66afde", "#3395d3", *["#0072B2"] * 2, *["#005a8e"] * 4])
+    base = gr.themes.Default(primary_hue=blue, neutral_hue="slate", font=FONT, font_mono=("ui-monospace", "monospace"))
+    # gradio's grey of small text has too little contrast on white
+    return base.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
+
+
+def _whole(steps: float | None) -> Any:
+    """20.0, which is how a browser may spell 20, as 20; anything else as it is, to be judged where it is used."""
+    return int(steps) if isinstance(steps, float) and steps.is_integer() else steps
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _url(file: bytes) -> str:
+    return f"data:image/png;base64,{b64encode(file).decode()}"
+
+
+def _frame(content: str) -> str:
+    return f'<figure class="view">{content}</figure>'
+
+
+def _view(file: bytes, alt: str) -> str:
+    return _frame(f'<img src="{_url(file)}" alt="{escape(alt)}">')
+
+
+def _status(text: str, error: str = "", notes: list[str] | None = None) -> str:
+    alert = f'<div class="error" role="alert">{escape(error)}</div>' if error else ""
+    more = "".join(f'<div class="note">{escape(note)}</div>' for note in notes or [])
+    return f'<div class="status" role="status">{text}{alert}{more}</div>'
+
+
+def _progress(frame: Preview) -> str:
+    bar = f'<progress value="{frame.call}" max="{frame.calls}"></progress>'
+    return _status(f"{bar}Step {frame.call} of {frame.calls}")
+
+
+def _finished(drawn: Drawn, text: str = "") -> str:
+    link = f'<a download="{escape(drawn.name)}" href="{_url(drawn.file)}">Download PNG</a>'
+    row = f'<div class="row"><span>Seed {drawn.seed}, drawn in {drawn.seconds:.1f} s</span>{link}</div>'
+    return _status(row + (f'<p class="hint">{text}</p>' if text else ""), notes=drawn.notes)
+
+
+def _chips(drawn: Drawn) -> Any:
+    choices = [("picture", PICTURE), *((word.text, i) for i, word in enumerate(drawn.words))]
+    return gr.update(choices=choices, value=PICTURE, visible=bool(drawn.words))

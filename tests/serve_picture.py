@@ -1,0 +1,29 @@
+"""README's picture of the page of `minisd serve`: python tests/serve_picture.py docs/serve.png [WIDTH HEIGHT]"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from browsers import chromium
+from PIL import Image
+from test_web import Opened, started
+
+
+def main(path: Path, width: int = 1080, height: int = 740) -> None:
+    """Draw in the page, click a word, and save what a window of this size shows."""
+    with TemporaryDirectory() as folder, started(Path(folder), Path(folder) / "log") as address, chromium() as browser:
+        opened = Opened.at(browser, address, width, height)
+        opened.draw(prompt="a fox in the snow", seed="7")
+        opened.wait("drawn in")
+        opened.choose("fox")
+        opened.wait("“fox”")
+        opened.page.mouse.move(0, 0)
+        opened.page.wait_for_timeout(500)  # until colours have faded over
+        opened.page.screenshot(path=str(path))
+    Image.open(path).convert("RGB").save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
