@@ -365,8 +365,10 @@ def bench(
     from importlib.util import find_spec
 
     from minisd import bench as benches
+    from minisd.checks import writable
     from minisd.parts import best_device
 
+    writable(output.parent)
     place = str(best_device()) if device is None else str(_usable_device(device))
     settings = benches.Settings(
         sizes=tuple(size or [128 if model == "tiny" else 512]),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 GRID = 1000
+LONGEST = 200  # bytes of a name, before seed, number and ending are added; a file system takes 255
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Target:
 
         Raises BadParameter for a name that is neither a .png nor a folder, OSError where nothing can be written.
         """
+        from minisd.checks import writable
+
         path = Path(output or "")
         if output and path.suffix.lower() == ".png" and not path.is_dir():
             target = cls(path.parent, path.stem, several, overwrite)
@@ -51,10 +54,9 @@ class Target:
             raise typer.BadParameter(
                 f"--output {output} is no .png file and no folder; end it in .png, or in / for a new folder"
             )
-        absolute = target.folder.absolute()
-        there = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise OSError(f"--output: {there} is no folder, or is not writable; choose another place")
+        if len(os.fsencode(target.stem)) > LONGEST:
+            raise typer.BadParameter(f"--output {target.stem[:40]}… is too long; give {LONGEST} letters or fewer")
+        writable(target.folder)
         return target
 
     def save(self, picture: Image.Image, seed: int, text: str) -> None:
