@@ -1,9 +1,8 @@
 """Bad arguments, one at a time and mixed at random, to everything public and to the command: refused, or a picture.
 
 Which values are good and which are bad is written down by hand below. An error counts only where the package raised it
-on purpose: of a documented type, in a `raise` of its own, with a sentence. MINISD_HUNT=4000 tries that many mixtures:
-
-    MINISD_HUNT=4000 python -m pytest -s tests/test_bad_arguments.py
+on purpose: of a documented type, in a `raise` of its own, with a sentence. MINISD_HUNT=4000 tries that many mixtures;
+`hunt.py` sets it.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,7 +35,6 @@ from minisd.samplers import SAMPLERS
 HUNT = int(os.environ.get("MINISD_HUNT", 0))
 DOCUMENTED = (TypeError, ValueError, FloatingPointError, OSError)
 NAN, INF = float("nan"), float("inf")
-TRIED: Counter[str] = Counter()
 
 
 def hunt(share: float, few: int) -> settings:
@@ -51,9 +50,8 @@ def hunt(share: float, few: int) -> settings:
 
 
 @pytest.fixture(scope="module")
-def sd(small_model: Path) -> Iterator[StableDiffusion]:
-    yield StableDiffusion.from_pretrained(small_model, device="cpu")
-    print("\ninputs tried:", sum(TRIED.values()), dict(TRIED))
+def sd(small_model: Path) -> StableDiffusion:
+    return StableDiffusion.from_pretrained(small_model, device="cpu")
 
 
 def assert_on_purpose(error: Exception) -> None:
@@ -284,7 +282,7 @@ def assert_drawn(sd: StableDiffusion, function: str, values: dict[str, Any], res
 
 @pytest.mark.parametrize("function", CALLS)
 def test_every_bad_value_is_refused_before_anything_is_drawn(
-    sd: StableDiffusion, function: str, monkeypatch: pytest.MonkeyPatch
+    sd: StableDiffusion, function: str, monkeypatch: pytest.MonkeyPatch, tally: Counter[str]
 ) -> None:
     resource = pytest.importorskip("resource")
     needed, optional = CALLS[function]
@@ -298,11 +296,11 @@ def test_every_bad_value_is_refused_before_anything_is_drawn(
     for name in (*needed, *optional):
         for value in fitting(function, name)[1]:
             values = {each: fitting(function, each)[0][0] for each in needed} | {name: value}
-            TRIED["bad alone"] += 1
             try:
                 call(sd, function, values)
             except Exception as error:
                 assert_on_purpose(error)
+                tally["refused"] += 1
             else:
                 pytest.fail(f"{function}({name}={value!r:.80}) was not refused")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000, "kilobytes"
@@ -311,7 +309,9 @@ def test_every_bad_value_is_refused_before_anything_is_drawn(
 @pytest.mark.parametrize("function", CALLS)
 @hunt(0.055, 8)
 @given(data=st.data())
-def test_mixed_values_draw_or_are_refused(sd: StableDiffusion, function: str, data: st.DataObject) -> None:
+def test_mixed_values_draw_or_are_refused(
+    sd: StableDiffusion, function: str, tally: Counter[str], data: st.DataObject
+) -> None:
     """Any mixture with a bad value is refused, any other is drawn."""
     needed, optional = CALLS[function]
     given = [*needed, *data.draw(st.lists(st.sampled_from(optional or needed), unique=True, max_size=4), label="given")]
@@ -321,7 +321,6 @@ def test_mixed_values_draw_or_are_refused(sd: StableDiffusion, function: str, da
     values = {
         name: data.draw(st.sampled_from(fitting(function, name)[name in wrong]), label=name) for name in given
     }
-    TRIED["mixed"] += 1
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
@@ -329,9 +328,11 @@ def test_mixed_values_draw_or_are_refused(sd: StableDiffusion, function: str, da
     except Exception as error:
         assert_on_purpose(error)
         assert wrong, f"{values} were refused: {error}"
+        tally["refused"] += 1
     else:
         assert not wrong, f"{wrong} of {values} were not refused"
         assert_drawn(sd, function, values, result)
+        tally["whole"] += 1
 
 
 @hunt(0.05, 60)
@@ -344,28 +345,31 @@ def test_mixed_values_draw_or_are_refused(sd: StableDiffusion, function: str, da
     start=st.one_of(st.integers(-2, 30), st.sampled_from([1.5, "2", None, True])),
 )
 def test_every_plan_is_finite_and_descends_or_is_refused(
-    name: str, spacing: Any, karras: bool, eta: Any, steps: Any, start: Any
+    tally: Counter[str], name: str, spacing: Any, karras: bool, eta: Any, steps: Any, start: Any
 ) -> None:
-    TRIED["plans"] += 1
     try:
         run = Sampler(name, spacing, karras, eta).plan(Schedule(), steps, start)
     except Exception as error:
         assert_on_purpose(error)
+        tally["refused"] += 1
         return
+    tally["whole"] += 1
     assert all(map(math.isfinite, (*run.timesteps, *run.sigmas, *run.fresh))) and run.sigmas[-1] < run.sigmas[0]
     assert all(a >= b >= 0 for a, b in zip(run.sigmas, run.sigmas[1:], strict=False))
     assert all(0 <= t <= 999 for t in run.timesteps)
 
 
-def test_loading_and_saving_refuse_what_cannot_be(sd: StableDiffusion, small_model: Path, tmp_path: Path) -> None:
+def test_loading_and_saving_refuse_what_cannot_be(
+    sd: StableDiffusion, small_model: Path, tmp_path: Path, tally: Counter[str]
+) -> None:
     for choices in (
         {"device": "toaster"}, {"device": "cuda:99"}, {"device": 5}, {"device": b"cpu"}, {"device": "meta"},
         {"dtype": torch.int8}, {"dtype": torch.complex64}, {"dtype": "float16"}, {"dtype": 16}, {"dtype": torch.bool},
     ):  # fmt: skip
-        TRIED["loading"] += 1
         with pytest.raises((TypeError, ValueError)) as caught:
             StableDiffusion.from_pretrained(small_model, **choices)
         assert_on_purpose(caught.value)
+        tally["refused"] += 1
     for dtype in (torch.int8, "float16", torch.uint8):
         with pytest.raises((TypeError, ValueError)) as caught:
             sd.save_pretrained(tmp_path / "model", dtype)
@@ -430,6 +434,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, sd: StableDiffusion) -> Itera
     (folder / "text.txt").write_text("no picture")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.delenv("MINISD_DEBUG", raising=False)
+        patch.setattr(cli, "app", typer.main.get_command(cli.app))  # built once, which takes most of a call's time
         patch.setattr(cli, "_load", lambda model, device, dtype, **_:
             (device is None or cli._usable_device(device), sd)[1])
         yield folder
@@ -457,14 +462,14 @@ def assert_refused(folder: Path, arguments: list[str]) -> None:
     assert sorted(folder.rglob("*")) == before, arguments
 
 
-def test_every_bad_option_is_one_line_and_code_2(desk: Path) -> None:
+def test_every_bad_option_is_one_line_and_code_2(desk: Path, tally: Counter[str]) -> None:
     for name, (_, bad) in OPTIONS.items():
         for value in bad:
-            TRIED["command, bad alone"] += 1
             options = {name: value}
             if name in ("--strength", "--mask", "--outpaint"):
                 options["--image"] = "start.png"
             assert_refused(desk, ["generate", "fox", *typed(options)])
+            tally["refused"] += 1
     for name in ("--strength", "--mask", "--outpaint"):  # nothing to change
         assert_refused(desk, ["generate", "fox", *typed({name: OPTIONS[name][0][0]})])
     assert_refused(desk, ["generate", "\udcff"])
@@ -476,7 +481,7 @@ def test_every_bad_option_is_one_line_and_code_2(desk: Path) -> None:
 
 @hunt(0.25, 25)
 @given(data=st.data())
-def test_mixed_options_draw_or_are_refused(desk: Path, data: st.DataObject) -> None:
+def test_mixed_options_draw_or_are_refused(desk: Path, tally: Counter[str], data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from(list(OPTIONS)), unique=True, max_size=5), label="names")
     if {"--strength", "--mask", "--outpaint"} & {*names} and "--image" not in names:
         names.append("--image")
@@ -486,11 +491,11 @@ def test_mixed_options_draw_or_are_refused(desk: Path, data: st.DataObject) -> N
     options = {name: data.draw(st.sampled_from(OPTIONS[name][name in wrong]), label=name) for name in names}
     prompt = data.draw(st.sampled_from(PROMPTS["prompt" in wrong]), label="prompt")
     arguments = ["generate", prompt, *typed(options)]
-    TRIED["command, mixed"] += 1
     if "--image" in options and options.get("--steps") == "1" and options.get("--strength", "") != "1":
         return  # one step at part of the strength runs none
     if wrong:
         assert_refused(desk, arguments)
+        tally["refused"] += 1
         return
     code, out, err = run(arguments)
     assert code == 0 and "Traceback" not in err, (arguments, err)
@@ -504,3 +509,4 @@ def test_mixed_options_draw_or_are_refused(desk: Path, data: st.DataObject) -> N
             assert list(picture.size) == size
             assert float(np.asarray(picture).std()) > (0 if options.get("--image") == "small.png" else 1)
         (desk / file).unlink()
+    tally["whole"] += 1

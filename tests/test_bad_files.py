@@ -9,13 +9,14 @@ import re
 import resource
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import SMALL, make_parts
-from hunt_files import hunt
+from hunt_files import NO_WEIGHTS, hunt
 from safetensors.torch import load_file, save_file
 
 from minisd import StableDiffusion, TextEncoder, UNet
@@ -131,15 +132,6 @@ def test_a_file_cut_anywhere(tmp_path: Path) -> None:
 # Other files under the name of weights, other models
 
 
-def fake(kind: str) -> bytes:
-    return {
-        "empty": b"",
-        "web page": b"\n<!DOCTYPE html><html><body>Please log in</body></html>",
-        "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3438167540\n",
-        "git-annex": b"/annex/objects/SHA256E-s3438167540--4d7a.safetensors\n",
-    }[kind]
-
-
 @pytest.mark.parametrize(
     ("kind", "message"),
     [("empty", "is empty"), ("web page", "is a web page"), ("git-lfs", "git lfs pull"), ("git-annex", "git annex get")],
@@ -147,7 +139,7 @@ def fake(kind: str) -> bytes:
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_what_is_no_weights_at_all(tmp_path: Path, kind: str, message: str, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
-    path.write_bytes(fake(kind))
+    path.write_bytes(NO_WEIGHTS[kind])
     for read in (load, read_textual_inversion, lambda path: read_lora(path, {})):
         with pytest.raises(CheckpointError, match=message):
             read(path)
@@ -385,8 +377,10 @@ def test_alphas_that_are_no_numbers(tmp_path: Path) -> None:
         read_lora(path, parts)
 
 
-def test_hunt(capsys: pytest.CaptureFixture[str]) -> None:
-    """A sample of `python tests/hunt_files.py`; MINISD_HUNT sets how many."""
-    found = hunt(int(os.environ.get("MINISD_HUNT", "150")))
+def test_hunt(capsys: pytest.CaptureFixture[str], tally: Counter[str]) -> None:
+    """As many damaged files as MINISD_HUNT says, from the seed MINISD_SEED on."""
+    found = hunt(int(os.environ.get("MINISD_HUNT", "150")), int(os.environ.get("MINISD_SEED", "0")))
+    tally.update(found)
+    tally["executed"] = found["FAILED executed"]
     assert not any(name.startswith("FAILED") for name in found), capsys.readouterr().out
     assert found["refused"] > found["other"] > 0 and found["whole"] > 0
