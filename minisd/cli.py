@@ -8,10 +8,12 @@ something that cannot be, 130 interrupted.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -220,7 +222,7 @@ def generate(
     if recalled is not None:
         recalled.check(means)
     said: list[Mapping[str, Any]] = [options] if lines is None else [options, *(line.settings for line in lines)]
-    words = " ".join(one.get(name) or "" for one in said for name in ("prompt", "negative_prompt"))
+    words = [one.get(name) or "" for one in said for name in ("prompt", "negative_prompt")]
     if not rank() and (unknown := _unknown_words(sd, words)):
         _say(unknown)
     if lines is not None:
@@ -260,7 +262,7 @@ def interpolate(
 
     target = Target.parse(output, f"{start} to {end}", several=False, overwrite=overwrite)
     sd = _load(model, device, None)
-    if unknown := _unknown_words(sd, f"{start} {end}"):
+    if unknown := _unknown_words(sd, [start, end]):
         _say(unknown)
     drawing = Drawing(
         prompt=f"{start} to {end}",
@@ -326,9 +328,11 @@ def evaluate(
 
     Writes evaluation.json and evaluation.png. Called again after a break, it goes on where it stopped.
     """
+    from minisd.checks import writable
     from minisd.evaluation import evaluate_model
     from minisd.evaluation.measure import Settings
 
+    writable(output)
     result = evaluate_model(model, output, Settings(count=count, steps=steps, guidance=guidance))
     for name, shares in result["attributes"].items():
         drawn, real = ("{share} [{low}, {high}] of {of}".format(**shares[kind]) for kind in ("drawn", "real"))
@@ -440,9 +444,18 @@ def _check_modes(
         raise typer.BadParameter("--prompts draws many pictures; name a folder for them: --output out/", context)
 
 
-def _unknown_words(sd: StableDiffusion, text: str) -> str:
-    """A warning about words that the model never learned, with some that it did; "" where it knows all."""
-    unknown = sd.unknown_words(text)
+def _unknown_words(sd: StableDiffusion, prompts: Sequence[str]) -> str:
+    """A warning about words that the model never learned, with some that it did; "" where it knows all.
+
+    Prompts that cannot be read are passed over: whoever draws them says what is wrong.
+    """
+    from minisd.prompts import parse
+
+    plain = []
+    for prompt in dict.fromkeys(prompts):
+        with suppress(ValueError):
+            plain += [re.sub(r"[()\[\]\\]", " ", text) for text, _ in parse(prompt)]
+    unknown = sd.unknown_words(" ".join(plain))
     if not unknown:
         return ""
     from minisd.training.captions import vocabulary

@@ -198,12 +198,13 @@ def test_drawn_seeds_are_kept(run: Run) -> None:
     ],
 )
 def test_another_plan_is_refused(
-    run: Run, whole: dict[str, bytes], change: dict[str, Any], options: list[str], words: list[str]
+    run: Run, whole: dict[str, bytes], change: dict[str, Any], options: list[str], words: list[str], tally: Counter[str]
 ) -> None:
     write("prompts.jsonl", [PROMPTS[0] | change, *PROMPTS[1:]])
     (Path("whole") / "third.png").unlink()
     code, lines, err = again(run, "whole", *options)
     assert (code, lines) == (2, [])
+    tally["refused"] += 1
     assert all(word in err for word in [*words, "another folder", "--overwrite"]), err
     assert contents("whole") == {name: data for name, data in whole.items() if name != "third.png"}
 
@@ -281,13 +282,18 @@ def test_pictures_of_somebody_else_are_left_alone(run: Run) -> None:
         ('{"prompt": "fox\\ud800"}', ["no text"]),
         ('{"prompt": "fox\\u0000"}', ["no text"]),
         ("[" * 100000, ["not JSON"]),
+        (f'{{"prompt": "{"fox " * 10_000}"}}', ["10000 tokens", "at most 8"]),
+        ('{"prompt": "fox", "negative_prompt": "(red:99)"}', ["weight 99"]),
     ],
 )
-def test_a_bad_line_is_named_before_anything_is_drawn(run: Run, line: str, words: list[str]) -> None:
+def test_a_bad_line_is_named_before_anything_is_drawn(
+    run: Run, line: str, words: list[str], tally: Counter[str]
+) -> None:
     Path("prompts.jsonl").write_text('{"prompt": "fox", "name": "same"}\n\n' + line + "\n", encoding="utf-8")
     code, lines, err = again(run, "out/")
     error = err.splitlines()[-1]
     assert (code, lines, os.listdir()) == (2, [], ["prompts.jsonl"])
+    tally["refused"] += 1
     assert error.startswith("error: prompts.jsonl, line 3")
     assert all(word in error for word in words), error
 
@@ -301,10 +307,11 @@ def test_a_bad_line_is_named_before_anything_is_drawn(run: Run, line: str, words
         ("prompts.txt", "fox\n".encode("utf-16"), ["line 1 is not UTF-8", "save the file as UTF-8"]),
     ],
 )
-def test_a_bad_file_is_refused(run: Run, name: str, content: bytes, words: list[str]) -> None:
+def test_a_bad_file_is_refused(run: Run, name: str, content: bytes, words: list[str], tally: Counter[str]) -> None:
     Path(name).write_bytes(content)
     code, lines, err = run("generate", "--prompts", name, "--output", "out/")
     assert (code, lines, os.listdir()) == (2, [], [name])
+    tally["refused"] += 1
     assert all(word in err for word in words), err
 
 
@@ -463,7 +470,7 @@ def test_interrupting_keeps_what_is_finished(unbroken: Path, small_model: Path) 
     assert left.items() <= contents(unbroken / "whole").items() and 2 <= len(left) < 17
 
 
-def test_two_processes_write_the_files_of_one(unbroken: Path, small_model: Path) -> None:
+def test_two_processes_write_the_files_of_one(unbroken: Path, small_model: Path, tally: Counter[str]) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     words = (*torchrun, *command(unbroken, "two", small_model))
     code, lines, err = finish(*words)
@@ -472,6 +479,7 @@ def test_two_processes_write_the_files_of_one(unbroken: Path, small_model: Path)
     ), err
     assert contents(unbroken / "two") == contents(unbroken / "whole")
     assert len(re.findall("16 drawn, 0 were there already", err)) == 1
+    tally["whole"] += 16
     for name in ("third.png", "0005-fox-1.png", "0005-fox-2.png", "0005-fox-3.png"):
         (unbroken / "two" / name).unlink()
     code, lines, err = finish(*words)

@@ -51,13 +51,14 @@ def test_a_killed_training_loses_nothing(
         text=True,
     )
     report = json.loads((done.stdout.splitlines() or ["{}"])[-1])
-    tally.update({name: report.get(name, 0) for name in ("lost", "corrupt")}, kills=sum(report.get("kills", {}).values()))
+    tally.update({name: report.get(name, 0) for name in ("lost", "corrupt")})
+    tally["kills"] += sum(report.get("kills", {}).values())
     assert done.returncode == 0, done.stderr[-3000:]
     print(f"\n{part}: {report}")
     assert sum(report["kills"].values()) == KILLS and report["ends"] >= 1
 
 
-def test_what_options_refuse(tmp_path: Path) -> None:
+def test_what_options_refuse(tmp_path: Path, tally: Counter[str]) -> None:
     from minisd.training.loop import Options
 
     for choices, words in (
@@ -68,3 +69,4 @@ def test_what_options_refuse(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=words):
             Options(tmp_path, **choices)  # type: ignore[arg-type]
+        tally["refused"] += 1
