@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from minisd import checks
 from minisd.keys import looks_like
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
@@ -137,12 +138,15 @@ class Adapters:
 
         Raises what `read_lora` does, and ValueError for a name that is taken or while LoRAs are fused.
         """
-        name = Path(path).stem if name is None else name
+        file = checks.path("path", path)
+        name = file.stem if name is None else name
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"name={name!r:.80}; expected a string that is not empty, to call the LoRA by")
         if name in self.loras:
             raise ValueError(f"a LoRA named {name!r} is loaded already; give another name, or unload it first")
         self._must_not_be_fused()
-        _finite({name: weight})
-        lora = read_lora(path, parts)
+        weight = _weight(name, weight)
+        lora = read_lora(file, parts)
         lora.weight = weight
         layers = layers_of(parts)
         self._layers[name] = {each: layers[each] for each in lora.names}
@@ -155,9 +159,11 @@ class Adapters:
 
         Raises ValueError for a name that is not loaded, a weight that is not finite, or while LoRAs are fused.
         """
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"weights={weights!r:.80}; expected a weight for each name, such as {{'style': 0.8}}")
         self._must_be_loaded(*weights)
         self._must_not_be_fused()
-        _finite(weights)
+        weights = {name: _weight(name, weight) for name, weight in weights.items()}
         for name, lora in self.loras.items():
             lora.weight = weights.get(name, 0.0)
 
@@ -215,7 +221,7 @@ class Adapters:
             raise ValueError(f"{', '.join(self.loras)} is fused into the weights; call unfuse_lora() first")
 
     def _must_be_loaded(self, *names: str) -> None:
-        if unknown := [name for name in names if name not in self.loras]:
+        if unknown := [name for name in names if name not in list(self.loras)]:
             raise ValueError(f"no LoRA named {unknown[0]!r}; loaded are: {', '.join(self.loras) or 'none'}")
 
 
@@ -236,7 +242,7 @@ def read_lora(path: str | PathLike[str], parts: Mapping[str, nn.Module]) -> LoRA
     from the file or from peft's configuration; where neither says, α = r. Raises CheckpointError, which names every
     key that no layer wants and every tensor of the wrong shape.
     """
-    path = _file_in(Path(path), LORA_FILES)
+    path = _file_in(checks.path("path", path), LORA_FILES)
     header, layers = read_header(path), layers_of(parts)
     spelled = {spelling: name for name in layers for spelling in _spellings(name)}
     keys: dict[str, dict[str, str]] = {}
@@ -264,7 +270,7 @@ def read_lora(path: str | PathLike[str], parts: Mapping[str, nn.Module]) -> LoRA
         rank = len(a)
         try:
             alpha = float(tensors[found["alpha"]]) if "alpha" in found else _told_alpha(settings, name, rank)
-            _finite({f"alpha of {name}": alpha})
+            checks.real("alpha", alpha)
         except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
             raise CheckpointError(f"{path} has no valid alpha for {name} ({error}); fetch it again") from error
         updates[name] = update = LowRank(layers[name], rank, alpha)
@@ -340,7 +346,7 @@ def read_textual_inversion(path: str | PathLike[str], token: str | None = None) 
     path: .safetensors or .bin of diffusers ({word: vectors}), .pt or .safetensors of the web UI, or a folder with such
     a file. Raises CheckpointError when it is none of these.
     """
-    path = _file_in(Path(path), INVERSION_FILES)
+    path = _file_in(checks.path("path", path), INVERSION_FILES)
     if path.suffix == ".safetensors":
         header = read_header(path)
         if wrong := [f"{shown(key)} of dtype {info.dtype}" for key, info in header.items() if info.dtype not in FLOATS]:
@@ -397,7 +403,5 @@ def _file_in(path: Path, stems: tuple[str, ...]) -> Path:
     return found[0]
 
 
-def _finite(weights: Mapping[str, float]) -> None:
-    for name, weight in weights.items():
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of {name!r} is {weight}; expected a finite number, such as 1.0")
+def _weight(name: str, weight: Any) -> float:
+    return checks.real(f"weight of {name!r:.80}", weight, hint=", such as 1.0")

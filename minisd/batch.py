@@ -215,13 +215,17 @@ def _kind(drawing: Drawing) -> tuple[Any, ...]:
 def check_plan(plan: Sequence[Planned], sd: StableDiffusion) -> None:
     """Raise ValueError, naming the line, for the first picture that the model cannot draw."""
     from minisd.noise import seeds
+    from minisd.prompts import read
 
-    known = set()
+    known: set[Any] = set()
     for one in plan:
         kind = _kind(one.drawing)
         try:
             if one.seed is not None:
                 seeds(one.seed, 1)
+            for text in {one.drawing.prompt, one.drawing.negative_prompt} - known:
+                read(text, sd.tokenizer)
+                known.add(text)
             if kind not in known:
                 one.drawing.check(sd)
         except (ValueError, TypeError, OverflowError) as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minisd import checks
 from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, SD21_BASE, ModelConfig
 from minisd.folder import STEMS, Defaults, read_configs, save
@@ -182,10 +183,11 @@ def describe(source: str | os.PathLike[str] | None = None, **choices: Any) -> st
 def _locate(source: str | os.PathLike[str] | None, variant: str | None, revision: str | None) -> Path:
     if source is None or source == "tiny":
         return SHIPPED
-    path = Path(source)
+    path = checks.path("source", source)
     if path.exists():
         return path
-    if isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and path.suffix not in SINGLE_FILES:
+    hub_id = isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII)
+    if isinstance(source, str) and hub_id and path.suffix not in SINGLE_FILES:
         from minisd import hub  # imports huggingface_hub, which nothing else needs
 
         return hub.download(source, variant=variant, revision=revision)

@@ -50,6 +50,30 @@ def real(name: str, value: Any, low: float = -float("inf"), high: float = float(
     return number
 
 
+def path(name: str, value: Any) -> Path:
+    """The path of a file or folder, there or not; ValueError for what can be no name."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}={_shown(value)}; expected the path of a file or folder, as a string or a Path")
+    found = Path(value)
+    if "\0" in str(found):
+        raise ValueError(f"{name}={_shown(value)} has a zero byte, which no name can have; leave it out")
+    try:
+        found.exists()
+    except PermissionError:
+        return found
+    except OSError as error:
+        raise ValueError(f"{name}={_shown(value)} cannot be a path ({error.strerror}); give a shorter one") from error
+    return found
+
+
+def writable(folder: Path) -> None:
+    """Raise OSError where no file can be put into a folder, which need not be there yet."""
+    absolute = path("folder", folder).absolute()
+    there = next(each for each in (absolute, *absolute.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(f"--output: {there} is no folder, or is not writable; choose another place")
+
+
 def texts(name: str, value: Any) -> list[str]:
     """A string, or a list of them that is not empty, as a list; ValueError for text that is not valid Unicode."""
     listed = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []

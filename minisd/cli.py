@@ -239,7 +239,7 @@ def generate(
     if recalled is not None:
         recalled.check(means)
     said: list[Mapping[str, Any]] = [options] if lines is None else [options, *(line.settings for line in lines)]
-    words = " ".join(one.get(name) or "" for one in said for name in ("prompt", "negative_prompt"))
+    words = [one.get(name) or "" for one in said for name in ("prompt", "negative_prompt")]
     if not rank() and (unknown := unknown_words_warning(sd, words)):
         _say(unknown)
     from minisd.presets import PRESETS
@@ -283,7 +283,7 @@ def interpolate(
 
     target = Target.parse(output, f"{start} to {end}", several=False, overwrite=overwrite)
     sd = _load(model, device, None)
-    if unknown := unknown_words_warning(sd, f"{start} {end}"):
+    if unknown := unknown_words_warning(sd, [start, end]):
         _say(unknown)
     drawing = Drawing(
         prompt=f"{start} to {end}",
@@ -349,9 +349,11 @@ def evaluate(
 
     Writes evaluation.json and evaluation.png. Called again after a break, it goes on where it stopped.
     """
+    from minisd.checks import writable
     from minisd.evaluation import evaluate_model
     from minisd.evaluation.measure import Settings
 
+    writable(output)
     result = evaluate_model(model, output, Settings(count=count, steps=steps, guidance=guidance))
     for name, shares in result["attributes"].items():
         drawn, real = ("{share} [{low}, {high}] of {of}".format(**shares[kind]) for kind in ("drawn", "real"))

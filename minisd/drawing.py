@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 GRID = 1000
+LONGEST = 200  # bytes of a name, before seed, number and ending are added; a file system takes 255
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Target:
 
         Raises BadParameter for a name that is neither a .png nor a folder, OSError where nothing can be written.
         """
+        from minisd.checks import writable
+
         path = Path(output or "")
         if output and path.suffix.lower() == ".png" and not path.is_dir():
             target = cls(path.parent, path.stem, several, overwrite)
@@ -52,10 +56,9 @@ class Target:
             raise typer.BadParameter(
                 f"--output {output} is no .png file and no folder; end it in .png, or in / for a new folder"
             )
-        absolute = target.folder.absolute()
-        there = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise OSError(f"--output: {there} is no folder, or is not writable; choose another place")
+        if len(os.fsencode(target.stem)) > LONGEST:
+            raise typer.BadParameter(f"--output {target.stem[:40]}… is too long; give {LONGEST} letters or fewer")
+        writable(target.folder)
         return target
 
     def save(self, picture: Image.Image, seed: int, text: str) -> None:
@@ -293,9 +296,18 @@ def fingerprint(sd: StableDiffusion) -> str:
     return found.hexdigest()[:10]
 
 
-def unknown_words_warning(sd: StableDiffusion, text: str) -> str:
-    """A warning about words that the model never learned, with some that it did; "" where it knows all."""
-    unknown = sd.unknown_words(text)
+def unknown_words_warning(sd: StableDiffusion, prompts: Sequence[str]) -> str:
+    """A warning about words that the model never learned, with some that it did; "" where it knows all.
+
+    Prompts that cannot be read are passed over: whoever draws them says what is wrong.
+    """
+    from minisd.prompts import parse
+
+    plain = []
+    for prompt in dict.fromkeys(prompts):
+        with suppress(ValueError):
+            plain += [re.sub(r"[()\[\]\\]", " ", text) for text, _ in parse(prompt)]
+    unknown = sd.unknown_words(" ".join(plain))
     if not unknown:
         return ""
     from minisd.training.captions import vocabulary

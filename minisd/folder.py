@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from minisd import checks
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
 from minisd.preview import SD1, Factors
@@ -160,7 +161,7 @@ def save(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype | None
     kill may leave a folder .NAME.….tmp, whole or not, beside it; it can be deleted. Raises FileExistsError where the
     folder holds anything but a model with the same files.
     """
-    target = Path(folder)
+    target = checks.path("folder", folder)
     with _moved_into(target) as new:
         parts: dict[str, nn.Module] = {
             "text_encoder": model.text_encoder,

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,10 @@ def choose_files(names: Iterable[str], variant: str | None = None) -> list[str]:
 
 
 def _cached(repo: str, revision: str | None, reason: Exception) -> Path:
-    index = huggingface_hub.try_to_load_from_cache(repo, "model_index.json", revision=revision)
-    if isinstance(index, str):
-        return Path(index).parent
+    with suppress(errors.HFValidationError):  # a name that no model can have
+        index = huggingface_hub.try_to_load_from_cache(repo, "model_index.json", revision=revision)
+        if isinstance(index, str):
+            return Path(index).parent
     raise HubError(
         f"{repo} is not in the cache and the hub cannot be reached ({reason}); connect, unset HF_HUB_OFFLINE, or give "
         "a local folder"

@@ -121,7 +121,7 @@ def _read_seed(text: str) -> int:
 
 def _notes(sd: StableDiffusion, wish: Wish, chunks: list[list[tuple[int, float]]]) -> list[str]:
     """What `minisd generate` would warn of."""
-    unknown = unknown_words_warning(sd, f"{wish.prompt} {wish.negative_prompt}")
+    unknown = unknown_words_warning(sd, [wish.prompt, wish.negative_prompt])
     notes = [unknown.removeprefix("warning: ")] if unknown else []
     if len(chunks) > 1:
         count = sum(map(len, chunks))

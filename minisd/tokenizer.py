@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from minisd.checks import texts
+
 BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 # Unicode's White_Space property; Python's own `\s` adds \x1c to \x1f.
 WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
@@ -110,6 +112,9 @@ class Tokenizer:
         As in transformers the word is found wherever it stands, in either case, before the text is split. As in
         diffusers its tokens are the word, word_1, word_2 … Raises ValueError for a word that is a token already.
         """
+        if not isinstance(token, str):
+            raise TypeError(f"token={token!r:.80}; expected the new word, as a string")
+        (token,) = texts("token", token)
         word = normalize(token).strip()
         names = (word, *(f"{word}_{i}" for i in range(1, count)))
         if not word or count < 1:

@@ -147,6 +147,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > JSON_BYTES:
             raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no such file is so large. Fetch it again")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is no regular file; expected JSON. Fetch it again")
         value = json.loads(path.read_text(encoding="utf-8"))
     except CheckpointError:
         raise
@@ -196,6 +198,8 @@ def _batches(header: Mapping[str, TensorInfo]) -> Iterable[list[str]]:
 
 
 def _check_start(path: Path) -> None:
+    if not path.is_file():  # a pipe would be waited for, a device read for ever
+        raise CheckpointError(f"{path} is missing or no regular file; fetch it, or give a file on a disk")
     with path.open("rb") as file:
         start = file.read(200)
     if not start:

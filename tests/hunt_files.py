@@ -2,13 +2,15 @@
 
 python tests/hunt_files.py [--count 6000] [--seed 0]
 
-Every case runs in one worker process with limited memory and time, so a crash or a hang is caught as well. A case ends
+`hunt.py` does this as well. A file is cut, flipped, spliced or edited, exchanged for another one, or a pickle that runs
+code is put into it. Every case runs in one worker process with limited memory and time, so a crash or a hang is caught
+as well. A case ends
 
 - whole: loaded, and equal to the file before the damage;
 - other: loaded, with the same names and shapes, but other numbers or settings (a flipped bit in a weight, another
   digit in a configuration), which nothing but a digest could tell;
 - refused: CheckpointError, another ValueError, or OSError, with a message;
-- FAILED: anything else, printed with its seed. `--seed SEED --count 1` repeats it.
+- FAILED: anything else, such as code that was executed, printed with its seed. `--seed SEED --count 1` repeats it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickletools
 import random
 import re
 import resource
@@ -28,7 +31,7 @@ import tempfile
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,16 +40,29 @@ from typing import Any
 MEMORY = 2**30  # beyond what the worker has when it starts
 SECONDS = 20  # of its own CPU time, for one case
 
+NO_WEIGHTS = {
+    "empty": b"",
+    "web page": b"\n<!DOCTYPE html><html><body>Please log in</body></html>",
+    "git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3438167540\n",
+    "git-annex": b"/annex/objects/SHA256E-s3438167540--4d7a.safetensors\n",
+}
 JUNK: tuple[Any, ...] = (
     None, True, -1, 0, 1.5, 10**9, 2**63, 10**400, float("nan"), float("inf"), "", "x" * 5000, "../../etc/passwd", [],
     {}, [[]], [1] * 1000, {"a": {"a": {}}}, "\x1b[2J", "NaN",
 )  # fmt: skip
 
 
-def damage(data: bytes, name: str, rng: random.Random) -> bytes:
-    """One change to a file: by bytes, or by the structure that its name promises."""
-    if not data:
-        return data
+def damage(
+    data: bytes, name: str, rng: random.Random, strange: Sequence[bytes] = (), hostile: Sequence[bytes] = ()
+) -> bytes:
+    """One change to a file: by bytes, by the structure that its name promises, or for another file altogether.
+
+    strange: files to take its place. hostile: pickles to put into it, if it is one.
+    """
+    if not data or (strange and rng.random() < 0.05):
+        return rng.choice(strange) if strange else data
+    if hostile and name.endswith((".ckpt", ".pt", ".bin")) and rng.random() < 0.5:
+        return infect(data, rng.choice(hostile), rng)
     changes: list[Callable[[bytes, random.Random], bytes]] = [cut, flip, flip, splice, insert, fill]
     if name.endswith(".json"):
         changes += [edit_json] * 6
@@ -138,12 +154,47 @@ def edit_header(data: bytes, rng: random.Random) -> bytes:
     return length.to_bytes(8, "little") + text + body
 
 
-def edit_pickle(data: bytes, rng: random.Random) -> bytes:
-    """Damage inside a zip archive, with its sums computed anew, so that it gets as far as the pickle."""
+def members_of(data: bytes) -> dict[str, bytes]:
+    """What a zip archive holds; nothing where it is none, or one that was damaged before."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = {name: archive.read(name) for name in archive.namelist()}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError):  # damaged before
+            return {name: archive.read(name) for name in archive.namelist()}
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, OSError):
+        return {}
+
+
+def infect(data: bytes, program: bytes, rng: random.Random) -> bytes:
+    """A hostile pickle in the middle of the first pickle of a checkpoint, or in its place, or before the file."""
+    members = members_of(data)
+    name = next((name for name in members if name.endswith("data.pkl")), None)
+    where = rng.randrange(4)
+    if where == 0:
+        return program + data
+    if name is None:
+        return with_program(data, program, rng)
+    members[name] = program if where == 1 else with_program(members[name], program, rng)
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for each, content in members.items():
+            archive.writestr(each, content)
+    return stream.getvalue()
+
+
+def with_program(pickle: bytes, program: bytes, rng: random.Random) -> bytes:
+    """A pickle that carries another one out between two of its instructions, and goes on as before."""
+    try:
+        places = [place for _, _, place in pickletools.genops(pickle) if place]
+    except Exception:  # damaged before
+        return program + pickle
+    at = rng.choice(places)
+    inner = program[2:-1] if program.startswith(b"\x80") else program[:-1]
+    return pickle[:at] + inner + b"0" + pickle[at:]
+
+
+def edit_pickle(data: bytes, rng: random.Random) -> bytes:
+    """Damage inside a zip archive, with its sums computed anew, so that it gets as far as the pickle."""
+    members = members_of(data)
+    if not members:
         return rng.choice((flip, splice, insert))(data, rng)
     name = rng.choice([name for name in members if name.endswith("data.pkl")] * 4 + list(members))
     if members[name]:
@@ -211,6 +262,8 @@ class Hunt:
         self._write_pictures(folder)
         self.folder = folder
         self.cases = self._cases()
+        self.canary = folder / "ran"
+        self._gather_strangers()
         self.wanted: dict[str, Any] = {}
 
     def _write_shards(self, folder: Path, weights: Mapping[str, Any]) -> None:
@@ -243,6 +296,14 @@ class Hunt:
         image.quantize(5).save(folder / "g.png")
         Image.new("I;16", (9, 9), 40_000).save(folder / "h.png")
         image.convert("RGBA").save(folder / "i.png")
+
+    def _gather_strangers(self) -> None:
+        """What is put in the place of a file, and into pickles."""
+        from test_pickles import REFUSED, programs
+
+        self.hostile = [*programs(self.canary).values()] * 3 + [each for each in REFUSED.values() if len(each) < 10_000]
+        self.strange = [*NO_WEIGHTS.values(), *self.hostile]
+        self.strange += [path.read_bytes() for path in sorted({self.folder / name for name, _ in self.cases})]
 
     def _cases(self) -> list[tuple[str, Callable[[Path], Any]]]:
         from minisd import Tokenizer, checkpoint
@@ -289,19 +350,23 @@ class Hunt:
         wanted = self.wanted[name] if name in self.wanted else self.wanted.setdefault(name, load(path))
         after = before
         for _ in range(rng.choice((1, 1, 1, 2))):
-            after = damage(after, name, rng)
+            after = damage(after, name, rng, self.strange, self.hostile)
         try:
             path.write_bytes(after)
             try:
                 found = load(path)
             except (ValueError, OSError) as error:
-                return "refused", f"{name}: {type(error).__name__}: {error}"
+                ran = self.canary.exists()
+                return "FAILED executed" if ran else "refused", f"{name}: {type(error).__name__}: {error}"
+            if self.canary.exists():
+                return "FAILED executed", name
             if same(wanted, found):
                 return "whole", name
             return ("other" if outline(wanted) == outline(found) or rough(name) else "FAILED shape"), name
         except Exception as error:
             return f"FAILED {type(error).__name__}", f"{name}: {error}"
         finally:
+            self.canary.unlink(missing_ok=True)
             path.unlink()  # a new file: loaded weights are maps of the old one
             path.write_bytes(before)
 

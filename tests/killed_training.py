@@ -19,11 +19,13 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from small_training import small_task
+from small_training import assert_same_run, small_task
 
 from minisd import StableDiffusion
 from minisd.training import loop
@@ -112,25 +114,30 @@ def run(part: str, data: Path, model: Path, output: Path, kind: int | None, rng:
     return True
 
 
-def check(output: Path) -> None:
-    """After a kill: the checkpoint, if there is one, is whole, and the losses reach at least as far."""
-    path = output / "checkpoint.pt"
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        assert 0 <= state["step"] <= STEPS
-        losses = output / "losses.jsonl"
-        lines = losses.read_text().splitlines() if losses.exists() else []
-        assert len([json.loads(line)["loss"] for line in lines]) >= state["step"], "losses were lost"
+@contextmanager
+def counted(found: Counter[str], name: str) -> Iterator[None]:
+    """Count, under this name, an error in this block, which goes on its way."""
+    try:
+        yield
+    except Exception:
+        found[name] += 1
+        raise
+
+
+def check(output: Path, before: int, found: Counter[str]) -> int:
+    """After a kill: all is whole, the checkpoint no older than before, the losses as long. Returns its step."""
+    path, losses = output / "checkpoint.pt", output / "losses.jsonl"
+    with counted(found, "corrupt"):
+        step = torch.load(path, weights_only=True)["step"] if path.exists() else 0
+        lines = [json.loads(line)["loss"] for line in losses.read_text().splitlines()] if losses.exists() else []
+    with counted(found, "lost"):
+        assert before <= step <= min(STEPS, len(lines)), f"step {before} was saved, {step} is, {len(lines)} losses"
+    return int(step)
 
 
 def compare(mine: Path, whole: Path) -> None:
     """The end of a run that was killed against that of the unbroken one: the same bits, and no litter."""
-    assert (mine / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
-    ends = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (mine, whole)]
-    for key, value in ends[0]["model"].items():
-        assert torch.equal(value, ends[1]["model"][key]), key
-    for one, other in zip(ends[0]["averages"]["0.999"], ends[1]["averages"]["0.999"], strict=True):
-        assert torch.equal(one, other)
+    assert_same_run(mine, whole)
     names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (mine, whole)]
     assert names[0] == names[1], names
     for name in names[0]:
@@ -143,20 +150,22 @@ def main() -> None:
     kills, rng = int(sys.argv[5]), random.Random(int(sys.argv[6]))
     began = time.monotonic()
     assert run(part, data, model, output / "whole", None, rng, 0)
-    length, done, ends = time.monotonic() - began, Counter[str](), 0
-    broken = output / "broken"
-    while sum(done.values()) < kills:
-        kind = (sum(done.values()) + ends) % len(KINDS)
-        if run(part, data, model, broken, kind, rng, length):  # the end came first
-            compare(broken, output / "whole")
-            shutil.rmtree(broken)
-            ends += 1
-        else:
-            done[KINDS[kind]] += 1
-            check(broken)
-    run(part, data, model, broken, None, rng, length)
-    compare(broken, output / "whole")
-    print(json.dumps({"kills": done, "ends": ends + 1}))
+    length, done, found = time.monotonic() - began, Counter[str](), Counter(ends=0, lost=0, corrupt=0)
+    broken, step = output / "broken", 0
+    try:
+        while sum(done.values()) < kills or broken.exists():
+            enough = sum(done.values()) == kills
+            kind = (sum(done.values()) + found["ends"]) % len(KINDS)
+            if run(part, data, model, broken, None if enough else kind, rng, length):
+                with counted(found, "lost"):
+                    compare(broken, output / "whole")
+                shutil.rmtree(broken)
+                found["ends"], step = found["ends"] + 1, 0
+            else:
+                done[KINDS[kind]] += 1
+                step = check(broken, step, found)
+    finally:
+        print(json.dumps({"kills": done} | found))
 
 
 if __name__ == "__main__":

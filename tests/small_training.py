@@ -47,6 +47,17 @@ def small_task(part: str, folder: Path, output: Path) -> Task:
     return UNetTask(latents, scenes.captions, Autoencoder(AUTOENCODER), TextEncoder(TEXT), config, layout=layout)
 
 
+def assert_same_run(mine: Path, whole: Path) -> None:
+    """Two trainings ended alike: the losses of every step, and all bits of the weights and their averages."""
+    assert (mine / "losses.jsonl").read_text() == (whole / "losses.jsonl").read_text()
+    one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (mine, whole))
+    assert one["model"].keys() == other["model"].keys()
+    for key, value in one["model"].items():
+        assert torch.equal(value, other["model"][key]), key
+    for average, wanted in zip(one["averages"]["0.999"], other["averages"]["0.999"], strict=True):
+        assert torch.equal(average, wanted)
+
+
 def main() -> None:
     part, scenes, output, steps = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)

@@ -497,7 +497,7 @@ def test_names_weights_and_order_of_calls(
         ours.load_lora(tmp_path / "nothing.safetensors")
     with pytest.raises(FileNotFoundError, match="a folder with pytorch_lora_weights.safetensors"):
         ours.load_lora(TOKENIZER)
-    with pytest.raises(ValueError, match="the weight of 'style' is inf"):
+    with pytest.raises(ValueError, match="weight of 'style'=inf"):
         ours.load_lora(path, weight=float("inf"))
     ours.load_lora(path)
     output = our_output(ours)
@@ -506,7 +506,7 @@ def test_names_weights_and_order_of_calls(
     for call in (lambda: ours.set_adapters({"style": 0.5, "stile": 1.0}), lambda: ours.unload_lora("stile")):
         with pytest.raises(ValueError, match="no LoRA named 'stile'; loaded are: style"):
             call()
-    with pytest.raises(ValueError, match="the weight of 'style' is nan"):
+    with pytest.raises(ValueError, match="weight of 'style'=nan"):
         ours.set_adapters({"style": float("nan")})
     assert torch.equal(our_output(ours), output)
     ours.fuse_lora()

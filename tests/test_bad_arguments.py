@@ -1,41 +1,46 @@
 """Bad arguments, one at a time and mixed at random, to everything public and to the command: refused, or a picture.
 
 Which values are good and which are bad is written down by hand below. An error counts only where the package raised it
-on purpose: of a documented type, in a `raise` of its own, with a sentence. MINISD_HUNT=4000 tries that many mixtures:
-
-    MINISD_HUNT=4000 python -m pytest -s tests/test_bad_arguments.py
+on purpose: of a documented type, in a `raise` of its own, with a sentence. MINISD_HUNT=4000 tries that many mixtures;
+`hunt.py` sets it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import linecache
 import math
 import os
+import shutil
+import subprocess
+import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import minisd
 from minisd import Sampler, Schedule, StableDiffusion, cli
+from minisd.adapters import LoRA, LowRank, layers_of
 from minisd.guidance import Guidance
 from minisd.samplers import SAMPLERS
 
 HUNT = int(os.environ.get("MINISD_HUNT", 0))
 DOCUMENTED = (TypeError, ValueError, FloatingPointError, OSError)
 NAN, INF = float("nan"), float("inf")
-TRIED: Counter[str] = Counter()
 
 
 def hunt(share: float, few: int) -> settings:
@@ -51,9 +56,8 @@ def hunt(share: float, few: int) -> settings:
 
 
 @pytest.fixture(scope="module")
-def sd(small_model: Path) -> Iterator[StableDiffusion]:
-    yield StableDiffusion.from_pretrained(small_model, device="cpu")
-    print("\ninputs tried:", sum(TRIED.values()), dict(TRIED))
+def sd(small_model: Path) -> StableDiffusion:
+    return StableDiffusion.from_pretrained(small_model, device="cpu")
 
 
 def assert_on_purpose(error: Exception) -> None:
@@ -289,7 +293,7 @@ def assert_drawn(sd: StableDiffusion, function: str, values: dict[str, Any], res
 
 @pytest.mark.parametrize("function", CALLS)
 def test_every_bad_value_is_refused_before_anything_is_drawn(
-    sd: StableDiffusion, function: str, monkeypatch: pytest.MonkeyPatch
+    sd: StableDiffusion, function: str, monkeypatch: pytest.MonkeyPatch, tally: Counter[str]
 ) -> None:
     resource = pytest.importorskip("resource")
     needed, optional = CALLS[function]
@@ -303,20 +307,22 @@ def test_every_bad_value_is_refused_before_anything_is_drawn(
     for name in (*needed, *optional):
         for value in fitting(function, name)[1]:
             values = {each: fitting(function, each)[0][0] for each in needed} | {name: value}
-            TRIED["bad alone"] += 1
             try:
                 call(sd, function, values)
             except Exception as error:
                 assert_on_purpose(error)
+                tally["refused"] += 1
             else:
                 pytest.fail(f"{function}({name}={value!r:.80}) was not refused")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000, "kilobytes"
 
 
 @pytest.mark.parametrize("function", CALLS)
-@hunt(0.055, 8)
+@hunt(0.04, 8)
 @given(data=st.data())
-def test_mixed_values_draw_or_are_refused(sd: StableDiffusion, function: str, data: st.DataObject) -> None:
+def test_mixed_values_draw_or_are_refused(
+    sd: StableDiffusion, function: str, tally: Counter[str], data: st.DataObject
+) -> None:
     """Any mixture with a bad value is refused, any other is drawn."""
     needed, optional = CALLS[function]
     given = [*needed, *data.draw(st.lists(st.sampled_from(optional or needed), unique=True, max_size=4), label="given")]
@@ -326,7 +332,6 @@ def test_mixed_values_draw_or_are_refused(sd: StableDiffusion, function: str, da
     values = {
         name: data.draw(st.sampled_from(fitting(function, name)[name in wrong]), label=name) for name in given
     }
-    TRIED["mixed"] += 1
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
@@ -334,9 +339,11 @@ def test_mixed_values_draw_or_are_refused(sd: StableDiffusion, function: str, da
     except Exception as error:
         assert_on_purpose(error)
         assert wrong, f"{values} were refused: {error}"
+        tally["refused"] += 1
     else:
         assert not wrong, f"{wrong} of {values} were not refused"
         assert_drawn(sd, function, values, result)
+        tally["whole"] += 1
 
 
 @hunt(0.05, 60)
@@ -349,28 +356,31 @@ def test_mixed_values_draw_or_are_refused(sd: StableDiffusion, function: str, da
     start=st.one_of(st.integers(-2, 30), st.sampled_from([1.5, "2", None, True])),
 )
 def test_every_plan_is_finite_and_descends_or_is_refused(
-    name: str, spacing: Any, karras: bool, eta: Any, steps: Any, start: Any
+    tally: Counter[str], name: str, spacing: Any, karras: bool, eta: Any, steps: Any, start: Any
 ) -> None:
-    TRIED["plans"] += 1
     try:
         run = Sampler(name, spacing, karras, eta).plan(Schedule(), steps, start)
     except Exception as error:
         assert_on_purpose(error)
+        tally["refused"] += 1
         return
+    tally["whole"] += 1
     assert all(map(math.isfinite, (*run.timesteps, *run.sigmas, *run.fresh))) and run.sigmas[-1] < run.sigmas[0]
     assert all(a >= b >= 0 for a, b in zip(run.sigmas, run.sigmas[1:], strict=False))
     assert all(0 <= t <= 999 for t in run.timesteps)
 
 
-def test_loading_and_saving_refuse_what_cannot_be(sd: StableDiffusion, small_model: Path, tmp_path: Path) -> None:
+def test_loading_and_saving_refuse_what_cannot_be(
+    sd: StableDiffusion, small_model: Path, tmp_path: Path, tally: Counter[str]
+) -> None:
     for choices in (
         {"device": "toaster"}, {"device": "cuda:99"}, {"device": 5}, {"device": b"cpu"}, {"device": "meta"},
         {"dtype": torch.int8}, {"dtype": torch.complex64}, {"dtype": "float16"}, {"dtype": 16}, {"dtype": torch.bool},
     ):  # fmt: skip
-        TRIED["loading"] += 1
         with pytest.raises((TypeError, ValueError)) as caught:
             StableDiffusion.from_pretrained(small_model, **choices)
         assert_on_purpose(caught.value)
+        tally["refused"] += 1
     for dtype in (torch.int8, "float16", torch.uint8):
         with pytest.raises((TypeError, ValueError)) as caught:
             sd.save_pretrained(tmp_path / "model", dtype)
@@ -379,6 +389,80 @@ def test_loading_and_saving_refuse_what_cannot_be(sd: StableDiffusion, small_mod
     for bad in ("7", None, NAN, 1e30, True):
         with pytest.raises((TypeError, ValueError), match="guidance_scale"):
             Guidance(bad)  # type: ignore[arg-type]
+
+
+# What is loaded and saved, by path, name and weight.
+PATHS: list[Any] = [
+    "", " ", ".", "none.safetensors", "none/none", "a\0b", "x" * 5000, "\udc80", "https://huggingface.co/a/b", "a/b/c",
+    "é/ö", "-", "/dev/null", "/dev/zero", "text.txt", "start.png", Path("none"), 5, 1.5, True, b"tiny", [], {},
+    object(),
+]  # fmt: skip
+NUMBERS: list[Any] = [NAN, INF, -INF, "1", None, True, [1], 10**400, 1j, object()]
+NAMES: list[Any] = ["", 5, True, b"style", ["style"], {}, 1.5]
+FILES: dict[str, dict[str, tuple[list[Any], list[Any]]]] = {
+    "from_pretrained": {
+        "source": (["model"], PATHS),
+        "device": (["cpu"], ["toaster", "cuda:99", 5, b"cpu", "meta", [], True]),
+        "dtype": ([torch.float32, None], [torch.int8, torch.complex64, "float16", 16, torch.bool, True]),
+    },
+    "load_lora": {
+        "path": (["style.safetensors"], [*PATHS, "word.safetensors", "model", None]),
+        "name": (["a", "a b", None], NAMES),
+        "weight": ([1, 0.5, 0, -2, np.float32(1)], NUMBERS),
+    },
+    "load_textual_inversion": {
+        "path": (["word.safetensors"], [*PATHS, "style.safetensors", "model", None]),
+        "token": (["<new>", None], ["fox", " ", "\ud800", 5, True, b"x", ["<new>"], {}]),
+    },
+    "set_adapters": {
+        "weights": (
+            [{"style": 0.5}, {}],
+            [None, 5, "style", [], {"none": 1}, {5: 1}, *({"style": weight} for weight in NUMBERS)],
+        ),
+    },
+    "unload_lora": {"name": (["style", None], ["none", 5, b"style", ["style"], {}, True])},
+    "save_pretrained": {
+        "folder": (
+            ["new", "model"],
+            ["", ".", "text.txt", "x" * 300, "a\0b", "text.txt/new", 5, None, b"new", [], True],
+        ),
+        "dtype": ([None, torch.float16], [torch.int8, "float16", 16, torch.bool, True]),
+    },
+}
+
+
+@pytest.mark.parametrize("function", FILES)
+@hunt(0.02, 30)
+@given(data=st.data())
+def test_files_and_adapters_are_used_or_refused(
+    desk: Path, sd: StableDiffusion, function: str, tally: Counter[str], data: st.DataObject
+) -> None:
+    """Where an argument is refused, nothing is loaded and nothing is written."""
+    pools = FILES[function]
+    first = next(iter(pools))
+    wrong = data.draw(st.lists(st.sampled_from(list(pools)), unique=True, max_size=2), label="wrong")
+    given = dict.fromkeys([first, *data.draw(st.lists(st.sampled_from(list(pools))), label="given"), *wrong])
+    values = {name: data.draw(st.sampled_from(pools[name][name in wrong]), label=name) for name in given}
+    tokens, before = sd.tokenizer, sorted(desk.rglob("*"))
+    embedding = sd.text_encoder.token_embedding
+    if function in ("set_adapters", "unload_lora"):
+        sd.load_lora("style.safetensors")
+    loaded = dict(sd.adapters.weights)
+    try:
+        getattr(sd, function)(**values)
+    except Exception as error:
+        assert_on_purpose(error)
+        assert wrong, f"{values} were refused: {error}"
+        assert sd.adapters.weights == loaded and sd.tokenizer is tokens and sorted(desk.rglob("*")) == before
+        tally["refused"] += 1
+    else:
+        assert not wrong, f"{wrong} of {values} were not refused"
+        tally["whole"] += 1
+    finally:
+        sd.unload_lora()
+        sd.tokenizer = tokens
+        sd.text_encoder.text_model["embeddings"].token_embedding = embedding
+        shutil.rmtree(desk / "new", ignore_errors=True)
 
 
 def test_what_memory_cannot_hold_is_refused_with_advice(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,12 +516,20 @@ def desk(tmp_path_factory: pytest.TempPathFactory, sd: StableDiffusion) -> Itera
     Image.new("RGB", (1, 1)).save(folder / "small.png")
     Image.new("L", (32, 32), 255).save(folder / "mask.png")
     Image.new("L", (32, 32)).save(folder / "black.png")
+    sd.save_pretrained(folder / "model")
+    layers = layers_of({"unet": sd.unet})
+    LoRA({name: LowRank(layers[name], 2) for name in list(layers)[:3]}).save(folder / "style.safetensors")
+    save_file({"<word>": torch.randn(2, 16, generator=GENERATOR)}, folder / "word.safetensors")
     (folder / "text.txt").write_text("no picture")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.delenv("MINISD_DEBUG", raising=False)
+        patch.setattr(cli, "app", typer.main.get_command(cli.app))  # built once, which takes most of a call's time
         patch.setattr(cli, "_load", lambda model, device, dtype, **_:
             (device is None or cli._usable_device(device), sd)[1])
         yield folder
+
+
+Run = Callable[[list[str]], tuple[int, str, str]]
 
 
 def run(arguments: list[str]) -> tuple[int, str, str]:
@@ -452,24 +544,26 @@ def typed(options: dict[str, str]) -> list[str]:
             *(value.split() if name == "--outpaint" else [value]))]
 
 
-def assert_refused(folder: Path, arguments: list[str]) -> None:
+def assert_refused(folder: Path, arguments: list[str], run: Run = run, codes: tuple[int, ...] = (2,)) -> None:
+    """The command ends at once with one line that says why, prints and writes nothing."""
     before = sorted(folder.rglob("*"))
     code, out, err = run(arguments)
-    last = err.rstrip("\n").split("\n")[-1]
+    _, told, reason = f"\n{err}".rpartition("\nerror: ")
     assert (code in (1, 2)) and not out, (arguments, code, out, err)
-    assert last.startswith("error: ") and "Traceback" not in err and "unexpected" not in last, (arguments, err)
-    assert code == 2 or "text.txt" in arguments, (arguments, code, err)
+    assert told and reason and "Traceback" not in err and "unexpected " not in err, (arguments, err)
+    assert "\n" not in reason.rstrip("\n") or "does not fit" in reason, (arguments, err)
+    assert code in codes or "text.txt" in arguments, (arguments, code, err)
     assert sorted(folder.rglob("*")) == before, arguments
 
 
-def test_every_bad_option_is_one_line_and_code_2(desk: Path) -> None:
+def test_every_bad_option_is_one_line_and_code_2(desk: Path, tally: Counter[str]) -> None:
     for name, (_, bad) in OPTIONS.items():
         for value in bad:
-            TRIED["command, bad alone"] += 1
             options = {name: value}
             if name in ("--strength", "--mask", "--outpaint"):
                 options["--image"] = "start.png"
             assert_refused(desk, ["generate", "fox", *typed(options)])
+            tally["refused"] += 1
     for name in ("--strength", "--mask", "--outpaint"):  # nothing to change
         assert_refused(desk, ["generate", "fox", *typed({name: OPTIONS[name][0][0]})])
     assert_refused(desk, ["generate", "\udcff"])
@@ -479,9 +573,9 @@ def test_every_bad_option_is_one_line_and_code_2(desk: Path) -> None:
         assert_refused(desk, ["interpolate", *words])
 
 
-@hunt(0.25, 25)
+@hunt(0.15, 25)
 @given(data=st.data())
-def test_mixed_options_draw_or_are_refused(desk: Path, data: st.DataObject) -> None:
+def test_mixed_options_draw_or_are_refused(desk: Path, tally: Counter[str], data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from(list(OPTIONS)), unique=True, max_size=5), label="names")
     if {"--strength", "--mask", "--outpaint"} & {*names} and "--image" not in names:
         names.append("--image")
@@ -491,11 +585,11 @@ def test_mixed_options_draw_or_are_refused(desk: Path, data: st.DataObject) -> N
     options = {name: data.draw(st.sampled_from(OPTIONS[name][name in wrong]), label=name) for name in names}
     prompt = data.draw(st.sampled_from(PROMPTS["prompt" in wrong]), label="prompt")
     arguments = ["generate", prompt, *typed(options)]
-    TRIED["command, mixed"] += 1
     if "--image" in options and options.get("--steps") == "1" and options.get("--strength", "") != "1":
         return  # one step at part of the strength runs none
     if wrong:
         assert_refused(desk, arguments)
+        tally["refused"] += 1
         return
     code, out, err = run(arguments)
     assert code == 0 and "Traceback" not in err, (arguments, err)
@@ -509,3 +603,176 @@ def test_mixed_options_draw_or_are_refused(desk: Path, data: st.DataObject) -> N
             assert list(picture.size) == size
             assert float(np.asarray(picture).std()) > (0 if options.get("--image") == "small.png" else 1)
         (desk / file).unlink()
+    tally["whole"] += 1
+
+
+PLACES = ["text.txt", "text.txt/deep", "a\0b", "x" * 300]
+TRAINING: dict[str, list[str]] = {
+    "--steps": ["0", "-1", "1.5", "x", "9" * 30],
+    "--minutes": ["nan", "-1", "inf", "x"],
+    "--batch": ["0", "-1", "x"],
+    "--lr": ["nan", "inf", "-1", "x"],
+    "--seed": ["-1", str(2**64), "x"],
+    "--output": PLACES,
+}
+# Other commands: what they are given, and for each option (or place, where it has no name) what they refuse.
+COMMANDS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
+    "train scenes": (["new"], {
+        "--count": ["0", "-1", "1000000000000", "x", "1.5"],
+        "--seed": ["-1", "x"],
+        "--mixture": ["0 0 0", "-1 1 1", "nan 1 1", "1 1"],
+    }),
+    "train lora": (["--steps", "1", "--model", "model"], TRAINING | {
+        "--rank": ["0", "-1", "1000000", "x"],
+        "--layers": ["some"],
+        "--pictures": ["none", "text.txt", "."],
+        "--prompt": ["\udcff", "fox " * 10_000, "(fox:nan)"],
+        "--model": ["none", "text.txt", "", "style.safetensors"],
+    }),
+    "train inversion": (["--steps", "1", "--model", "model", "--initial", "fox"], TRAINING | {
+        "--vectors": ["0", "-1", "1000", "x"],
+        "--token": ["", "fox", "\udcff"],
+        "--word": ["", " ", "zebra"],
+        "--initial": ["", "zebra"],
+        "--pictures": ["none", "text.txt", "."],
+    }),
+    "train judge": (["--steps", "1"], TRAINING),
+    "train autoencoder": (["--steps", "1"], {"--scenes": ["none", "text.txt", "."], "--from": ["none", "text.txt"]}),
+    "train clip": (["--steps", "1"], {"--scenes": ["none", "text.txt", "."]}),
+    "train latents": ([], {"--scenes": ["none", "text.txt"], "--model": ["none", "text.txt"]}),
+    "train unet": (["--steps", "1"], {"--scenes": ["none", "text.txt"], "--clip": ["none"], "--from": ["none"]}),
+    "train export": (["new"], {"--unet": ["none"], "--clip": ["none"], "--autoencoder": ["none", "text.txt"]}),
+    "train sheet": (["--model", "model"], {"": ["x.qqq", "x", "text.txt/x.png", "a\0b.png"], "--seeds": ["0", "x"]}),
+    "info": ([], {
+        "": ["none", "none.png", "text.txt", "start.png", "x" * 400, "a\0b", "", ".", "/dev/zero", "style.safetensors"],
+        "--prediction-type": ["noise"],
+    }),
+    "evaluate": ([], {
+        "--model": ["none", "text.txt"],
+        "--count": ["0", "-1", "x", "10000000000"],
+        "--steps": ["0", "100000", "x"],
+        "--guidance": ["nan", "inf", "x"],
+        "--output": PLACES,
+    }),
+    "bench": (["--model", "tiny", "--alone"], {
+        "--model": ["none", "text.txt"],
+        "--size": ["0", "-64", "33", "1000000", "x"],
+        "--steps": ["-1", "x"],
+        "--repeats": ["0", "x"],
+        "--threads": ["0", "x"],
+        "--device": ["toaster", "cuda:99"],
+        "--dtype": ["int8"],
+        "--output": ["text.txt/x.json", "a\0b/x.json"],
+    }),
+    "interpolate": (["fox", "red"], {
+        "--images": ["0", "1", "-1", "x", "1000000000"],
+        "--seeds": ["-1 0", "0 x", f"0 {2**63}"],
+        "--steps": ["0", "-1", "1000000", "x"],
+        "--guidance": ["nan", "inf", "x"],
+        "--output": ["a.jpg", "text.txt/a.png", "x" * 300 + ".png"],
+    }),
+    "generate": (["fox"], {
+        "--lora": ["none", "text.txt", "style.safetensors:nan", "style.safetensors:1e400", ":", "", "word.safetensors"],
+        "--textual-inversion": ["none", "text.txt", "", "style.safetensors"],
+        "--like": ["none", "text.txt", "start.png"],
+        "--prompts": ["none", "text.png", "start.png"],
+        "--output": ["text.txt/x.png", "x" * 300 + ".png", "x" * 300 + "/"],
+    }),
+}  # fmt: skip
+
+
+def bad_command(command: str, options: dict[str, str]) -> list[str]:
+    """The words of a command with these options, in place of those that it is given."""
+    words, usual = [*command.split(" ")], [*COMMANDS[command][0]]
+    for name, value in options.items():
+        if name in usual:
+            del usual[usual.index(name) : usual.index(name) + 2]
+        several = name in ("--mixture", "--seeds") and " " in value
+        words += [*([name] if name else []), *(value.split() if several else [value])]
+    return [*words, *usual]
+
+
+def test_every_bad_option_of_the_other_commands(desk: Path, tally: Counter[str]) -> None:
+    for command, (_, options) in COMMANDS.items():
+        for name, values in options.items():
+            for value in values:
+                assert_refused(desk, bad_command(command, {name: value}), codes=(1, 2))
+                tally["refused"] += 1
+
+
+@st.composite
+def bad_commands(draw: st.DrawFn) -> list[str]:
+    """One of the other commands, with one to three bad options."""
+    command = draw(st.sampled_from(list(COMMANDS)))
+    options = COMMANDS[command][1]
+    names = draw(st.lists(st.sampled_from(list(options)), min_size=1, max_size=3, unique=True))
+    return bad_command(command, {name: draw(st.sampled_from(options[name])) for name in names})
+
+
+@hunt(0.08, 20)
+@given(arguments=bad_commands())
+def test_bad_options_together(desk: Path, tally: Counter[str], arguments: list[str]) -> None:
+    assert_refused(desk, arguments, codes=(1, 2))
+    tally["refused"] += 1
+
+
+@hunt(0.003, 2)
+@given(arguments=bad_commands())
+def test_bad_options_in_a_process_of_its_own(desk: Path, tally: Counter[str], arguments: list[str]) -> None:
+    def fresh(words: list[str]) -> tuple[int, str, str]:
+        environment = os.environ | {"PYTHONPATH": str(Path(minisd.__file__).parents[1])}
+        done = subprocess.run([sys.executable, "-m", "minisd", *words], env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    if any("\0" in word for word in arguments):  # which the operating system takes from nobody
+        return
+    assert_refused(desk, arguments, fresh, codes=(1, 2))
+    tally["refused"] += 1
+
+
+# The lines of a prompts file.
+LINES: dict[str, tuple[list[Any], list[Any]]] = {
+    "prompt": (["fox", "", "🦊"], [5, None, ["fox"], "\ud800", "fox\0", "fox " * 10_000, "(fox:nan)", True, {}]),
+    "negative_prompt": (["", "red"], [5, ["red"], "\udc00", True, {}, "(red:99)"]),
+    "seed": ([0, 7, 2**63 - 3], ["5", 5.0, True, -1, 2**63, 2**70, [1], {}]),
+    "num_inference_steps": ([1, 2], [0, -1, 1001, 10**6, 1.5, "3", True, [3]]),
+    "guidance_scale": ([1, 7.5], [NAN, INF, "7", True, [7], 1e30, 10**400]),
+    "guidance_rescale": ([0, 0.5], [-1, 2, NAN, "x", True]),
+    "sampler": (["ddim", "heun"], ["magic", "", 5, True, ["ddim"]]),
+    "width": ([32, 24], [0, -8, 33, 520, 10**6, 32.5, "32", True]),
+    "height": ([32, 24], [0, -8, 33, 520, 10**6, 32.5, "32", True]),
+    "clip_skip": ([1], [0, 2, -1, "1", 1.5]),
+    "images": ([1, 2], [0, -1, "2", 1.5, True, 10**9]),
+    "name": (
+        ["fox", "a b", "狐"],
+        ["../fox", "/fox", "a/b", "", ".", "..", ".x", "nul", "x" * 300, 5, "a\0b", "\ud800"],
+    ),
+}
+
+
+@hunt(0.1, 25)
+@given(data=st.data())
+def test_a_prompts_file_is_drawn_or_its_bad_line_named(desk: Path, tally: Counter[str], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 4), label="lines")
+    more = st.lists(st.sampled_from(list(LINES)), max_size=4)
+    keys = [list(dict.fromkeys(["prompt", *data.draw(more, label="keys")])) for _ in range(count)]
+    wrong = data.draw(st.integers(0, count), label="wrong line")  # 0: none
+    spoilt = data.draw(st.sampled_from(keys[wrong - 1]), label="wrong key") if wrong else ""
+    lines = [
+        {key: data.draw(st.sampled_from(LINES[key][number == wrong and key == spoilt]), label=key) for key in given}
+        for number, given in enumerate(keys, start=1)
+    ]
+    for number, line in enumerate(lines, start=1):
+        if "name" in line and (number, spoilt) != (wrong, "name"):
+            line["name"] += f" {number}"  # no name twice
+    shutil.rmtree(desk / "many", ignore_errors=True)
+    (desk / "many.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["generate", "--prompts", "many.jsonl", "--output", "many/"]
+    if wrong:
+        assert_refused(desk, arguments)
+        assert f"many.jsonl, line {wrong}" in run(arguments)[2]
+        tally["refused"] += 1
+        return
+    code, out, err = run(arguments)
+    assert code == 0 and len(out.splitlines()) == sum(line.get("images", 1) for line in lines), err
+    tally["whole"] += 1

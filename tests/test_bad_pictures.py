@@ -8,6 +8,7 @@ import re
 import resource
 import struct
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,14 @@ READABLE: dict[str, bytes] = {
 
 
 @pytest.mark.filterwarnings("error")
-def test_pictures_of_every_kind_are_read(tmp_path: Path) -> None:
+def test_pictures_of_every_kind_are_read(tmp_path: Path, tally: Counter[str]) -> None:
     """All of them show the same four corners, whatever the file is called."""
     assert corners(SCENE) == [(2, 0, 0), (0, 2, 0), (0, 0, 2), (2, 2, 0)]
     for name, content in READABLE.items():
         (tmp_path / "x.png").write_bytes(content)
         assert corners(read_picture(tmp_path / "x.png", 16, 16)) == corners(SCENE), name
         assert read_parameters(tmp_path / "x.png") is None
+        tally["whole"] += 1
     (tmp_path / "x.png").write_bytes(encoded(Image.fromarray(np.full((5, 9), 32_768, np.uint16))))
     assert read_picture(tmp_path / "x.png", 16, 16).getpixel((3, 3)) == (128, 128, 128)
     (tmp_path / "x.png").write_bytes(encoded(Image.new("LA", (5, 9), (0, 128))))
@@ -86,6 +88,7 @@ def test_pictures_of_every_kind_are_read(tmp_path: Path) -> None:
     for size in ((1, 1), (60_000, 1), (1, 60_000)):
         (tmp_path / "x.png").write_bytes(encoded(Image.new("RGB", size, "red")))
         assert read_picture(tmp_path / "x.png", 16, 24).getcolors() == [(384, (255, 0, 0))]
+    tally["whole"] += 5
 
 
 PNG = encoded(SCENE)
@@ -109,7 +112,7 @@ UNREADABLE: dict[str, bytes] = {
 
 
 @pytest.mark.filterwarnings("error")
-def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
+def test_what_is_no_picture_is_refused_by_name(tmp_path: Path, tally: Counter[str]) -> None:
     path = tmp_path / "x.png"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name, content in UNREADABLE.items():
@@ -117,13 +120,17 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=re.escape(str(path))) as caught:
             read_picture(path, 16, 16)
         assert "give a PNG, JPEG or WebP file" in str(caught.value), name
+        tally["refused"] += 1
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 100e6
     for missing in (tmp_path / "none.png", tmp_path):
         with pytest.raises(OSError, match=re.escape(str(missing))):
             read_picture(missing, 16, 16)
+        tally["refused"] += 1
 
 
-def test_postscript_is_given_to_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_postscript_is_given_to_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Counter[str]
+) -> None:
     """Pillow alone would call Ghostscript, for which a script stands here that leaves a file."""
     path, canary = tmp_path / "x.png", tmp_path / "ran"
     script = tmp_path / "gs"
@@ -138,4 +145,5 @@ def test_postscript_is_given_to_no_program(tmp_path: Path, monkeypatch: pytest.M
     for read in (lambda: read_picture(path, 16, 16), lambda: read_parameters(path)):
         with pytest.raises(OSError, match="cannot identify image file"):
             read()
+        tally.update(refused=1, executed=int(canary.exists()))
     assert not canary.exists()

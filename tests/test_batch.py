@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,12 +198,13 @@ def test_drawn_seeds_are_kept(run: Run) -> None:
     ],
 )
 def test_another_plan_is_refused(
-    run: Run, whole: dict[str, bytes], change: dict[str, Any], options: list[str], words: list[str]
+    run: Run, whole: dict[str, bytes], change: dict[str, Any], options: list[str], words: list[str], tally: Counter[str]
 ) -> None:
     write("prompts.jsonl", [PROMPTS[0] | change, *PROMPTS[1:]])
     (Path("whole") / "third.png").unlink()
     code, lines, err = again(run, "whole", *options)
     assert (code, lines) == (2, [])
+    tally["refused"] += 1
     assert all(word in err for word in [*words, "another folder", "--overwrite"]), err
     assert contents("whole") == {name: data for name, data in whole.items() if name != "third.png"}
 
@@ -280,13 +282,18 @@ def test_pictures_of_somebody_else_are_left_alone(run: Run) -> None:
         ('{"prompt": "fox\\ud800"}', ["no text"]),
         ('{"prompt": "fox\\u0000"}', ["no text"]),
         ("[" * 100000, ["not JSON"]),
+        (f'{{"prompt": "{"fox " * 10_000}"}}', ["10000 tokens", "at most 8"]),
+        ('{"prompt": "fox", "negative_prompt": "(red:99)"}', ["weight 99"]),
     ],
 )
-def test_a_bad_line_is_named_before_anything_is_drawn(run: Run, line: str, words: list[str]) -> None:
+def test_a_bad_line_is_named_before_anything_is_drawn(
+    run: Run, line: str, words: list[str], tally: Counter[str]
+) -> None:
     Path("prompts.jsonl").write_text('{"prompt": "fox", "name": "same"}\n\n' + line + "\n", encoding="utf-8")
     code, lines, err = again(run, "out/")
     error = err.splitlines()[-1]
     assert (code, lines, os.listdir()) == (2, [], ["prompts.jsonl"])
+    tally["refused"] += 1
     assert error.startswith("error: prompts.jsonl, line 3")
     assert all(word in error for word in words), error
 
@@ -300,10 +307,11 @@ def test_a_bad_line_is_named_before_anything_is_drawn(run: Run, line: str, words
         ("prompts.txt", "fox\n".encode("utf-16"), ["line 1 is not UTF-8", "save the file as UTF-8"]),
     ],
 )
-def test_a_bad_file_is_refused(run: Run, name: str, content: bytes, words: list[str]) -> None:
+def test_a_bad_file_is_refused(run: Run, name: str, content: bytes, words: list[str], tally: Counter[str]) -> None:
     Path(name).write_bytes(content)
     code, lines, err = run("generate", "--prompts", name, "--output", "out/")
     assert (code, lines, os.listdir()) == (2, [], [name])
+    tally["refused"] += 1
     assert all(word in err for word in words), err
 
 
@@ -419,10 +427,11 @@ def unbroken(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.skipif(os.name == "nt", reason="sends signals")
 @pytest.mark.timeout(60 + 60 * KILLS)
-def test_killed_and_resumed_is_the_run_that_was_never_stopped(unbroken: Path, small_model: Path) -> None:
+def test_killed_and_resumed_is_the_run_that_was_never_stopped(
+    unbroken: Path, small_model: Path, tally: Counter[str]
+) -> None:
     """Killed at random moments, MINISD_KILLS of them, each in a folder of its own."""
-    number, whole, halves = random.SystemRandom().randrange(2**32), contents(unbroken / "whole"), []
-    print("random moments of seed", number)
+    number, whole, halves = int(os.environ.get("MINISD_SEED", "0")), contents(unbroken / "whole"), []
     moments = random.Random(number)
     for kill in range(KILLS):
         words = command(unbroken, f"killed-{kill}", small_model)
@@ -433,12 +442,16 @@ def test_killed_and_resumed_is_the_run_that_was_never_stopped(unbroken: Path, sm
         time.sleep(moments.random() * 0.1)
         process.kill()
         process.communicate()
+        tally["kills"] += process.returncode == -signal.SIGKILL
         folder = unbroken / f"killed-{kill}"
         left = contents(folder) if folder.exists() else {}
         halves.append(len(left))
-        assert {name: data for name, data in left.items() if not name.startswith(".")}.items() <= whole.items()
+        finished = {name: data for name, data in left.items() if not name.startswith(".")}
+        tally["corrupt"] += len(finished.items() - whole.items())
         code, lines, err = finish(*words)
-        assert code == 0 and contents(folder) == whole, err
+        after = contents(folder)
+        tally["lost"] += len(whole.items() - after.items())
+        assert code == 0 and after == whole and finished.items() <= whole.items(), err
         assert f"{len(lines)} drawn, {16 - len(lines)} were there already" in err
         shutil.rmtree(folder)
     print("files after the kills:", halves)
@@ -457,7 +470,7 @@ def test_interrupting_keeps_what_is_finished(unbroken: Path, small_model: Path) 
     assert left.items() <= contents(unbroken / "whole").items() and 2 <= len(left) < 17
 
 
-def test_two_processes_write_the_files_of_one(unbroken: Path, small_model: Path) -> None:
+def test_two_processes_write_the_files_of_one(unbroken: Path, small_model: Path, tally: Counter[str]) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     words = (*torchrun, *command(unbroken, "two", small_model))
     code, lines, err = finish(*words)
@@ -466,6 +479,7 @@ def test_two_processes_write_the_files_of_one(unbroken: Path, small_model: Path)
     ), err
     assert contents(unbroken / "two") == contents(unbroken / "whole")
     assert len(re.findall("16 drawn, 0 were there already", err)) == 1
+    tally["whole"] += 16
     for name in ("third.png", "0005-fox-1.png", "0005-fox-2.png", "0005-fox-3.png"):
         (unbroken / "two" / name).unlink()
     code, lines, err = finish(*words)

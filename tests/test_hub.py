@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -238,7 +239,7 @@ def endpoint_of(hub: Hub) -> str:
 CLOSED = "http://127.0.0.1:9"
 
 
-def test_download_then_cache_then_offline(hub: Hub, tmp_path: Path) -> None:
+def test_download_then_cache_then_offline(hub: Hub, tmp_path: Path, tally: Counter[str]) -> None:
     first = run(tmp_path, endpoint_of(hub))
     assert "5,054,411 parameters" in first.stdout, first.stderr
     fetched = {name for name, _ in hub.sent}
@@ -255,15 +256,18 @@ def test_download_then_cache_then_offline(hub: Hub, tmp_path: Path) -> None:
     for place, offline in ((endpoint_of(hub), True), (CLOSED, False)):
         again = run(tmp_path, place, offline)
         assert again.stdout == first.stdout, again.stderr
-    hub.status = (500, "")
-    assert run(tmp_path, endpoint_of(hub)).stdout == first.stdout
+    for status in (500, 429):
+        hub.status = (status, "")
+        assert run(tmp_path, endpoint_of(hub)).stdout == first.stdout
+    tally["whole"] += 6
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_nothing_cached_and_no_hub(tmp_path: Path, offline: bool) -> None:
+def test_nothing_cached_and_no_hub(tmp_path: Path, offline: bool, tally: Counter[str]) -> None:
     result = run(tmp_path, CLOSED, offline)
     assert result.returncode == 1
     assert f"HubError: {REPO} is not in the cache and the hub cannot be reached" in result.stderr
+    tally["refused"] += 1
 
 
 @pytest.mark.parametrize(
@@ -272,19 +276,23 @@ def test_nothing_cached_and_no_hub(tmp_path: Path, offline: bool) -> None:
         (401, "", "the hub has no model owner/name, or it is private"),
         (404, "RepoNotFound", "the hub has no model owner/name, or it is private"),
         (404, "RevisionNotFound", "the hub has no model owner/name"),
+        (403, "", "the hub has no model owner/name, or it is private"),
         (403, "GatedRepo", "owner/name is gated; accept its terms on http"),
         (429, "", "is not in the cache and the hub cannot be reached"),
         (500, "", "is not in the cache and the hub cannot be reached"),
     ],
 )
-def test_refusals_are_explained(hub: Hub, tmp_path: Path, status: int, code: str, message: str) -> None:
+def test_refusals_are_explained(
+    hub: Hub, tmp_path: Path, status: int, code: str, message: str, tally: Counter[str]
+) -> None:
     hub.status = (status, code)
     result = run(tmp_path, endpoint_of(hub))
     assert result.returncode == 1
     assert f"HubError: {message}" in result.stderr or f"HubError: owner/name {message}" in result.stderr
+    tally["refused"] += 1
 
 
-def test_cut_download_goes_on_with_what_is_missing(hub: Hub, tmp_path: Path) -> None:
+def test_cut_download_goes_on_with_what_is_missing(hub: Hub, tmp_path: Path, tally: Counter[str]) -> None:
     name = "unet/diffusion_pytorch_model.safetensors"
     hub.hang_up[name] = len(hub.files[name]) // 2
     broken = run(tmp_path, endpoint_of(hub))
@@ -297,9 +305,10 @@ def test_cut_download_goes_on_with_what_is_missing(hub: Hub, tmp_path: Path) -> 
     assert (name, 0) in hub.sent
     assert not done & {sent for sent, _ in hub.sent}
     assert "downloading" in result.stderr
+    tally.update(refused=1, whole=1)
 
 
-def test_damage_that_keeps_the_size_is_caught(hub: Hub, tmp_path: Path) -> None:
+def test_damage_that_keeps_the_size_is_caught(hub: Hub, tmp_path: Path, tally: Counter[str]) -> None:
     name = "unet/diffusion_pytorch_model.safetensors"
     good = hub.files[name]
     hub.files[name] = good[:-100] + bytes([good[-100] ^ 1]) + good[-99:]
@@ -307,6 +316,7 @@ def test_damage_that_keeps_the_size_is_caught(hub: Hub, tmp_path: Path) -> None:
     assert f"CheckpointError: {name} arrived damaged" in result.stderr
     hub.files[name] = good
     assert "5,054,411 parameters" in run(tmp_path, endpoint_of(hub)).stdout
+    tally.update(refused=1, whole=1)
 
 
 def test_repository_without_a_folder(hub: Hub, tmp_path: Path) -> None:
@@ -338,7 +348,7 @@ def test_the_tiny_model_from_the_hub_draws_as_the_shipped_one(tmp_path: Path) ->
         }  # fmt: skip
 
 
-def test_a_cut_connection_is_taken_up_where_it_broke(hub: Hub, tmp_path: Path) -> None:
+def test_a_cut_connection_is_taken_up_where_it_broke(hub: Hub, tmp_path: Path, tally: Counter[str]) -> None:
     name = "unet/diffusion_pytorch_model.safetensors"
     hub.once[name] = len(hub.files[name]) - 1000
     result = run(tmp_path, endpoint_of(hub))
@@ -348,15 +358,17 @@ def test_a_cut_connection_is_taken_up_where_it_broke(hub: Hub, tmp_path: Path) -
     (stored,) = tmp_path.rglob(name)
     assert hashlib.sha256(stored.read_bytes()).hexdigest() == hub.digests[name]
     assert not [*tmp_path.rglob("*.incomplete")]
+    tally["whole"] += 1
 
 
-def test_two_processes_download_into_one_cache(hub: Hub, tmp_path: Path) -> None:
+def test_two_processes_download_into_one_cache(hub: Hub, tmp_path: Path, tally: Counter[str]) -> None:
     start = [sys.executable, "-c", DESCRIBE]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(start, env=settings(tmp_path, endpoint_of(hub)), **pipes) for _ in range(2)]
     for process in both:
         out, err = process.communicate(timeout=120)
         assert "5,054,411 parameters" in out, err
+        tally["whole"] += 1
     stored = {path for path in tmp_path.rglob("*.safetensors")}
     assert len(stored) == 3 and not [*tmp_path.rglob("*.incomplete")]
     for path in stored:
@@ -376,7 +388,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_hub_that_lies(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_hub_that_lies(hub: Hub, folder: Path, tmp_path: Path, tally: Counter[str]) -> None:
     """Each lie with a repository of its own, in one process; nothing loads, and nothing is written outside."""
     config, weights = "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
     outside, home = tmp_path / "outside", tmp_path / "home"
@@ -422,6 +434,7 @@ def test_a_hub_that_lies(hub: Hub, folder: Path, tmp_path: Path) -> None:
         process.stdin.flush()
         answer = process.stdout.readline()
         assert re.match(expected, answer), (number, answer)
+        tally["whole" if expected == "loaded" else "refused"] += 1
         hub.files, hub.digests, hub.commit = *map(dict, good), COMMIT
         for faults in (hub.redirects, hub.headers, hub.endless):
             faults.clear()

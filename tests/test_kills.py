@@ -1,8 +1,7 @@
 """Trainings killed at random points, in the middle of a save too: what is resumed equals what was never killed.
 
-Usually three parts are killed three times each. MINISD_KILLS=60 kills sixty times, twelve times each of five parts:
-
-    MINISD_KILLS=60 python -m pytest -s tests/test_kills.py
+Usually three parts are killed three times each. MINISD_KILLS=60, which `hunt.py` sets, kills sixty times, twelve times
+each of five parts.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from minisd.training.data import render_scenes
 
 SCRIPT = Path(__file__).with_name("killed_training.py")
 PARTS = ["autoencoder", "lora", "inversion", *(["clip", "unet"] if "MINISD_KILLS" in os.environ else [])]
+SEED = os.environ.get("MINISD_SEED", "0")
 KILLS = max(3, int(os.environ.get("MINISD_KILLS", 0)) // len(PARTS))
 
 
@@ -39,21 +40,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks and kills processes")
 @pytest.mark.timeout(120 + 60 * KILLS)
 @pytest.mark.parametrize("part", PARTS)
-def test_a_killed_training_loses_nothing(part: str, data: Path, small_model: Path, tmp_path: Path) -> None:
+def test_a_killed_training_loses_nothing(
+    part: str, data: Path, small_model: Path, tmp_path: Path, tally: Counter[str]
+) -> None:
     source = data / ("pictures" if part in ("lora", "inversion") else "scenes")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), part, str(source), str(small_model), str(tmp_path), str(KILLS), "0"],
+        [sys.executable, str(SCRIPT), part, str(source), str(small_model), str(tmp_path), str(KILLS), SEED],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
         capture_output=True,
         text=True,
     )
+    report = json.loads((done.stdout.splitlines() or ["{}"])[-1])
+    tally.update({name: report.get(name, 0) for name in ("lost", "corrupt")})
+    tally["kills"] += sum(report.get("kills", {}).values())
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
     print(f"\n{part}: {report}")
     assert sum(report["kills"].values()) == KILLS and report["ends"] >= 1
 
 
-def test_what_options_refuse(tmp_path: Path) -> None:
+def test_what_options_refuse(tmp_path: Path, tally: Counter[str]) -> None:
     from minisd.training.loop import Options
 
     for choices, words in (
@@ -64,3 +69,4 @@ def test_what_options_refuse(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match=words):
             Options(tmp_path, **choices)  # type: ignore[arg-type]
+        tally["refused"] += 1

@@ -7,6 +7,7 @@ import json
 import struct
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,13 +239,14 @@ BOMB = zlib.compress(bytes(2**27), 9)
     ],
     ids=["zTXt bomb", "iTXt bomb", "long", "many", "cut", "cut early", "signature", "empty", "gif"],
 )
-def test_malicious_and_broken_files_are_a_clear_error(run: Run, data: bytes) -> None:
+def test_malicious_and_broken_files_are_a_clear_error(run: Run, data: bytes, tally: Counter[str]) -> None:
     Path("bad.png").write_bytes(data)
     began = time.process_time()
     code, lines, err = run("info", "bad.png")
     assert (code, lines) == (1, []) and err.startswith("error: ") and "bad.png" in err, err
     assert run("generate", "--like", "bad.png")[:2] == (1, [])
     assert time.process_time() - began < 5
+    tally["refused"] += 2
 
 
 def test_a_picture_of_too_many_pixels_is_refused(run: Run) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_training import assert_same_run
 
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes, render_scenes
@@ -67,12 +68,7 @@ def test_resume_after_kill_repeats_the_unbroken_run(part: str, scenes: Path, tmp
     state = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
     assert 0 < state["step"] < 12, "the kill came too late to show anything"
     run(*command(part, scenes, tmp_path / "broken", 12, often, "--resume"))
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    ends = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("broken", "whole")]
-    for key, value in ends[0]["model"].items():
-        assert torch.equal(value, ends[1]["model"][key]), key
-    for mine, theirs in zip(ends[0]["averages"]["0.999"], ends[1]["averages"]["0.999"], strict=True):
-        assert torch.equal(mine, theirs)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("part", PARTS)

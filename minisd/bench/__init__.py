@@ -1,1 +1,1 @@
-"""Measurements: minisd beside diffusers, presets, training, throughput. `command.py` is the command, torch comes later."""
+"""Measurements of minisd: beside diffusers, with presets, in training; `command.py` is the command for them."""

@@ -14,7 +14,7 @@ import typer
 def bench(
     model: Annotated[
         str | None,
-        typer.Option(help='A model folder, "tiny", or "full": Stable Diffusion 1.5 with random weights. [default: full]'),
+        typer.Option(help='A model folder, "tiny", or "full": SD 1.5 with random weights. [default: full]'),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="A .json file; a picture is drawn beside it.")] = Path(
         "runs/bench.json"
@@ -38,7 +38,7 @@ def bench(
         typer.Option(help="Measure this preset beside --steps without it, in place of diffusers."),
     ] = None,
     pictures: Annotated[
-        int | None, typer.Option(min=1, help="For --preset [default: 256, at full size 1] and --throughput [default: 64].")
+        int | None, typer.Option(min=1, help="Of --preset [default: 256, full: 1] and --throughput [default: 64].")
     ] = None,
     train: Annotated[
         bool, typer.Option("--training", help="Measure the training of the tiny model's parts, in place of drawing.")

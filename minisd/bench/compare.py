@@ -52,8 +52,8 @@ class Settings:
         if self.repeats < 1 or self.steps < 0:
             raise ValueError(f"repeats={self.repeats}, steps={self.steps}; expected repeats ≥ 1 and steps ≥ 0")
         for size in self.sizes:
-            if size < 64 or size % 64:
-                raise ValueError(f"size={size}; expected a positive multiple of 64, such as 512")
+            if not 64 <= size <= 8192 or size % 64:
+                raise ValueError(f"size={size}; expected a multiple of 64 from 64 to 8192, such as 512")
 
 
 class Process:

@@ -1,4 +1,4 @@
-"""`minisd bench --throughput`: a prompts file drawn by one process with all threads, or by a process for each thread."""
+"""`minisd bench --throughput`: a prompts file drawn by one process with all threads, or by one for each thread."""
 
 from __future__ import annotations
 

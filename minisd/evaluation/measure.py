@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minisd.checks import real, whole
 from minisd.evaluation import memory, report
 from minisd.evaluation.attributes import ATTRIBUTES, GOALS, tally
 from minisd.evaluation.metrics import Share, psnr, retrieval, ssim
@@ -43,8 +44,10 @@ class Settings:
     mixture: Mixture = field(default_factory=lambda: Mixture(single=0.5, relation=0.3, count=0.2))
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.steps < 1:
-            raise ValueError(f"count={self.count}, steps={self.steps}; expected at least 1 of each")
+        whole("count", self.count, 1, 1_000_000)
+        whole("steps", self.steps, 1, 1000)
+        if self.guidance is not None:
+            real("guidance", self.guidance)
 
     def scenes(self) -> list[Scene]:
         """The scenes whose captions are the prompts."""

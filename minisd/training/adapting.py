@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minisd.adapters import INVERSION_FILES, LORA_FILES, LoRA, LowRank, add_word, layers_of
+from minisd.checks import texts, whole
 from minisd.images import from_pil, grid, read_picture
 from minisd.pipeline import StableDiffusion
+from minisd.prompts import ROOM, read
 from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.weights import save_atomically
 
@@ -68,6 +70,9 @@ class Adapting:
         images, self.captions = read_examples(folder, side)
         self.latents = torch.cat([sd.encode_image(image) for image in images.split(8)]).clone()
         self.sd, self.seed = sd, seed
+        for prompt in prompts:  # a sheet that cannot be drawn would end the training with an error
+            texts("prompt", prompt)
+            read(prompt, sd.tokenizer)
         self.prompts = list(prompts) or self.captions[:: max(len(self.captions) // 4, 1)][:4]
         self.order = Shuffled(len(self.captions), seed)
         channels_last(sd.unet)
@@ -126,6 +131,7 @@ class LoRATask(Adapting):
         found = {
             name: layer for name, layer in layers_of({"unet": sd.unet}).items() if re.fullmatch(LAYERS[layers], name)
         }
+        whole("rank", rank, 1, max(min(len(layer.weight), layer.weight[0].numel()) for layer in found.values()))
         self.model: LoRA = LoRA({name: LowRank(layer, rank) for name, layer in found.items()}).to(sd.device)
         self.model.attach(found)
         with torch.no_grad():
@@ -178,11 +184,16 @@ class InversionTask(Adapting):
     ) -> None:
         super().__init__(sd, folder, seed, prompts)
         self.token, self.word = token, word
+        whole("vectors", vectors, 1, ROOM)
+        if not word.strip():
+            raise ValueError(f"word={word!r}; expected a word of the captions, for which {token!r} is to stand")
         if lacking := [caption for caption in self.captions if self.renamed(caption) == caption]:
             raise ValueError(f"the caption {lacking[0]!r} lacks the word {word!r}, for which {token!r} is to stand")
         if sd.unknown_words(initial) or not sd.tokenizer.encode(initial):
             raise ValueError(f"the model does not know {initial!r}; begin with a word that it has learned")
         self.tokenizer = sd.tokenizer.with_token(token, vectors)
+        for prompt in self.prompts:
+            read(self.renamed(prompt), self.tokenizer)
         ids = sd.tokenizer.encode(initial)
         self.table = sd.text_encoder.token_embedding.weight.detach()
         self.model: Word = Word(self.table[[ids[i % len(ids)] for i in range(vectors)]].clone())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,23 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from minisd.checks import whole
 from minisd.images import to_images
 from minisd.training.scenes import SIZE, render, scene
 from minisd.weights import save_atomically
 
 
 def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> None:
-    """Render scenes 0…count−1 of stream `seed` into `folder`: scenes.npy (count, 128, 128, 3) and scenes.jsonl."""
+    """Render scenes 0…count−1 of stream `seed` into `folder`: scenes.npy (count, 128, 128, 3) and scenes.jsonl.
+
+    Raises ValueError where the disk has no room for them.
+    """
+    whole("count", count, 1, 2**31)
+    whole("seed", seed, 0, 2**63 - 1)
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    need, free = count * SIZE * SIZE * 3, shutil.disk_usage(there).free
+    if need > free:
+        raise ValueError(f"{count} scenes take {need / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB; ask for fewer")
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [scene(seed, index, **choices) for index in range(count)]
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisd.checks import real, whole
+from minisd.checks import real, whole, writable
 from minisd.processes import process_group, processes, rank
 from minisd.weights import CheckpointError, read_pickle, save_atomically
 
@@ -62,6 +62,7 @@ class Options:
         whole("batch", self.batch, 1, 2**20)
         whole("seed", self.seed, 0, 2**63 - 1)
         real("lr", self.lr, 0)
+        writable(self.folder)
         if self.batch % processes():
             raise ValueError(f"batch={self.batch} does not divide over {processes()} processes; choose a multiple")
 

@@ -80,8 +80,8 @@ class Mixture:
 
     def __post_init__(self) -> None:
         weights = (self.single, self.relation, self.count)
-        if min(weights) < 0 or sum(weights) <= 0:
-            raise ValueError(f"mixture weights must be ≥ 0 and not all zero, got {weights}")
+        if not (min(weights) >= 0 and 0 < sum(weights) < float("inf")):
+            raise ValueError(f"mixture weights must be finite, ≥ 0 and not all zero, got {weights}")
 
 
 DEFAULT_MIXTURE = Mixture()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisd.autoencoder import Autoencoder
+from minisd.checks import writable
 from minisd.config import ModelConfig
 from minisd.folder import Defaults
 from minisd.images import grid
@@ -62,6 +63,7 @@ def cache_latents(autoencoder: Autoencoder, scenes: Scenes, path: Path, batch: i
 
     Under torchrun each process encodes its share of the scenes, and the first one writes the file.
     """
+    writable(path.parent)
     autoencoder = channels_last(autoencoder.eval())
     share = torch.arange(len(scenes)).tensor_split(processes())[rank()]
     parts = [
