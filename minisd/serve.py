@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import threading
-from importlib.util import find_spec
+from importlib import metadata
 from typing import Annotated, Any, Literal
 
 import typer
@@ -34,8 +34,10 @@ def serve(
       minisd serve
       minisd serve stable-diffusion-v1-5/stable-diffusion-v1-5 --port 8080 --open
     """
-    if find_spec("gradio") is None:
-        raise OSError('minisd serve needs gradio, which is not installed; run: pip install "minisd[web]"')
+    try:
+        metadata.version("gradio")  # a folder of that name would pass for a module
+    except metadata.PackageNotFoundError:
+        raise OSError('minisd serve needs gradio, which is not installed; run: pip install "minisd[web]"') from None
     _check_free(host, port)
     if not _is_loopback(host):
         _say(f"warning: --host {host} lets anyone on the network use this page and this machine's time; "

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from html.parser import HTMLParser
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ from browsers import chromium, free_port, need_chromium, wait_for_server
 from PIL import Image
 
 from minisd import StableDiffusion, cli, record_attention
-from minisd import serve as serving
 from minisd.drawing import Means
 from minisd.metadata import parse_parameters
 from minisd.playground import Drawn, Preview, Wish, draw, overlay
@@ -282,8 +282,12 @@ def test_a_run_stopped_while_it_waits_never_begins(small: StableDiffusion) -> No
 # The command
 
 
-def test_without_gradio_it_says_how_to_get_it(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+def test_without_gradio_it_says_how_to_get_it(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    (tmp_path / "gradio").mkdir()
+    monkeypatch.setattr(metadata, "version", version)
     code, _, err = run("serve")
     assert code == 1 and 'pip install "minisd[web]"' in err
 
