@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from minisd.attention import Attention, KeysValues
-from minisd.blocks import Downsample, ResBlock, Upsample
+from minisd.blocks import Downsample, ResBlock, Upsample, silu
 from minisd.config import AutoencoderConfig
 
 EPS = 1e-6  # of every norm in the autoencoder; the UNet's residual blocks have 1e-5
@@ -112,7 +111,7 @@ class Encoder(nn.Module):
         x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -135,7 +134,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(latents.contiguous(memory_format=torch.channels_last)))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
 
 class Autoencoder(nn.Module):

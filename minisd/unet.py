@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minisd.attention import KeysValues, SpatialTransformer
-from minisd.blocks import Downsample, ResBlock, Upsample
+from minisd.blocks import Downsample, ResBlock, Upsample, silu
 from minisd.config import UNetConfig
 
 Words = Sequence[KeysValues]  # what the attention layers of one block make of a context, in their order
@@ -196,7 +196,7 @@ class UNet(nn.Module):
         x = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
         if layers is not None:
             x, feature = self._reusing(x, time, words, layers, feature)
-            return self.conv_out(F.silu(self.conv_norm_out(x))), feature
+            return self.conv_out(silu(self.conv_norm_out(x))), feature
         skips = [x]
         for block, heard in zip(self.down_blocks, words[:down], strict=True):
             x, new = block(x, time, heard)
@@ -204,7 +204,7 @@ class UNet(nn.Module):
         x = self.mid_block(x, time, words[down])
         for block, heard in zip(self.up_blocks, words[down + 1 :], strict=True):
             x = block(x, skips, time, heard)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
     def _reusing(
         self, x: Tensor, time: Tensor, words: Sequence[Any], layers: int, feature: Tensor | None
