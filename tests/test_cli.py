@@ -290,7 +290,7 @@ def test_a_model_with_a_missing_part_is_a_failure_that_names_it(run, small_model
 
 
 def test_a_nan_in_a_part_is_a_failure_that_names_the_part(run, monkeypatch):
-    monkeypatch.setattr(StableDiffusion, "predict", lambda self, latents, *_: latents * float("nan"))
+    monkeypatch.setattr(UNet, "forward", lambda self, latents, *_: latents * float("nan"))
     code, lines, err = run("generate", "fox", "--seed", "1")
     assert (code, lines, os.listdir()) == (1, [], [])
     assert "the UNet returned NaN" in err
@@ -300,7 +300,7 @@ def test_out_of_memory_says_what_to_do(run, monkeypatch):
     def full(*_: object) -> None:
         raise RuntimeError("can't allocate memory: you tried to allocate 9 TB")
 
-    monkeypatch.setattr(StableDiffusion, "predict", full)
+    monkeypatch.setattr(UNet, "forward", full)
     code, _, err = run("generate", "fox", "--seed", "1")
     assert code == 1 and "error: out of memory; try a smaller --batch" in err
 
