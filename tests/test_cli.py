@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from minisd import StableDiffusion, __version__, cli
 from minisd.metadata import Parameters, parameters_text, parse_parameters, read_parameters, sampler_label, save_png
 from minisd.samplers import SAMPLERS
+from minisd.unet import UNet
 
 
 def chunks(path: Path) -> dict[bytes, bytes]:
