@@ -148,6 +148,7 @@ def run(source: str | Path, settings: Settings, say: Callable[[str], None] = pri
     for name in ["torch", *settings.libraries]:
         say(f"import {name}")
         rows.append(row(f"import {name}", name, [_import_seconds(name) for _ in range(settings.repeats)]))
+    rows += _cold_loads(source, settings, say)
     with ExitStack() as stack:
         processes = []
         loads: dict[str, list[float]] = {name: [] for name in settings.libraries}
@@ -162,7 +163,6 @@ def run(source: str | Path, settings: Settings, say: Callable[[str], None] = pri
                 if not last:
                     process.close()
         rows += [row("load, first step included", name, times[1:]) for name, times in loads.items()]
-        rows += _cold_loads(source, settings, say)
         rows += _measure(processes, config, settings, say)
         report: dict[str, Any] = {"machine": machine(settings), "settings": asdict(settings), "rows": rows}
         if not settings.compiled:  # whose operators are few, and have no names
@@ -181,7 +181,10 @@ def _load(process: Process, source: str | Path, settings: Settings) -> float:
 
 
 def _cold_loads(source: str | Path, settings: Settings, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Loading once more, when the system has forgotten the files: as on the first time of a day. Linux only."""
+    """Loading when the system has forgotten the files, as on the first time of a day. Linux only.
+
+    What a process has mapped is not forgotten: none may be there yet.
+    """
     if not hasattr(os, "posix_fadvise"):
         return []
     rows = []
