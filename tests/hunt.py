@@ -97,6 +97,8 @@ def main() -> int:
         settings |= {"MINISD_HUNT": options.inputs // 2, "MINISD_KILLS": options.kills}
     os.environ |= {name: str(value) for name, value in settings.items()}
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    os.environ["PYTHONPATH"] = str(HERE.parent)  # this package, whatever is installed
+    sys.path.insert(0, str(HERE.parent))
     path = HERE.parent / "runs/hunt.json"
     kept = json.loads(path.read_text()) if path.exists() and not options.again else {}
     results = kept["results"] if kept.get("settings") == settings else {}
