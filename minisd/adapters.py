@@ -368,7 +368,7 @@ def read_textual_inversion(path: str | PathLike[str], token: str | None = None) 
             f"{path} holds {found}; expected one word with its vectors, (width,) or (n, width), or the web UI's "
             "string_to_param. Use a textual inversion made for this kind of model"
         )
-    return token or str(name), vectors.float().reshape(-1, vectors.shape[-1])
+    return str(name) if token is None else token, vectors.float().reshape(-1, vectors.shape[-1])
 
 
 def add_word(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, vectors: Tensor) -> Tokenizer:

@@ -70,8 +70,10 @@ def writable(folder: Path) -> None:
     """Raise OSError where no file can be put into a folder, which need not be there yet."""
     absolute = path("folder", folder).absolute()
     there = next(each for each in (absolute, *absolute.parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise OSError(f"--output: {there} is no folder, or is not writable; choose another place")
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is no folder, so nothing can be put into it; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there} is a folder that you may not write into; choose another place")
 
 
 def texts(name: str, value: Any) -> list[str]:

@@ -45,9 +45,9 @@ class Target:
 
         Raises BadParameter for a name that is neither a .png nor a folder, OSError where nothing can be written.
         """
-        from minisd.checks import writable
+        from minisd import checks
 
-        path = Path(output or "")
+        path = checks.path("--output", output or "")
         if output and path.suffix.lower() == ".png" and not path.is_dir():
             target = cls(path.parent, path.stem, several, overwrite)
         elif not output or path.is_dir() or output.endswith(("/", os.sep)):
@@ -58,7 +58,7 @@ class Target:
             )
         if len(os.fsencode(target.stem)) > LONGEST:
             raise typer.BadParameter(f"--output {target.stem[:40]}… is too long; give {LONGEST} letters or fewer")
-        writable(target.folder)
+        checks.writable(target.folder)
         return target
 
     def save(self, picture: Image.Image, seed: int, text: str) -> None:

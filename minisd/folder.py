@@ -194,6 +194,7 @@ def _moved_into(target: Path) -> Iterator[Path]:
     existing = {path.relative_to(target) for path in target.rglob("*") if path.is_file()} if target.is_dir() else set()
     if target.exists() and (not target.is_dir() or (existing and Path("model_index.json") not in existing)):
         raise FileExistsError(f"{target} exists and is not a model; choose a new folder, or empty it first")
+    checks.writable(target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     new.mkdir()

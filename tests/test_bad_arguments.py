@@ -298,9 +298,6 @@ def test_every_bad_value_is_refused_before_anything_is_drawn(
     resource = pytest.importorskip("resource")
     needed, optional = CALLS[function]
 
-    def forbidden(*_: object) -> None:
-        raise AssertionError("the UNet was called")
-
     if function != "predict":
         monkeypatch.setattr(sd.unet, "forward", forbidden)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -544,10 +541,23 @@ def typed(options: dict[str, str]) -> list[str]:
             *(value.split() if name == "--outpaint" else [value]))]
 
 
+WORK = (  # what costs time, and must not have begun where something is refused
+    "minisd.parts.Parts.predict", "minisd.training.loop.Trainer.advance", "minisd.training.data.render",
+    "minisd.evaluation.measure.evaluate", "minisd.bench._import_seconds",
+)  # fmt: skip
+
+
+def forbidden(*_: object, **__: object) -> None:
+    raise AssertionError("work was begun")
+
+
 def assert_refused(folder: Path, arguments: list[str], run: Run = run, codes: tuple[int, ...] = (2,)) -> None:
-    """The command ends at once with one line that says why, prints and writes nothing."""
+    """The command ends with one line that says why, before any work; it prints and writes nothing."""
     before = sorted(folder.rglob("*"))
-    code, out, err = run(arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        for work in WORK:
+            patch.setattr(work, forbidden)
+        code, out, err = run(arguments)
     _, told, reason = f"\n{err}".rpartition("\nerror: ")
     assert (code in (1, 2)) and not out, (arguments, code, out, err)
     assert told and reason and "Traceback" not in err and "unexpected " not in err, (arguments, err)

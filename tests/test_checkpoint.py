@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -453,20 +453,24 @@ def whole_numbers(path: Path) -> None:
         (whole_numbers, "unet.conv_out.bias of dtype I8"),
     ],
 )
-def test_damaged_folder_is_refused(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_damaged_folder_is_refused(
+    folder: Path, damage: Callable[[Path], None], message: str, tally: Counter[str]
+) -> None:
     damage(folder / UNET)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
+    tally["refused"] += 1
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
 @pytest.mark.parametrize("content", [None, "", "{", "[1]", '{"a": ' * 100_000])
-def test_damaged_json_is_refused(folder: Path, name: str, content: str | None) -> None:
+def test_damaged_json_is_refused(folder: Path, name: str, content: str | None, tally: Counter[str]) -> None:
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises(CheckpointError, match=Path(name).name):
         load(folder)
+    tally["refused"] += 1
 
 
 @pytest.mark.parametrize(
@@ -480,19 +484,21 @@ def test_damaged_json_is_refused(folder: Path, name: str, content: str | None) -
         ("unet/config.json", {"cross_attention_dim": 64}, "misshaped: unet.down_blocks.0.attentions.0"),
     ],
 )
-def test_other_models_are_refused(folder: Path, name: str, change: dict, message: str) -> None:
+def test_other_models_are_refused(folder: Path, name: str, change: dict, message: str, tally: Counter[str]) -> None:
     path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         load(folder)
+    tally["refused"] += 1
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "x.json"])
-def test_shards_stay_beside_their_index(tmp_path: Path, name: str) -> None:
+def test_shards_stay_beside_their_index(tmp_path: Path, name: str, tally: Counter[str]) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="must lie beside their index"):
         shards(index)
+    tally["refused"] += 1
 
 
 def test_missing_shard_is_named(tmp_path: Path) -> None:
@@ -544,7 +550,7 @@ def attacks(sentinel: Path) -> list[object]:
 
 @pytest.mark.parametrize("archive", [True, False], ids=["zip", "old"])
 @pytest.mark.parametrize("number", range(9))
-def test_pickles_cannot_run_code(tmp_path: Path, number: int, archive: bool) -> None:
+def test_pickles_cannot_run_code(tmp_path: Path, number: int, archive: bool, tally: Counter[str]) -> None:
     sentinel, path = tmp_path / "executed", tmp_path / "model.ckpt"
     torch.save({"x": attacks(sentinel)[number]}, path, _use_new_zipfile_serialization=archive)
     with pytest.raises(CheckpointError, match="asks for code and was refused"):
@@ -552,6 +558,7 @@ def test_pickles_cannot_run_code(tmp_path: Path, number: int, archive: bool) -> 
     path.write_bytes(pickle.dumps(attacks(sentinel)[number], protocol=2))
     with pytest.raises(CheckpointError, match=str(path)):
         load(path)
+    tally.update(refused=2, executed=int(sentinel.exists()))
     assert not sentinel.exists()
 
 
@@ -579,7 +586,9 @@ def lightning_checkpoint(state: dict[str, torch.Tensor], module: str, name: str)
             del sys.modules[each]
 
 
-def test_lightning_callback_passes_as_inert(tmp_path: Path, parts: Parts, state: dict[str, torch.Tensor]) -> None:
+def test_lightning_callback_passes_as_inert(
+    tmp_path: Path, parts: Parts, state: dict[str, torch.Tensor], tally: Counter[str]
+) -> None:
     path = tmp_path / "sd-v1-4.ckpt"
     module = "pytorch_lightning.callbacks.model_checkpoint"
     path.write_bytes(lightning_checkpoint(state, module, "ModelCheckpoint"))
@@ -590,15 +599,19 @@ def test_lightning_callback_passes_as_inert(tmp_path: Path, parts: Parts, state:
         path.write_bytes(lightning_checkpoint(state, other, name))
         with pytest.raises(CheckpointError, match=f"refused.*{name}"):
             load(path, config=SMALL)
+    tally.update(whole=1, refused=2)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.7, 0.999])
-def test_truncated_pickle(tmp_path: Path, state: dict[str, torch.Tensor], fraction: float) -> None:
+def test_truncated_pickle(
+    tmp_path: Path, state: dict[str, torch.Tensor], fraction: float, tally: Counter[str]
+) -> None:
     path = tmp_path / "model.ckpt"
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
     with pytest.raises(CheckpointError, match="is empty|damaged or incomplete"):
         load(path, config=SMALL)
+    tally["refused"] += 1
 
 
 def test_pickles_of_other_things(tmp_path: Path) -> None:
