@@ -16,13 +16,6 @@ from torch import Tensor, nn
 HALF = (torch.float16, torch.bfloat16)
 
 
-class KeysValues(NamedTuple):
-    """What an attention layer makes of a context: keys and values, both (n, words, heads·d)."""
-
-    k: Tensor
-    v: Tensor
-
-
 class AttentionRecord(NamedTuple):
     """The weights that one attention layer computed in one call: `weights` (n, heads, queries, keys), rows sum to 1."""
 
@@ -30,9 +23,11 @@ class AttentionRecord(NamedTuple):
     weights: Tensor
 
 
+Kept = dict[nn.Module, tuple[Tensor, Tensor, Tensor]]
 Watch = Callable[[Tensor], None]
 
 _recorder: ContextVar[Callable[[nn.Module, Tensor], None] | None] = ContextVar("recorder", default=None)
+_kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 _watched: ContextVar[Mapping[nn.Module, Watch]] = ContextVar("watched", default=MappingProxyType({}))
 
 
@@ -61,6 +56,22 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
             yield records
     finally:
         _recorder.reset(token)
+
+
+@contextmanager
+def keep_projections(kept: Kept) -> Iterator[None]:
+    """Within this block cross-attention looks into `kept` for the keys and values of its context, and puts them there.
+
+    The words stay the same while a picture is drawn, so a run that brings the same tensor of context to every call
+    projects it once. `kept`, {} at first, holds for each layer the context, keys and values; another tensor of context
+    takes their place. It holds for calls made by the same thread, while weights stay what they are, and not in compiled
+    code, which knows no memory.
+    """
+    token = _kept.set(kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 @contextmanager
@@ -117,8 +128,7 @@ def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, heads: int, causal
 class Attention(nn.Module):
     """Multi-head attention with diffusers' names: self-attention, or cross-attention when a context is given.
 
-    x (n, queries, query_dim), context (n, keys, context_dim) -> (n, queries, query_dim). For a context that does not
-    change from call to call, `keys_values` can be computed once and passed in its place. `upcast` computes the scores
+    x (n, queries, query_dim), context (n, keys, context_dim) -> (n, queries, query_dim). `upcast` computes the scores
     of half-precision inputs in float32, which Stable Diffusion 2.1 needs.
     """
 
@@ -132,16 +142,20 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or query_dim, query_dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
 
-    def keys_values(self, context: Tensor) -> KeysValues:
-        """Project a context (n, keys, context_dim) to what the queries meet."""
-        return KeysValues(self.to_k(context), self.to_v(context))
-
-    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         q = self.to_q(x)
-        k, v = context if isinstance(context, KeysValues) else self.keys_values(x if context is None else context)
+        k, v = (self.to_k(x), self.to_v(x)) if context is None else self._keys_values(context)
         if self.upcast and q.dtype in HALF:
             q, k, v = q.float(), k.float(), v.float()
         return self.to_out[0](attend(self, q, k, v, self.heads).to(x.dtype))
+
+    def _keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        kept = None if torch.compiler.is_compiling() else _kept.get()
+        if kept is None:
+            return self.to_k(context), self.to_v(context)
+        if self not in kept or kept[self][0] is not context:
+            kept[self] = context, self.to_k(context), self.to_v(context)
+        return kept[self][1:]
 
 
 class GEGLU(nn.Module):
@@ -173,7 +187,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Pixels look at each other, then at the words, then each thinks for itself; every step is added to its input.
 
-    x (n, pixels, dim), context (n, words, context_dim), or its keys and values -> (n, pixels, dim).
+    x (n, pixels, dim), context (n, words, context_dim) -> (n, pixels, dim).
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int, upcast: bool = False) -> None:
@@ -185,7 +199,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -194,8 +208,8 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of a feature map, with projections in and out and a residual around it all.
 
-    x (n, channels, h, w), context (n, words, context_dim), or its keys and values -> (n, channels, h, w). `linear` puts
-    the projections on the token side (Stable Diffusion 2) in place of 1×1 convolutions (Stable Diffusion 1).
+    x (n, channels, h, w), context (n, words, context_dim) -> (n, channels, h, w). `linear` puts the projections on the
+    token side (Stable Diffusion 2) in place of 1×1 convolutions (Stable Diffusion 1).
     Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", appendix E.2.1.
     """
 
@@ -209,11 +223,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim, upcast)])
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def keys_values(self, context: Tensor) -> KeysValues:
-        """What the block's cross-attention makes of a context."""
-        return self.transformer_blocks[0].attn2.keys_values(context)  # type: ignore[operator, union-attr, no-any-return]
-
-    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         height = x.shape[-2]
         tokens = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         tokens = rearrange(tokens, "n c h w -> n (h w) c")

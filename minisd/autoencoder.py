@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisd.attention import Attention, KeysValues
+from minisd.attention import Attention
 from minisd.blocks import Downsample, ResBlock, Upsample, silu
 from minisd.config import AutoencoderConfig
 
@@ -43,7 +43,7 @@ class PixelAttention(Attention):
         super().__init__(channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
 
-    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         tokens = rearrange(self.group_norm(x), "n c h w -> n (h w) c")
         return x + rearrange(super().forward(tokens), "n (h w) c -> n c h w", h=x.shape[-2])
 

@@ -39,7 +39,7 @@ from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
 from minisd.tiling import tiled
 from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet, Words
+from minisd.unet import UNet
 
 SAVING_MEMORY = (
     "draw smaller pictures or fewer at a time, or load the model with tile=True, dtype=torch.float16 or offload=True"
@@ -246,14 +246,14 @@ class Parts:
         self,
         latents: Tensor,
         timestep: Tensor,
-        context: Tensor | Sequence[Words],
+        context: Tensor,
         guidance: Guidance | None,
         *reuse: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """The same, with what was checked, and (prediction, feature) returned.
 
-        context: or its keys and values; for twice the latents where there is guidance. reuse: layers and feature, as
-        `UNet.forward` takes them; without, there is no feature.
+        context: for twice the latents where there is guidance. reuse: layers and feature, as `UNet.forward` takes them;
+        without, there is no feature.
         """
         x = torch.cat([latents, latents]) if guidance else latents
         output = self.unet(x.to(self.dtype), timestep, context, *reuse)
@@ -263,8 +263,7 @@ class Parts:
             prediction = self._checked(prediction, "UNet").to(torch.float32, copy=True)
         except FloatingPointError:  # whose fault is it?
             finite_input("latents", latents)
-            if isinstance(context, Tensor):
-                finite_input("context", context)
+            finite_input("context", context)
             raise
         return guidance.combine(*prediction.chunk(2)) if guidance else prediction, feature
 

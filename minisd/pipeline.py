@@ -12,6 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisd import noise, presets
+from minisd.attention import Kept as Projections
+from minisd.attention import keep_projections
 from minisd.checks import floats, real, texts, whole
 from minisd.editing import Hole, check_margins, extend, hide, latent_mask, paste, read_mask, slerp
 from minisd.guidance import Guidance
@@ -22,7 +24,6 @@ from minisd.presets import pick
 from minisd.prompts import common_length, read
 from minisd.reuse import Kept, Reuse
 from minisd.samplers import Run, Sampler
-from minisd.unet import Words
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,19 +159,21 @@ class StableDiffusion(Parts):
         state = run.start(first, None if hole and given.strength == 1 else latents)
         beside = hole.channels(len(first)) if hole else None
         timesteps = torch.tensor(run.timesteps, device=self.device, dtype=torch.float32)  # one copy to the device
-        heard: dict[bool, Sequence[Words]] = {}  # of both contexts, or of the prompt's alone
+        contexts = [plain.to(self.dtype)]  # without guidance, and with it: the same tensors at every call
+        contexts += [] if against is None else [torch.cat([against, plain]).to(self.dtype)]
+        projections: Projections = {}
         kept = Kept()
         with self._using(self.unet):
             for index, t in enumerate(run.timesteps):
                 x = run.model_input(state)
                 seen = x if beside is None else torch.cat([x, beside], dim=1)
                 acts = against is not None and guidance.acts(index / run.calls)
-                if acts not in heard:
-                    context = torch.cat([against, plain]) if against is not None and acts else plain
-                    heard[acts] = self.unet.keys_values(context.to(self.dtype))
                 old = reuse.feature(kept, len(x) * (2 if acts else 1))
                 again = [reuse.layers, old] if reuse.every > 1 else []
-                prediction, new = self._predict(seen, timesteps[index], heard[acts], guidance if acts else None, *again)
+                with keep_projections(projections):
+                    prediction, new = self._predict(
+                        seen, timesteps[index], contexts[acts], guidance if acts else None, *again
+                    )
                 kept = reuse.keep(kept, old, new)
                 state, x0 = run.step(state, prediction, stream.draw() if run.needs_noise(index) else None)
                 state = hole.keep(run, state, first) if hole else state

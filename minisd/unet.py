@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisd.attention import KeysValues, SpatialTransformer
+from minisd.attention import SpatialTransformer
 from minisd.blocks import Downsample, ResBlock, Upsample, silu
 from minisd.config import UNetConfig
-
-Words = Sequence[KeysValues]  # what the attention layers of one block make of a context, in their order
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -71,7 +67,7 @@ class DownBlock(nn.Module):
             self.downsamplers = nn.ModuleList([Downsample(widths[level], padding=1)])
 
     def forward(
-        self, x: Tensor, time: Tensor, context: Tensor | Words, most: int | None = None
+        self, x: Tensor, time: Tensor, context: Tensor, most: int | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         skips: list[Tensor] = []
         for i, resnet in enumerate(self.resnets):
@@ -79,7 +75,7 @@ class DownBlock(nn.Module):
                 return x, skips
             x = resnet(x, time)
             if hasattr(self, "attentions"):
-                x = self.attentions[i](x, context if isinstance(context, Tensor) else context[i])
+                x = self.attentions[i](x, context)
             skips.append(x)
         if hasattr(self, "downsamplers") and most != len(self.resnets):
             x = self.downsamplers[0](x)
@@ -99,8 +95,8 @@ class MidBlock(nn.Module):
             for _ in range(2)
         )
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | Words) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, time), context if isinstance(context, Tensor) else context[0])
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, time), context)
         return self.resnets[1](x, time)
 
 
@@ -126,14 +122,14 @@ class UpBlock(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(widths[level])])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor | Words, layers: range | None = None
+        self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor, layers: range | None = None
     ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             if layers is not None and i not in layers:
                 continue
             x = resnet(torch.cat([x, skips.pop()], dim=1), time)
             if hasattr(self, "attentions"):
-                x = self.attentions[i](x, context if isinstance(context, Tensor) else context[i])
+                x = self.attentions[i](x, context)
         if hasattr(self, "upsamplers") and (layers is None or layers.stop == len(self.resnets)):
             x = self.upsamplers[0](x, size=skips[-1].shape[-2:])
         return x
@@ -162,26 +158,18 @@ class UNet(nn.Module):
         """How many residual blocks there are on the way up, all levels together."""
         return len(self.config.block_out_channels) * (self.config.layers_per_block + 1)
 
-    def keys_values(self, context: Tensor) -> tuple[Words, ...]:
-        """What all cross-attention layers make of a context (n, words, d), block by block from input to output.
-
-        The words stay the same while a picture is drawn: project them once, and pass this in place of the context.
-        """
-        blocks = (*self.down_blocks, self.mid_block, *self.up_blocks)
-        return tuple(tuple(site.keys_values(context) for site in getattr(block, "attentions", ())) for block in blocks)
-
     def forward(
         self,
         latents: Tensor,
         timesteps: Tensor,
-        context: Tensor | Sequence[Words],
+        context: Tensor,
         layers: int | None = None,
         feature: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Latents (n, in_channels, h, w), timesteps (n,) or one, context (n, words, d) -> (n, out_channels, h, w).
 
-        The timesteps lie between 0 and 999 and need not be whole. In place of a context, its `keys_values` will do. The
-        output is the predicted noise, or v, as the checkpoint was trained.
+        The timesteps lie between 0 and 999 and need not be whole. The output is the predicted noise, or v, as the
+        checkpoint was trained.
 
         layers: return (output, feature), the feature being what the last so many layers of the way up begin with: it
         changes little from one step to the next. feature: begin there with that of an earlier call, and run only those
@@ -190,43 +178,40 @@ class UNet(nn.Module):
         """
         embedding = timestep_embedding(timesteps.reshape(-1), self.config.block_out_channels[0])
         time = self.time_embedding(embedding.to(latents.dtype))
-        down = len(self.down_blocks)
-        words = [context] * (2 * down + 1) if isinstance(context, Tensor) else context
         # channels last: convolutions are faster so, and tokens, (n, pixels, c), are then a view of the map
         x = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
         if layers is not None:
-            x, feature = self._reusing(x, time, words, layers, feature)
+            x, feature = self._reusing(x, time, context, layers, feature)
             return self.conv_out(silu(self.conv_norm_out(x))), feature
         skips = [x]
-        for block, heard in zip(self.down_blocks, words[:down], strict=True):
-            x, new = block(x, time, heard)
+        for block in self.down_blocks:
+            x, new = block(x, time, context)
             skips += new
-        x = self.mid_block(x, time, words[down])
-        for block, heard in zip(self.up_blocks, words[down + 1 :], strict=True):
-            x = block(x, skips, time, heard)
+        x = self.mid_block(x, time, context)
+        for block in self.up_blocks:
+            x = block(x, skips, time, context)
         return self.conv_out(silu(self.conv_norm_out(x)))
 
     def _reusing(
-        self, x: Tensor, time: Tensor, words: Sequence[Any], layers: int, feature: Tensor | None
+        self, x: Tensor, time: Tensor, context: Tensor, layers: int, feature: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """From `conv_in` to the last layer, in two halves: what makes the feature, unless it is given, and the rest."""
         if not 1 <= layers <= self.layers:
             raise ValueError(f"layers={layers}; expected 1 to {self.layers}, all that there are on the way up")
         whole, skips = feature is None, [x]
-        down = len(self.down_blocks)
-        for block, heard in zip(self.down_blocks, words[:down], strict=True):
-            x, new = block(x, time, heard, None if whole else layers - len(skips))
+        for block in self.down_blocks:
+            x, new = block(x, time, context, None if whole else layers - len(skips))
             skips += new
-        x = self.mid_block(x, time, words[down]) if feature is None else feature
+        x = self.mid_block(x, time, context) if feature is None else feature
         below = self.layers - layers  # from here to the feature
-        for block, heard in zip(self.up_blocks, words[down + 1 :], strict=True):
+        for block in self.up_blocks:
             count = self.config.layers_per_block + 1
             cut = min(max(below, 0), count)
             if whole and cut:
-                x = block(x, skips, time, heard, range(cut))
+                x = block(x, skips, time, context, range(cut))
             feature = x if below == cut < count else feature
             if cut < count:
-                x = block(x, skips, time, heard, range(cut, count))
+                x = block(x, skips, time, context, range(cut, count))
             below -= count
         assert feature is not None
         return x, feature

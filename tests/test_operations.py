@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minisd import StableDiffusion
+from minisd.attention import keep_projections
 from minisd.autoencoder import Autoencoder
 from minisd.blocks import Conv3x3, Upsample
 from minisd.config import SD15
@@ -112,15 +113,15 @@ def test_nothing_is_copied_but_the_patches_of_heavy_convolutions(
 
 
 def test_the_words_are_projected_once() -> None:
-    """With their keys and values a step has two products less for each of the 16 layers that attend to words."""
+    """A second step with the same context has two products less for each of the 16 layers that attend to words."""
     with FakeTensorMode(), torch.no_grad():
         unet = UNet(SD15.unet).eval()
-        with Counting() as once:
-            words = unet.keys_values(torch.empty(2, 77, 768))
-        with Counting() as step:
-            unet(torch.empty(2, 4, 64, 64), torch.empty(()), words)
-    assert once.among(PRODUCTS) == once.calls["mm"] == 32
-    assert step.among(PRODUCTS) == 282 - 32 + 2 * 7
+        words, products, kept = torch.empty(2, 77, 768), [], {}
+        for context in (words, words, words.clone()):
+            with Counting() as step, keep_projections(kept):
+                unet(torch.empty(2, 4, 64, 64), torch.empty(()), context)
+            products.append(step.among(PRODUCTS))
+    assert len(kept) == 16 and products == [282 + 2 * 7, 282 - 32 + 2 * 7, 282 + 2 * 7]
 
 
 def test_a_step_of_the_sampler_adds_next_to_nothing() -> None:
@@ -135,9 +136,10 @@ def test_a_step_of_the_sampler_adds_next_to_nothing() -> None:
         counts.append(counting)
     with torch.inference_mode():
         x, t = torch.zeros(2, 4, 16, 16), torch.tensor(1.0)
-        words = sd.unet.keys_values(torch.zeros(2, 77, sd.config.text_encoder.hidden_size))
-        with Counting() as unet:
-            sd.unet(x, t, words)
+        words, kept = torch.zeros(2, 77, sd.config.text_encoder.hidden_size), {}
+        for _ in range(2):
+            with Counting() as unet, keep_projections(kept):
+                sd.unet(x, t, words)
     step = Counter(counts[1].calls)
     step.subtract(counts[0].calls)
     step.subtract(unet.calls)

@@ -17,8 +17,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minisd.guidance import Guidance
-
 PROMPT = "a fox in the snow"
 GUIDANCE = 7.5
 TIMESTEP = 481
@@ -62,14 +60,16 @@ class Minisd:
     def text(self) -> Tensor:
         return self.sd.encode_text(["", PROMPT])
 
-    @torch.inference_mode()
     def keep(self, context: Tensor) -> Any:
-        return self.sd.unet.keys_values(context)
+        return context, {}
 
     @torch.inference_mode()
     def step(self, latents: Tensor, context: Any) -> Tensor:
-        timestep = torch.tensor(float(TIMESTEP), device=self.sd.device)
-        return self.sd._predict(latents, timestep, context, Guidance(GUIDANCE))[0]
+        from minisd.attention import keep_projections
+
+        words, projections = context
+        with keep_projections(projections):
+            return self.sd.predict(latents, TIMESTEP, words, GUIDANCE)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.sd.decode_to_tensor(latents)
