@@ -2,7 +2,7 @@
 
 python tests/hunt.py [--inputs 16000] [--kills 50] [--seed 0] [--only files arguments faults kills] [--again] [--few]
 
-It runs the tests that `tests/README.md` lists under "Bad files, arguments, faults", with larger numbers, one group after
+It runs the tests that `tests/README.md` lists under "Bad files, arguments, faults", with more of each, one group after
 another, and counts what these tests say that they tried. What a group found is kept in runs/hunt.json, so that the same
 command, after a break, goes on with the groups that are missing; --again runs them all. --inputs: half are files, half
 arguments and options. --kills: of batch generation, as many of trainings, and 80 while saving. --few: what the tests
