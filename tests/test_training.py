@@ -13,6 +13,7 @@ import pytest
 import torch
 from small_training import assert_same_run
 
+from minisd.cli import main
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes, render_scenes
 from minisd.training.export import write_curves
@@ -167,3 +168,11 @@ def test_curves_are_means_of_neighbouring_steps(tmp_path: Path) -> None:
     curves = json.loads((tmp_path / "curves.json").read_text())
     assert curves["unet"] == curves["short"]
     assert curves["unet"] == {"step": [2, 4, 6, 8, 10], "loss": [0.1667, 0.8333, 1.5, 2.167, 2.833], "lr": [0.5] * 5}
+
+
+def test_a_checkpoint_is_not_lost_by_forgetting_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"hours of work")
+    assert main(["train", "judge", "--output", str(tmp_path), "--steps", "1", "--batch", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "checkpoint.pt is that of an earlier training" in said and "--resume" in said
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"checkpoint.pt": b"hours of work"}

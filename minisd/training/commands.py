@@ -283,8 +283,13 @@ def _train(task: Any, output: Path, **choices: Any) -> None:
     """Run the task, and add a line about this sitting to `log.jsonl` in its folder."""
     from minisd.processes import rank
     from minisd.training.export import Sitting, log_sitting
-    from minisd.training.loop import Options, train
+    from minisd.training.loop import CHECKPOINT, Options, train
 
+    if (output / CHECKPOINT).exists() and not choices["resume"]:
+        raise typer.BadParameter(
+            f"{output / CHECKPOINT} is that of an earlier training, which would be lost; "
+            "add --resume to go on with it, or choose another --output"
+        )
     try:
         options = Options(folder=output, **choices)
         trainer = train(task, options)

@@ -27,6 +27,8 @@ from minisd.checks import real, whole, writable
 from minisd.processes import process_group, processes, rank
 from minisd.weights import CheckpointError, read_pickle, save_atomically
 
+CHECKPOINT = "checkpoint.pt"  # of a training, in its folder
+
 
 @dataclass(frozen=True)
 class Options:
@@ -178,7 +180,7 @@ class Trainer:
     @property
     def checkpoint(self) -> Path:
         """The file that holds the whole state."""
-        return self.options.folder / "checkpoint.pt"
+        return self.options.folder / CHECKPOINT
 
     def save(self) -> None:
         """Write losses, state, curves and sample sheet; each file appears whole or not at all.
@@ -225,7 +227,7 @@ class Trainer:
                 self.losses = [json.loads(line) for line in losses.read_text().splitlines()][: self.step]
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.checkpoint} cannot be resumed ({error}); start without --resume, or in another folder"
+                f"{self.checkpoint} cannot be resumed ({error}); delete it, or choose another folder"
             ) from error
 
     @contextmanager
