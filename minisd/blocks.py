@@ -105,6 +105,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         twice = (2 * x.shape[-2], 2 * x.shape[-1])
         plain = x.device.type != "cpu" or torch.is_grad_enabled() or x.numel() < LARGE
+        plain |= bool(self.conv._forward_hooks or self.conv._forward_pre_hooks)  # such as a LoRA's: it must be called
         if plain or (size or twice) != twice or self.conv.weight.numel() >= HEAVY * 4 * x.numel():
             return self.conv(F.interpolate(x, size=size or twice, mode="nearest"))
         return self._by_quarters(x)

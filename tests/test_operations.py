@@ -174,6 +174,11 @@ def test_upsampling_by_quarters_is_upsampling(sides: tuple[int, int], monkeypatc
         found = layer(x)
     assert counting.calls["convolution"] == 4 and counting.calls["upsample_nearest2d"] == 0
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    # who listens to the convolution, or adds to what it returns as a LoRA does, is heard
+    handle = layer.conv.register_forward_hook(lambda module, inputs, output: output + 1)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected + 1, rtol=0, atol=1e-13)
+    handle.remove()
     odd = (2 * sides[0] - 1, 2 * sides[1])
     expected = layer.conv(nn.functional.interpolate(x, size=odd, mode="nearest"))
     with torch.no_grad():
