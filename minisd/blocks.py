@@ -40,7 +40,7 @@ class Conv3x3(nn.Conv2d):
         patches = x.unfold(2, 3, stride).unfold(3, 3, stride)
         n, _, h, w = patches.shape[:4]
         rows = rearrange(patches, "n c h w i j -> (n h w) (c i j)")
-        out = F.linear(rows, rearrange(self.weight, "o c i j -> o (c i j)"), self.bias)
+        out = F.linear(rows, self.weight.flatten(1), self.bias)
         return rearrange(out, "(n h w) o -> n o h w", n=n, h=h, w=w)
 
 

@@ -4,6 +4,8 @@ The graphs are caught by torch's counter and run as they are, operator by operat
 of them takes minutes. So the pictures must be the same, bit for bit.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -42,6 +44,23 @@ def test_one_graph_each_and_no_other_from_step_to_step() -> None:
     # and afterwards the graphs are used again
     sd("a fox", seed=1, num_inference_steps=1)
     assert counter.frame_count == 2
+
+
+FRESH = """
+from torch._dynamo.testing import CompileCounter
+from minisd import StableDiffusion
+sd, counter = StableDiffusion.from_pretrained(), CompileCounter()
+sd.compile(backend=counter)
+for seed in (0, 1):
+    sd("a fox", seed=seed, num_inference_steps=2, progress=False)
+    print(counter.frame_count)
+"""
+
+
+def test_nothing_that_a_first_call_leaves_behind_makes_another_graph() -> None:
+    """In a process in which no model has run: what libraries remember of their first call is watched by dynamo."""
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "2"]
 
 
 def test_a_graph_that_breaks_is_an_error() -> None:
