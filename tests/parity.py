@@ -7,9 +7,13 @@ networks in double precision, so that every mistake of `test_mutations.py` shows
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -278,3 +282,22 @@ def lively_model(config: ModelConfig, defaults: Defaults | None = None) -> Stabl
 # FLOPs of Stable Diffusion 1's time embedding for one row: two layers, then one in each of 22 residual blocks, to 320
 # channels (5 of them, 2 down and 3 up), 640 (5) and 1280 (12). diffusers computes it for both rows of a guided call.
 SD1_TIME_FLOPS = 2 * (320 * 1280 + 1280 * 1280 + 1280 * (5 * 320 + 5 * 640 + 12 * 1280))
+
+# What channels last costs: for that layout torch's GroupNorm on a CPU adds up the squares of a group in float32, one
+# after the other, a million of them for a picture of 512×512; its result is off by up to 3e-4 there, and by 5e-7 in the
+# other layout (`test_what_channels_last_costs`).
+LAYOUT_TOLERANCE = 5e-4
+# With norms in float64 in both networks only rounding is left, of kernels that add in another order: so measured,
+# diffusers' decoder differs by 1.6e-5 from itself in the other layout.
+KERNEL_TOLERANCE = 3e-5
+
+
+@contextmanager
+def norms_in_float64() -> Iterator[None]:
+    """Within this block every GroupNorm, of either library, computes in float64."""
+
+    def forward(self: nn.GroupNorm, x: Tensor) -> Tensor:
+        return F.group_norm(x.double(), self.num_groups, self.weight.double(), self.bias.double(), self.eps).to(x.dtype)
+
+    with mock.patch.object(nn.GroupNorm, "forward", forward):
+        yield

@@ -370,7 +370,8 @@ def test_a_new_lora_changes_nothing(ours: StableDiffusion) -> None:
     lora = LoRA({name: LowRank(layer, 4) for name, layer in layers.items()}).double()
     lora.attach(layers)
     assert hooks(ours) == len(layers)
-    assert torch.equal(our_output(ours), plain)
+    # the same but for rounding: a map of 1×1 that zeros were added to has other strides, and its norm another kernel
+    torch.testing.assert_close(our_output(ours), plain, rtol=0, atol=1e-14)
     nn.init.ones_(lora.updates[0].lora_B)
     assert not torch.equal(our_output(ours), plain)
 
@@ -774,6 +775,8 @@ def test_training_a_word(small_model: Path, pictures: Path, tmp_path: Path) -> N
     red, fox = Tokenizer.from_pretrained().encode("red fox")
     path = output / "export/learned_embeds.safetensors"
     assert torch.equal(load_file(path)["<it>"], table[[red, fox, red]])
+    path = tmp_path / "longer/export/learned_embeds.safetensors"
+    run[run.index(str(output))] = str(tmp_path / "longer")
     assert main(["train", "inversion", *words, *run, "--steps", "5"]) == 0
     assert (load_file(path)["<it>"] != table[[red, fox, red]]).any(dim=1).all()
     pipe, ours = their_pipeline(small_model), StableDiffusion.from_pretrained(small_model, device="cpu")

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 from parity import (
-    FULL_SIZE_TOLERANCE,
+    KERNEL_TOLERANCE,
+    LAYOUT_TOLERANCE,
     SD1_AUTOENCODER,
     SMALL_AUTOENCODER,
     TOLERANCE,
@@ -18,6 +19,7 @@ from parity import (
     meta_autoencoders,
     noise,
     norm_epsilons,
+    norms_in_float64,
     parameters,
     shapes,
 )
@@ -105,12 +107,26 @@ def test_sample_by_hand() -> None:
 def test_full_size() -> None:
     start = time.perf_counter()
     pair = autoencoders(SD1_AUTOENCODER, torch.float32)
-    encoded, middle = encode_difference(pair, 512, 512, n=1), time.perf_counter()
-    decoded, end = decode_difference(pair, 64, 64, n=1), time.perf_counter()
+    with norms_in_float64():
+        encoded, middle = encode_difference(pair, 512, 512, n=1), time.perf_counter()
+        decoded, end = decode_difference(pair, 64, 64, n=1), time.perf_counter()
     print(f"VAE encode, 512×512: {encoded:.2e} of the output's standard deviation, {middle - start:.0f} s")
     print(f"VAE decode, 512×512: {decoded:.2e} of the output's standard deviation, {end - middle:.0f} s")
-    assert encoded <= FULL_SIZE_TOLERANCE
-    assert decoded <= FULL_SIZE_TOLERANCE
+    assert encoded <= KERNEL_TOLERANCE
+    assert decoded <= KERNEL_TOLERANCE
+    assert decode_difference(pair, 64, 64, n=1) <= LAYOUT_TOLERANCE
+
+
+def test_what_channels_last_costs() -> None:
+    """Why there are two tolerances: torch's own GroupNorm, in both layouts, beside float64."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 128, 256, 256) + 3
+    expected = torch.nn.functional.group_norm(x.double(), 32)
+    off = [
+        float((torch.nn.functional.group_norm(x.to(memory_format=layout), 32) - expected).abs().max())
+        for layout in (torch.contiguous_format, torch.channels_last)
+    ]
+    assert off[0] < 2e-6 and 10 * off[0] < off[1] < LAYOUT_TOLERANCE
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 32), (32, 33)])

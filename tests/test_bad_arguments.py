@@ -543,7 +543,7 @@ def typed(options: dict[str, str]) -> list[str]:
 
 WORK = (  # what costs time, and must not have begun where something is refused
     "minisd.parts.Parts.predict", "minisd.training.loop.Trainer.advance", "minisd.training.data.render",
-    "minisd.evaluation.measure.evaluate", "minisd.bench._import_seconds",
+    "minisd.evaluation.measure.evaluate", "minisd.bench.compare._import_seconds",
 )  # fmt: skip
 
 
