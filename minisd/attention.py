@@ -112,8 +112,9 @@ def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, heads: int, causal
     that `record_attention` can name it.
     """
     q, k, v = (rearrange(x, "n tokens (heads d) -> n heads tokens d", heads=heads) for x in (q, k, v))
-    record = None if torch.compiler.is_compiling() else _recorder.get()
-    watch = None if torch.compiler.is_compiling() else _watched.get().get(layer)
+    compiling = torch.compiler.is_compiling()
+    record = None if compiling else _recorder.get()
+    watch = None if compiling else _watched.get().get(layer)
     if watch is not None:
         watch(attention_weights(q, k, causal).detach().float())
     if record is None:

@@ -32,8 +32,12 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, padding: int = 1) -> None:
         super().__init__(in_channels, out_channels, 3, stride, padding)
 
+    def is_heavy(self, numbers: int) -> bool:
+        """Whether the weights far outnumber a map of so many numbers."""
+        return self.weight.numel() >= HEAVY * numbers
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or self.weight.numel() < HEAVY * x.numel():
+        if x.device.type != "cpu" or not self.is_heavy(x.numel()):
             return super().forward(x)
         padding, stride = self.padding[0], self.stride[0]
         x = F.pad(x, [padding] * 4)  # type: ignore[list-item]
@@ -106,7 +110,7 @@ class Upsample(nn.Module):
         twice = (2 * x.shape[-2], 2 * x.shape[-1])
         plain = x.device.type != "cpu" or torch.is_grad_enabled() or x.numel() < LARGE
         plain |= bool(self.conv._forward_hooks or self.conv._forward_pre_hooks)  # such as a LoRA's: it must be called
-        if plain or (size or twice) != twice or self.conv.weight.numel() >= HEAVY * 4 * x.numel():
+        if plain or (size or twice) != twice or self.conv.is_heavy(4 * x.numel()):
             return self.conv(F.interpolate(x, size=size or twice, mode="nearest"))
         return self._by_quarters(x)
 

@@ -8,7 +8,6 @@ something that cannot be, 130 interrupted.
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import typer
 from minisd import __version__
 from minisd.bench.command import bench
 from minisd.drawing import Drawing, Means, Target, draw_all, file_hash, model_side, split_lora, unknown_words_warning
-from minisd.processes import own_device, processes, rank
+from minisd.processes import own_device, processes, rank, say
 from minisd.serve import serve
 from minisd.training.commands import app as training
 
@@ -59,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if os.environ.get("MINISD_DEBUG") == "1":
                 raise
             code, message = _explain(error)
-            _say(message)
+            say(message)
     if code == 130:
-        _say("interrupted")
+        say("interrupted")
     return code
 
 
@@ -228,12 +227,12 @@ def generate(
         target = Target.parse(f"{output}/", "", several=True, overwrite=overwrite)
     else:
         target = Target.parse(output, options["prompt"], several=count > 1 and not options["grid"], overwrite=overwrite)
-    say: Callable[[str], None] = _ignore if quiet or rank() else _say
+    tell: Callable[[str], None] = _ignore if quiet or rank() else say
     started = time.perf_counter()
     kind = {"variant": variant, "prediction_type": prediction, "offload": offload}
     sd = _load(model, own_device(device), options["dtype"], **kind)
-    say(f"{model or 'tiny'} on {sd.device} in {str(sd.dtype).removeprefix('torch.')}, "
-        f"loaded in {time.perf_counter() - started:.1f} s")
+    tell(f"{model or 'tiny'} on {sd.device} in {str(sd.dtype).removeprefix('torch.')}, "
+         f"loaded in {time.perf_counter() - started:.1f} s")
     _load_adapters(sd, lora or [], inversion or [], recalled.lora_weights if recalled else {})
     means = Means.of(sd, model)
     if recalled is not None:
@@ -241,21 +240,21 @@ def generate(
     said: list[Mapping[str, Any]] = [options] if lines is None else [options, *(line.settings for line in lines)]
     words = [one.get(name) or "" for one in said for name in ("prompt", "negative_prompt")]
     if not rank() and (unknown := unknown_words_warning(sd, words)):
-        _say(unknown)
+        say(unknown)
     from minisd.presets import PRESETS
 
     for name in dict.fromkeys(one["preset"] for one in said if one.get("preset") in PRESETS):
-        say(PRESETS[name].describe())
+        tell(PRESETS[name].describe())
     if lines is not None:
         from minisd.batch import draw_many, make_plan
 
         plan = make_plan(lines, options, batch, sd.defaults, model_side(sd))
-        draw_many(sd, plan, means, target.folder, overwrite=overwrite, quiet=quiet, say=say)
+        draw_many(sd, plan, means, target.folder, overwrite=overwrite, quiet=quiet, say=tell)
         return
     drawing = Drawing.choose(options, sd.defaults)
     choices: dict[str, Any] = {"seed": options["seed"], "images": count, "batch": batch, "grid": bool(options["grid"])}
     place = recalled.place if recalled else None
-    draw_all(sd, drawing, target, **choices, means=means, quiet=quiet, say=say, place=place)
+    draw_all(sd, drawing, target, **choices, means=means, quiet=quiet, say=tell, place=place)
 
 
 @app.command()
@@ -284,7 +283,7 @@ def interpolate(
     target = Target.parse(output, f"{start} to {end}", several=False, overwrite=overwrite)
     sd = _load(model, device, None)
     if unknown := unknown_words_warning(sd, [start, end]):
-        _say(unknown)
+        say(unknown)
     drawing = Drawing(
         prompt=f"{start} to {end}",
         negative_prompt="",
@@ -357,7 +356,7 @@ def evaluate(
     result = evaluate_model(model, output, Settings(count=count, steps=steps, guidance=guidance))
     for name, shares in result["attributes"].items():
         drawn, real = ("{share} [{low}, {high}] of {of}".format(**shares[kind]) for kind in ("drawn", "real"))
-        _say(f"{name:<12} drawn {drawn:<32} real scenes {real}" + ("" if shares["quoted"] else "  (judge below 97%)"))
+        say(f"{name:<12} drawn {drawn:<32} real scenes {real}" + ("" if shares["quoted"] else "  (judge below 97%)"))
     print(output / "evaluation.json")
 
 
@@ -438,11 +437,7 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    _say(f"warning: {message}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(f"warning: {message}")
 
 
 def _ignore(text: str) -> None:

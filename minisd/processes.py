@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+def say(text: str) -> None:
+    """Tell whoever started this process, on standard error: standard output is for the names of files."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def rank() -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-import sys
 import threading
 from importlib import metadata
 from typing import Annotated, Any, Literal
 
 import typer
+
+from minisd.processes import say
 
 
 def serve(
@@ -40,7 +41,7 @@ def serve(
         raise OSError('minisd serve needs gradio, which is not installed; run: pip install "minisd[web]"') from None
     _check_free(host, port)
     if not _is_loopback(host):
-        _say(f"warning: --host {host} lets anyone on the network use this page and this machine's time; "
+        say(f"warning: --host {host} lets anyone on the network use this page and this machine's time; "
              "there is no password. Leave --host out to keep it to this machine")
     import torch
 
@@ -50,7 +51,7 @@ def serve(
     precision = None if dtype is None else getattr(torch, dtype)
     sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision)
     means = Means.of(sd, model)
-    _say(f"{means.model} on {sd.device} in {means.precision}")
+    say(f"{means.model} on {sd.device} in {means.precision}")
     from minisd.web import CSS, build, theme
 
     settings: dict[str, Any] = {
@@ -71,11 +72,11 @@ def serve(
         server_name=name, server_port=port, inbrowser=browser, prevent_thread_lock=True, **settings
     )
     print(address, flush=True)
-    _say("Ctrl-C stops it")
+    say("Ctrl-C stops it")
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        _say("stopped")
+        say("stopped")
     finally:
         blocks.close(verbose=False)
 
@@ -98,7 +99,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

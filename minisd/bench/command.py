@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from minisd.processes import say
 
 
 def bench(
@@ -92,9 +93,9 @@ def bench(
         libraries=("minisd",) if alone or find_spec("diffusers") is None else compare.LIBRARIES,
     )
     with _model(model or "full") as folder:
-        report = compare.run(folder, settings, say=_say)
+        report = compare.run(folder, settings, say=say)
     compare.write(report, output)
-    _say(compare.table(report))
+    say(compare.table(report))
     print(output)
 
 
@@ -122,12 +123,12 @@ def _preset(
     settings = presets.Settings(preset, pictures or (1 if model == "full" else 256), steps=steps)
     with _model(model) as folder:
         sd = StableDiffusion.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
-        report, picture = presets.run(sd, settings, say=_say)
+        report, picture = presets.run(sd, settings, say=say)
     machine = compare.machine(compare.Settings(device=device, libraries=("minisd",)))
     report["machine"] = machine | {"dtype": dtype, "threads": threads}
     compare.write_json(report, output)
     save_atomically(lambda path: picture.save(path, format="PNG"), output.with_suffix(".png"))
-    _say(presets.table(report))
+    say(presets.table(report))
     print(output)
 
 
@@ -135,9 +136,9 @@ def _training(output: Path, repeats: int, threads: int) -> None:
     from minisd.bench import compare
     from minisd.bench import training as trainings
 
-    report = trainings.run(trainings.Settings(steps=4 * repeats, threads=threads), say=_say)
+    report = trainings.run(trainings.Settings(steps=4 * repeats, threads=threads), say=say)
     compare.write_json(report, output)
-    _say(trainings.table(report))
+    say(trainings.table(report))
     print(output)
 
 
@@ -146,11 +147,7 @@ def _throughput(model: str, output: Path, repeats: int, threads: int, pictures: 
     from minisd.bench import throughput as throughputs
 
     with _model(model) as folder:
-        report = throughputs.run(folder, throughputs.Settings(pictures, repeats, threads), say=_say)
+        report = throughputs.run(folder, throughputs.Settings(pictures, repeats, threads), say=say)
     compare.write_json(report, output)
-    _say(throughputs.table(report))
+    say(throughputs.table(report))
     print(output)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -24,13 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from minisd.bench.compare import flops as step_and_decode
 from minisd.bench.worker import PROMPT
 from minisd.config import SD15, ModelConfig
+from minisd.evaluation.metrics import Z95
 from minisd.images import grid
 from minisd.pipeline import StableDiffusion
 from minisd.presets import find
 from minisd.unet import UNet
 
 SIDE = 128  # of the pictures that the judge knows
-Z95 = 1.959964
 
 
 @dataclass(frozen=True)
