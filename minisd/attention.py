@@ -117,11 +117,14 @@ def attend(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, heads: int, causal
     watch = None if compiling else _watched.get().get(layer)
     if watch is not None:
         watch(attention_weights(q, k, causal).detach().float())
-    if record is None:
+    # in mixed precision torch's fused attention on a CPU walks back four times as slowly as these two products
+    slow = not compiling and q.requires_grad and q.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    if record is None and not slow:
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     else:
         weights = attention_weights(q, k, causal)
-        record(layer, weights)
+        if record is not None:
+            record(layer, weights)
         mixed = weights.to(v.dtype) @ v
     return rearrange(mixed, "n heads tokens d -> n tokens (heads d)")
 

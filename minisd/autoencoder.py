@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minisd.attention import Attention
-from minisd.blocks import Downsample, ResBlock, Upsample, silu
+from minisd.blocks import Downsample, ResBlock, Upsample, in_order, silu
 from minisd.config import AutoencoderConfig
 
 EPS = 1e-6  # of every norm in the autoencoder; the UNet's residual blocks have 1e-5
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(in_order(images))
         for block in self.down_blocks:
             x = block(x)
         return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(latents.contiguous(memory_format=torch.channels_last)))
+        x = self.mid_block(self.conv_in(in_order(latents)))
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(silu(self.conv_norm_out(x)))

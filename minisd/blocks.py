@@ -21,6 +21,14 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
+def in_order(x: Tensor) -> Tensor:
+    """Pictures or latents in the order in memory in which the autoencoder is fastest: on a CPU with channels last.
+
+    On CUDA torch's GroupNorm, which knows the other order only, would copy every map twice: a fifth of the time.
+    """
+    return x if x.is_cuda else x.contiguous(memory_format=torch.channels_last)
+
+
 class Conv3x3(nn.Conv2d):
     """A 3×3 convolution. On a CPU, where the weights far outnumber the map, it is done as one matrix product.
 

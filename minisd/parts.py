@@ -293,8 +293,7 @@ class Parts:
         loaded = checkpoint.load(source, device="cpu" if offload else place, dtype=kind, **choices)
         parts = loaded.tokenizer, loaded.text_encoder, loaded.unet, loaded.autoencoder
         if place.type == "cuda" and not offload:
-            for part in (loaded.unet, loaded.autoencoder):
-                move(part, place)
+            move(loaded.unet, place)
         return cls(loaded.config, *parts, loaded.defaults, offload=place if offload else None, tile=tile)
 
     def compile(self, **options: Any) -> None:
@@ -374,8 +373,11 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 
 def move(part: nn.Module, device: torch.device) -> None:
-    """Put a part's weights on a GPU; those of convolutions with the channels last, as tensor cores read them."""
-    formats = {4: torch.channels_last}
+    """Put a part's weights on a GPU, those of the UNet's convolutions channels last, as tensor cores read them.
+
+    The autoencoder stays as it is, see `blocks.in_order`.
+    """
+    formats = {4: torch.channels_last} if isinstance(part, UNet) else {}
     weights = {
         key: value.to(device, memory_format=formats.get(value.dim(), torch.preserve_format))
         for key, value in part.state_dict().items()

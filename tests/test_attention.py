@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from parity import (
@@ -61,6 +62,21 @@ def test_attend_against_plain_loops(keys: int, causal: bool, recorded: bool) -> 
     else:
         found = attend(layer, q, k, v, 3, causal)
     torch.testing.assert_close(found, attend_in_loops(q, k, v, 3, causal), rtol=0, atol=1e-14)
+
+
+def test_training_in_mixed_precision_takes_the_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which agree with the fused kernel to what bfloat16 holds, 8 bits, in values and gradients."""
+    layer = nn.Identity()
+    inputs = [noise(2, 5, 12, seed=seed).float().requires_grad_() for seed in (1, 2, 3)]
+    fused = attend(layer, *inputs, 3)
+    wanted = torch.autograd.grad(fused.square().sum(), inputs)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = attend(layer, *inputs, 3)
+    found = torch.autograd.grad(plain.float().square().sum(), inputs)
+    torch.testing.assert_close(plain.float(), fused, rtol=0.02, atol=0.02)
+    for mine, gradient in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, gradient, rtol=0.05, atol=0.05)
 
 
 def test_weights_of_half_precision_are_float32() -> None:

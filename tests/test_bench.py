@@ -37,6 +37,34 @@ def test_the_command_measures_both_libraries(tmp_path: Path, capsys: pytest.Capt
     assert Image.open(path.with_suffix(".png")).width > 300
 
 
+def test_what_is_not_asked_for_is_not_measured(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    command = f"bench --model tiny --steps 0 --repeats 1 --threads 1 --device cpu --alone --no-loading -o {path}"
+    assert main(command.split()) == 0
+    found = {row["what"] for row in json.loads(path.read_text())["rows"]}
+    assert found == {
+        "peak memory, step and decode at 128", "matrix product 4096³", "text encoder, two prompts",
+        "one guided UNet step at 128", "decode at 128",
+    }  # fmt: skip
+    assert Image.open(path.with_suffix(".png")).width > 300
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::cudnn_convolution", "convolution"),
+        ("aten::mkldnn_convolution", "convolution"),
+        ("aten::_flash_attention_forward", "attention"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::addmm", "matrix product"),
+        ("aten::silu", "element by element"),
+        ("cudnn_generated_fort_native_sm90_convolution", operators.PYTHON),
+    ],
+)
+def test_operators_of_cpus_and_gpus_are_told_apart(name: str, kind: str) -> None:
+    assert operators.kind(name) == kind
+
+
 def test_flops_are_those_of_diffusers_networks() -> None:
     """At full size, on the meta device; and close to the published 1,607 and 2,515 GFLOP.
 

@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_training import assert_same_run
+from safetensors.torch import load_file
+from small_training import assert_same_run, small_task
 
+from minisd.checkpoint import SHIPPED
 from minisd.cli import main
+from minisd.config import TINY
 from minisd.training.captions import mirrored
+from minisd.training.clip import CLIPTask
 from minisd.training.data import Scenes, render_scenes
 from minisd.training.export import write_curves
-from minisd.training.loop import Options, Shuffled, learning_rate
-from minisd.training.scenes import flipped, render, scene
+from minisd.training.loop import Options, Shuffled, Trainer, learning_rate
+from minisd.training.scenes import flipped, render, scene, vocabulary
 from minisd.training.unet import loss_weight
 from minisd.weights import save_atomically
 
@@ -81,6 +85,32 @@ def test_two_processes_make_the_step_of_one(part: str, scenes: Path, tmp_path: P
     assert len(one) == len(two) == 20
     assert np.abs(one - two).max() <= 1e-4
     assert one.max() - one.min() > 1e-3, "the loss did not move, so agreeing means nothing"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_mixed_precision_follows_the_steps_of_float32(part: str, scenes: Path, tmp_path: Path) -> None:
+    found, losses = {}, {}
+    for bfloat16 in (False, True):
+        task = small_task(part, scenes, tmp_path)
+        options = Options(folder=tmp_path, steps=12, batch=8, lr=1e-3, warmup=2, bfloat16=bfloat16)
+        trainer = Trainer(task, options)
+        losses[bfloat16] = [trainer.advance(step / 12)["loss"] for step in range(12)]
+        found[bfloat16] = {p.dtype for p in task.model.parameters()} | {p.grad.dtype for p in trainer.parameters}  # type: ignore[union-attr]
+    assert found[True] == {torch.float32}  # weights and gradients; what is multiplied is rounded
+    assert losses[True] != losses[False]
+    np.testing.assert_allclose(losses[True], losses[False], rtol=0.02)
+    assert losses[False][-1] < losses[False][0]
+
+
+def test_clip_goes_on_from_what_it_exported(scenes: Path, tmp_path: Path) -> None:
+    """From the shipped weights and back, at once: every number is where it was, unknown tokens' zeros included."""
+    task = CLIPTask(Scenes(scenes), vocabulary(), TINY.text_encoder, start=SHIPPED)
+    task.export(task.model, tmp_path)
+    for name in ("text_encoder/model.safetensors", "clip/model.safetensors"):
+        mine, shipped = load_file(tmp_path / name), load_file(SHIPPED / name)
+        assert mine.keys() == shipped.keys()
+        for key, value in shipped.items():
+            assert torch.equal(mine[key], value.float()), key
 
 
 def test_resume_without_checkpoint_says_so(scenes: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def bench(
     ),
     compiled: Annotated[bool, typer.Option("--compile", help="Compile UNet and decoder, of both libraries.")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="Measure minisd only, without diffusers.")] = False,
+    loading: Annotated[bool, typer.Option("--loading/--no-loading", help="Measure imports and loading too.")] = True,
     preset: Annotated[
         Literal["fast"] | None,
         typer.Option(help="Measure this preset beside --steps without it, in place of diffusers."),
@@ -90,6 +91,7 @@ def bench(
         dtype=kind,
         threads=threads,
         compiled=compiled,
+        loading=loading,
         libraries=("minisd",) if alone or find_spec("diffusers") is None else compare.LIBRARIES,
     )
     with _model(model or "full") as folder:

@@ -36,7 +36,8 @@ class Settings:
     """What is measured.
 
     sizes: sides of pictures in pixels; the first is that of the whole picture, drawn in `steps` steps (0: not at all).
-    repeats: how often each part is timed. libraries: "minisd" and, where it is installed, "diffusers".
+    repeats: how often each part is timed. loading: measure imports and loading too. libraries: "minisd" and, where it
+    is installed, "diffusers".
     """
 
     sizes: tuple[int, ...] = (512,)
@@ -46,6 +47,7 @@ class Settings:
     dtype: str = "float32"
     threads: int = 2
     compiled: bool = False
+    loading: bool = True
     libraries: tuple[str, ...] = LIBRARIES
 
     def __post_init__(self) -> None:
@@ -145,14 +147,16 @@ def run(source: str | Path, settings: Settings, say: Callable[[str], None] = pri
 
     config = open_checkpoint(source).config
     rows = []
-    for name in ["torch", *settings.libraries]:
-        say(f"import {name}")
-        rows.append(row(f"import {name}", name, [_import_seconds(name) for _ in range(settings.repeats)]))
-    rows += _cold_loads(source, settings, say)
+    if settings.loading:
+        for name in ["torch", *settings.libraries]:
+            say(f"import {name}")
+            rows.append(row(f"import {name}", name, [_import_seconds(name) for _ in range(settings.repeats)]))
+        rows += _cold_loads(source, settings, say)
     with ExitStack() as stack:
         processes = []
         loads: dict[str, list[float]] = {name: [] for name in settings.libraries}
-        for last in (False, False, True):  # the first pair warms the file cache and is not counted
+        # the first pair warms the file cache and is not counted
+        for last in (False, False, True) if settings.loading else (True,):
             for name in settings.libraries:
                 say(f"load: {name}")
                 process = Process(name, settings)
@@ -162,7 +166,8 @@ def run(source: str | Path, settings: Settings, say: Callable[[str], None] = pri
                 loads[name].append(_load(process, source, settings))
                 if not last:
                     process.close()
-        rows += [row("load, first step included", name, times[1:]) for name, times in loads.items()]
+        if settings.loading:
+            rows += [row("load, first step included", name, times[1:]) for name, times in loads.items()]
         rows += _measure(processes, config, settings, say)
         report: dict[str, Any] = {"machine": machine(settings), "settings": asdict(settings), "rows": rows}
         if not settings.compiled:  # whose operators are few, and have no names
@@ -254,12 +259,18 @@ def _pictures(
     size, drawn = settings.sizes[0], []
     what = f"picture {size}×{size}, {settings.steps} steps"
     say(what)
+    # on a CPU one picture takes minutes, and its steps are warm already; on a GPU the first one is thrown away
+    turns = settings.repeats + 1 if settings.device.startswith("cuda") else 1
     with tempfile.TemporaryDirectory() as folder:
+        times: dict[str, list[float]] = {process.library: [] for process in processes}
+        for _ in range(turns):
+            for process in processes:
+                path = Path(folder) / f"{process.library}.png"
+                asked = process.ask("picture", size=size, steps=settings.steps, path=str(path))
+                times[process.library].append(asked["seconds"])
         for process in processes:
-            path = Path(folder) / f"{process.library}.png"
-            seconds = process.ask("picture", size=size, steps=settings.steps, path=str(path))["seconds"]
-            rows.append(row(what, process.library, [seconds]))
-            drawn.append(np.asarray(Image.open(path), dtype=int))
+            rows.append(row(what, process.library, times[process.library][-settings.repeats :]))
+            drawn.append(np.asarray(Image.open(Path(folder) / f"{process.library}.png"), dtype=int))
     return int(np.abs(drawn[0] - drawn[1]).max()) if len(drawn) == 2 else None
 
 
@@ -353,17 +364,20 @@ def _cell(line: dict[str, Any] | None, ceiling: float | None) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars, minisd beside diffusers, one group for each time that both have."""
+    """Bars, minisd beside diffusers, one group for each time that all who were measured have."""
     from matplotlib.figure import Figure
 
     times: dict[str, dict[str, float]] = {"minisd": {}, "diffusers": {}}
     for line in report["rows"]:
         if line["seconds"] and line["library"] in times:
             times[line["library"]][_what(line)] = line["seconds"]
-    both = [what for what in times["minisd"] if what in times["diffusers"]]
+    measured = [library for library in times if times[library]]
+    both = [what for what in times["minisd"] if all(what in times[library] for library in measured)]
     figure = Figure(figsize=(7, 0.55 * len(both) + 1.2), layout="constrained")
     axes = figure.add_subplot()
     for shift, library, colour in ((-0.2, "minisd", "#0072B2"), (0.2, "diffusers", "#E69F00")):
+        if library not in measured:
+            continue
         places = [place + shift for place in range(len(both))]
         axes.barh(places, [times[library][what] for what in both], 0.36, color=colour, label=library)
     axes.set_yticks(range(len(both)), both)

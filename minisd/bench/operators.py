@@ -8,9 +8,9 @@ from types import MappingProxyType
 # The beginning of an operator's name, and what it is of; the first that fits counts.
 KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "convolution": ("conv", "_conv", "mkldnn_conv", "slow_conv", "_slow_conv", "thnn_conv"),
+        "convolution": ("conv", "_conv", "cudnn_conv", "mkldnn_conv", "slow_conv", "_slow_conv", "thnn_conv"),
         "matrix product": ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul"),
-        "attention": ("_scaled_dot_product", "scaled_dot_product"),
+        "attention": ("_scaled_dot", "scaled_dot", "_flash_attention", "_efficient_attention", "_cudnn_attention"),
         "normalisation": ("native_group_norm", "group_norm", "native_layer_norm", "layer_norm"),
         "optimiser, clipping, averages": ("_fused_adam", "_foreach", "lerp", "linalg_vector_norm"),
         "copies and memory": ("copy_", "clone", "cat", "stack", "index", "flip", "embedding", "empty", "fill_"),

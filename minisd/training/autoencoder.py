@@ -113,7 +113,7 @@ class AutoencoderTask:
         output, posterior = self.model(images, noise)
         reconstruction = reconstruction_loss(output, images, self.weights)
         loss = reconstruction + self.weights.kl * posterior.kl().mean() / posterior.mean[0].numel()
-        loss = loss + self.weights.correlation * correlation_loss(posterior.mean)
+        loss = loss + self.weights.correlation * correlation_loss(posterior.mean.float())
         if self.weights.equivariance and not self.decoder_only and step % self.weights.equivariance_every == 0:
             # shrunken latents should decode to the shrunken picture: latents that behave like a picture diffuse well
             shrunk = self.model.decode(F.avg_pool2d(posterior.sample(noise), 2))

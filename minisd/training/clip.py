@@ -28,7 +28,10 @@ from minisd.tokenizer import Tokenizer
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes
 from minisd.training.loop import Shuffled, channels_last, generator
+from minisd.training.parts import load_text_encoder
 from minisd.weights import save_atomically
+
+TABLE = "text_model.embeddings.token_embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class CLIP(nn.Module):
         return model.eval()
 
 
+@torch.autocast("cpu", enabled=False)
 def contrastive_loss(
     text: Tensor, image: Tensor, scale: Tensor, rows: Tensor, lies: Tensor | None = None, lie_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -127,6 +131,7 @@ def contrastive_loss(
     chance, and without one nothing would teach the towers where things are.
     """
     # L = ½ (H(softmax(s · I Tᵀ)) + H(softmax(s · T Iᵀ)))
+    text, image, lies = text.float(), image.float(), None if lies is None else lies.float()
     choices, choice_rows = text, rows
     if lies is not None and lie_rows is not None:
         choices, choice_rows = torch.cat([text, lies]), torch.cat([rows, lie_rows])
@@ -143,7 +148,8 @@ class CLIPTask:
     """What `loop.train` needs to train the tiny CLIP.
 
     Only tokens that occur in captions have a row during training; `export` puts those rows into the full table of
-    49,408 and leaves all others zero, which marks the words that the model has never met.
+    49,408 and leaves all others zero, which marks the words that the model has never met. start: a folder that `export`
+    wrote, to train further.
     """
 
     def __init__(
@@ -153,12 +159,16 @@ class CLIPTask:
         text: TextEncoderConfig,
         image: ImageEncoderConfig | None = None,
         seed: int = 0,
+        start: Path | None = None,
     ) -> None:
         self.scenes, self.full, self.seed = scenes, text, seed
         tokenizer = Tokenizer.from_pretrained()
         captions = scenes.captions + [mirrored(caption) for caption in scenes.captions]
         encoded = [[tokenizer.bos_token_id, *tokenizer.encode(c), tokenizer.eos_token_id] for c in captions]
         spoken = {i for ids in encoded for i in ids} | {i for word in words for i in tokenizer.encode(word)}
+        before = None if start is None else CLIP.load(start / "clip", load_text_encoder(start / "text_encoder"))
+        if before is not None:
+            spoken |= set(before.text_encoder.token_embedding.weight.any(1).nonzero().flatten().tolist())
         self.known = torch.tensor(sorted(spoken))
         length = max(map(len, encoded))
         padded = torch.tensor([ids + [tokenizer.eos_token_id] * (length - len(ids)) for ids in encoded])
@@ -168,8 +178,12 @@ class CLIPTask:
         small = replace(text, vocab_size=len(self.known))
         eos = int(torch.searchsorted(self.known, torch.tensor(tokenizer.eos_token_id)))
         self.eos = tokenizer.eos_token_id
-        model = channels_last(CLIP(small, image or ImageEncoderConfig(), eos))
-        self.model: nn.Module = model
+        model = CLIP(small, image or ImageEncoderConfig(), eos)
+        if before is not None:
+            weights = before.state_dict()
+            weights["text_encoder." + TABLE] = weights["text_encoder." + TABLE][self.known]
+            model.load_state_dict(weights)
+        self.model: nn.Module = channels_last(model)
         self.order = Shuffled(len(scenes), seed)
 
     def loss(self, step: int, positions: range, local: slice, progress: float) -> tuple[Tensor, dict[str, float]]:
@@ -194,15 +208,14 @@ class CLIPTask:
         """Write `text_encoder/` as transformers does, with the full table, and `clip/` with the rest."""
         assert isinstance(model, CLIP)
         weights = {key: value.contiguous() for key, value in model.text_encoder.state_dict().items()}
-        name = "text_model.embeddings.token_embedding.weight"
         table = torch.zeros(self.full.vocab_size, self.full.hidden_size)
-        table[self.known] = weights[name].float()
-        weights[name] = table
+        table[self.known] = weights[TABLE].float()
+        weights[TABLE] = table
         config = {"architectures": ["CLIPTextModel"], **self.full.to_dict()}
         target = folder / "text_encoder"
         save_atomically(lambda path: save_file(weights, path), target / "model.safetensors")
         save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), target / "config.json")
         whole = CLIP(replace(self.full, vocab_size=1), model.image_encoder.config, self.eos)
-        whole.load_state_dict(model.state_dict() | {"text_encoder." + name: torch.zeros(1, self.full.hidden_size)})
+        whole.load_state_dict(model.state_dict() | {"text_encoder." + TABLE: torch.zeros(1, self.full.hidden_size)})
         whole.text_encoder.config = self.full
         whole.save(folder / "clip")

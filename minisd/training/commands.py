@@ -23,6 +23,7 @@ Batch = Annotated[int, typer.Option(help="Global batch, over all processes.")]
 Rate = Annotated[float, typer.Option("--lr", help="Highest learning rate.")]
 Seed = Annotated[int, typer.Option(help="Of the data's order, the noise and the first weights.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")]
+Mixed = Annotated[bool, typer.Option("--bfloat16", help="Compute in mixed precision: faster on a CPU with AMX.")]
 From = Annotated[Path | None, typer.Option("--from", help="Start from the weights of this model folder.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder with the parts that are already trained.")]
 Base = Annotated[str | None, typer.Option("--model", help="Folder, file or hub id. [default: the tiny one]")]
@@ -62,6 +63,7 @@ def autoencoder(
     seed: Seed = 0,
     resume: Resume = False,
     start: From = None,
+    bfloat16: Mixed = False,
     decoder_only: Annotated[bool, typer.Option(help="Keep the encoder, so that cached latents stay valid.")] = False,
     whole_from: Annotated[float, typer.Option(help="From this share of the run on, whole pictures, not crops.")] = 0.75,
 ) -> None:
@@ -76,7 +78,7 @@ def autoencoder(
     task = AutoencoderTask(
         Scenes(scenes), config, seed=seed, whole_from=whole_from, decoder_only=decoder_only, model=model
     )
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
 
 
 @app.command()
@@ -89,6 +91,8 @@ def clip(
     lr: Rate = 1e-3,
     seed: Seed = 0,
     resume: Resume = False,
+    start: From = None,
+    bfloat16: Mixed = False,
 ) -> None:
     """Train the two towers of CLIP; the text tower becomes the model's text encoder."""
     from minisd.config import TINY
@@ -96,8 +100,8 @@ def clip(
     from minisd.training.data import Scenes
     from minisd.training.scenes import vocabulary
 
-    task = CLIPTask(Scenes(scenes), vocabulary(), TINY.text_encoder, seed=seed)
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
+    task = CLIPTask(Scenes(scenes), vocabulary(), TINY.text_encoder, seed=seed, start=start)
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
 
 
 @app.command()
@@ -127,6 +131,7 @@ def unet(
     seed: Seed = 0,
     resume: Resume = False,
     start: From = None,
+    bfloat16: Mixed = False,
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
     from minisd.config import TINY
@@ -146,7 +151,7 @@ def unet(
         model=None if start is None else load_unet(start / "unet"),
         layout=layouts(data.descriptions),
     )
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
 
 
 @app.command()

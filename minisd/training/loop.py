@@ -36,7 +36,8 @@ class Options:
 
     folder: where checkpoints, curves and sheets go. steps: the length of the whole run. minutes: stop (and save) after
     so long; with steps=None the learning rate follows the clock instead and reaches its end at `minutes`. batch: the
-    global batch, over all processes. decays: of the exponential moving averages kept beside the weights.
+    global batch, over all processes. decays: of the exponential moving averages kept beside the weights. bfloat16:
+    mixed precision, products and convolutions in bfloat16 and all weights in float32, faster on a CPU with AMX.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class Options:
     seed: int = 0
     save_minutes: float = 5.0
     resume: bool = False
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -260,7 +262,8 @@ class Trainer:
         first = self.step * options.batch
         share = options.batch // processes()
         local = slice(rank() * share, (rank() + 1) * share)
-        loss, details = self.task.loss(self.step, range(first, first + options.batch), local, progress)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
+            loss, details = self.task.loss(self.step, range(first, first + options.batch), local, progress)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         values = average_gradients(self.parameters, float(loss.detach()), *details.values())
