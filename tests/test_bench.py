@@ -107,6 +107,18 @@ def test_settings_out_of_range_are_refused(values: dict[str, object]) -> None:
         bench.Settings(**values)  # type: ignore[arg-type]
 
 
+def test_trainings_are_measured_in_mixed_precision_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[training.Settings] = []
+    monkeypatch.setattr(training, "run", lambda settings, say: asked.append(settings) or {"parts": []})
+    for dtype in ("bfloat16", "float32"):
+        assert main(f"bench --training --threads 1 --dtype {dtype} -o {tmp_path / 'x.json'}".split()) == 0
+    assert [settings.bfloat16 for settings in asked] == [True, False]
+    assert main(f"bench --training --dtype float16 -o {tmp_path / 'y.json'}".split()) == 2
+    assert "bfloat16" in capsys.readouterr().err and not (tmp_path / "y.json").exists()
+
+
 def test_the_shipped_report_can_be_shown() -> None:
     report = json.loads((SHIPPED.parent / "bench" / "cpu.json").read_text())
     assert report["settings"]["sizes"][0] == 512 and "ratio" in bench.table(report)

@@ -59,7 +59,7 @@ def bench(
       minisd bench --model tiny --size 128 --size 256
       minisd bench --preset fast --model tiny
       minisd bench --preset fast
-      minisd bench --training
+      minisd bench --training --threads 1 --dtype bfloat16
       minisd bench --throughput
     """
     from importlib.util import find_spec
@@ -70,7 +70,9 @@ def bench(
 
     writable(output.parent)
     if train:
-        _training(output, repeats, threads)
+        if dtype == "float16":
+            raise typer.BadParameter("--training is done in float32, or with --dtype bfloat16 in mixed precision")
+        _training(output, repeats, threads, dtype == "bfloat16")
         return
     if throughput:
         _throughput(model or "tiny", output, repeats, threads, pictures or 64)
@@ -134,11 +136,11 @@ def _preset(
     print(output)
 
 
-def _training(output: Path, repeats: int, threads: int) -> None:
+def _training(output: Path, repeats: int, threads: int, bfloat16: bool) -> None:
     from minisd.bench import compare
     from minisd.bench import training as trainings
 
-    report = trainings.run(trainings.Settings(steps=4 * repeats, threads=threads), say=say)
+    report = trainings.run(trainings.Settings(steps=4 * repeats, threads=threads, bfloat16=bfloat16), say=say)
     compare.write_json(report, output)
     say(trainings.table(report))
     print(output)

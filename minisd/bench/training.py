@@ -40,12 +40,13 @@ CEILING_SIDE = 2048
 class Settings:
     """What is measured: so many steps of each part, after four that warm up, on so many scenes.
 
-    Of the autoencoder's steps one in four does more: choose a multiple of 4.
+    Of the autoencoder's steps one in four does more: choose a multiple of 4. bfloat16: in mixed precision.
     """
 
     steps: int = 8
     scenes: int = 128
     threads: int = 1
+    bfloat16: bool = False
     parts: tuple[str, ...] = ("autoencoder", "clip", "unet")
 
     def __post_init__(self) -> None:
@@ -101,9 +102,9 @@ def run(settings: Settings | None = None, say: Callable[[str], None] = print) ->
         render_scenes(folder, settings.scenes)
         for part in settings.parts:
             say(f"{part}: {settings.steps} steps")
-            ceiling = [_product() for _ in range(3)]
+            ceiling = [_product(settings.bfloat16) for _ in range(3)]
             row = measure(part, folder, settings)
-            fastest = 2 * CEILING_SIDE**3 / min(*ceiling, *(_product() for _ in range(3))) / 1e9
+            fastest = 2 * CEILING_SIDE**3 / min(*ceiling, *(_product(settings.bfloat16) for _ in range(3))) / 1e9
             of_ceiling = round(row["gflops"] / fastest, 3)
             rows.append(row | {"ceiling_gflops": round(fastest, 1), "of_ceiling": of_ceiling})
     return {"machine": machine(Machine(libraries=("minisd",))), "settings": asdict(settings), "parts": rows}
@@ -112,7 +113,7 @@ def run(settings: Settings | None = None, say: Callable[[str], None] = print) ->
 def measure(part: str, folder: Path, settings: Settings) -> dict[str, Any]:
     """Samples a second, FLOP for a sample, FLOPs a second and the profile of one part, on scenes in `folder`."""
     recipe = RECIPES[part]
-    trainer = Trainer(recipe.task(folder), Options(folder=folder, steps=1000, batch=recipe.batch))
+    trainer = Trainer(recipe.task(folder), Options(folder, 1000, batch=recipe.batch, bfloat16=settings.bfloat16))
     trainer.task.model.train()
     # four steps, since one of the autoencoder's in four decodes once more; they warm up, too
     with FlopCounterMode(display=False) as counter:
@@ -156,9 +157,9 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _product() -> float:
+def _product(bfloat16: bool) -> float:
     """Seconds of one product of two square matrices."""
-    a, b = (torch.ones(CEILING_SIDE, CEILING_SIDE) for _ in range(2))
+    a, b = (torch.ones(CEILING_SIDE, CEILING_SIDE, dtype=torch.bfloat16 if bfloat16 else None) for _ in range(2))
     started = time.perf_counter()
     a @ b
     return time.perf_counter() - started
