@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from minisd.attention import attend
 from minisd.config import TextEncoderConfig
 
+TABLE = "text_model.embeddings.token_embedding.weight"  # the rows of the tokens, in the state of a TextEncoder
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """Return x · sigmoid(1.702 x), the approximation of GELU that CLIP was trained with."""

@@ -367,20 +367,17 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Bars, minisd beside diffusers, one group for each time that all who were measured have."""
     from matplotlib.figure import Figure
 
-    times: dict[str, dict[str, float]] = {"minisd": {}, "diffusers": {}}
+    times: dict[str, dict[str, float]] = {}
     for line in report["rows"]:
-        if line["seconds"] and line["library"] in times:
-            times[line["library"]][_what(line)] = line["seconds"]
-    measured = [library for library in times if times[library]]
-    both = [what for what in times["minisd"] if all(what in times[library] for library in measured)]
-    figure = Figure(figsize=(7, 0.55 * len(both) + 1.2), layout="constrained")
+        if line["seconds"] and line["library"] in LIBRARIES:
+            times.setdefault(line["library"], {})[_what(line)] = line["seconds"]
+    shared = [what for what in times["minisd"] if all(what in seconds for seconds in times.values())]
+    figure = Figure(figsize=(7, 0.55 * len(shared) + 1.2), layout="constrained")
     axes = figure.add_subplot()
-    for shift, library, colour in ((-0.2, "minisd", "#0072B2"), (0.2, "diffusers", "#E69F00")):
-        if library not in measured:
-            continue
-        places = [place + shift for place in range(len(both))]
-        axes.barh(places, [times[library][what] for what in both], 0.36, color=colour, label=library)
-    axes.set_yticks(range(len(both)), both)
+    for (library, seconds), shift, colour in zip(times.items(), (-0.2, 0.2), ("#0072B2", "#E69F00"), strict=False):
+        places = [place + shift for place in range(len(shared))]
+        axes.barh(places, [seconds[what] for what in shared], 0.36, color=colour, label=library)
+    axes.set_yticks(range(len(shared)), shared)
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="seconds", title=report["machine"]["chip"])
     axes.legend()

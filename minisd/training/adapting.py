@@ -24,12 +24,12 @@ from minisd.checks import texts, whole
 from minisd.images import from_pil, grid, read_picture
 from minisd.pipeline import StableDiffusion
 from minisd.prompts import ROOM, read
+from minisd.text_encoder import TABLE
 from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.weights import save_atomically
 
 EXAMPLES = Path(__file__).parent.parent / "assets" / "examples"
 LAYERS = {"attention": r"unet\..*\.to_(q|k|v|out\.0)", "all": r"unet\..*"}
-TABLE = "text_model.embeddings.token_embedding.weight"
 
 
 def read_examples(folder: Path, side: int) -> tuple[Tensor, list[str]]:

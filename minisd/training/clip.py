@@ -23,15 +23,13 @@ from torch import Tensor, nn
 from minisd.blocks import Downsample, ResBlock
 from minisd.config import TextEncoderConfig
 from minisd.processes import processes
-from minisd.text_encoder import TextEncoder
+from minisd.text_encoder import TABLE, TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes
 from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.training.parts import load_text_encoder
 from minisd.weights import save_atomically
-
-TABLE = "text_model.embeddings.token_embedding.weight"
 
 
 @dataclass(frozen=True)
