@@ -31,6 +31,10 @@ Pictures = Annotated[
     Path | None, typer.Option(help="Folder of pictures and metadata.jsonl. [default: a unicorn's, shipped]")
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Draw this for the sheet. May be repeated.")]
+FEATURES = Path("runs/features/export/features.safetensors")
+Features = Annotated[
+    Path | None, typer.Option(help="Weights of the network of features (minisd train features): adds their loss.")
+]
 
 
 @app.command()
@@ -66,19 +70,74 @@ def autoencoder(
     bfloat16: Mixed = False,
     decoder_only: Annotated[bool, typer.Option(help="Keep the encoder, so that cached latents stay valid.")] = False,
     whole_from: Annotated[float, typer.Option(help="From this share of the run on, whole pictures, not crops.")] = 0.75,
+    features: Features = None,
 ) -> None:
     """Train the autoencoder on crops, then on whole pictures."""
     from minisd.config import TINY
     from minisd.training.autoencoder import AutoencoderTask
     from minisd.training.data import Scenes
+    from minisd.training.features import SceneFeatures
     from minisd.training.parts import load_autoencoder
 
     model = None if start is None else load_autoencoder(start / "vae")
     config = TINY.autoencoder if model is None else model.config
     task = AutoencoderTask(
-        Scenes(scenes), config, seed=seed, whole_from=whole_from, decoder_only=decoder_only, model=model
+        Scenes(scenes),
+        config,
+        seed=seed,
+        whole_from=whole_from,
+        decoder_only=decoder_only,
+        model=model,
+        features=None if features is None else SceneFeatures.load(features),
     )
     _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
+
+
+@app.command()
+def features(
+    scenes: SceneFolder = Path("runs/scenes"),
+    output: Output = Path("runs/features"),
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch: Batch = 16,
+    lr: Rate = 1.5e-3,
+    seed: Seed = 0,
+    resume: Resume = False,
+    bfloat16: Mixed = False,
+) -> None:
+    """Train the network whose features the perceptual loss compares."""
+    from minisd.training.data import Scenes
+    from minisd.training.features import FeaturesTask
+
+    task = FeaturesTask(Scenes(scenes), seed=seed)
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
+
+
+@app.command()
+def decoder(
+    scenes: SceneFolder = Path("runs/scenes"),
+    output: Output = Path("runs/decoder"),
+    start: Annotated[Path, typer.Option("--from", help="Folder that holds vae/.")] = Path("runs/autoencoder/export"),
+    features: Annotated[Path, typer.Option(help="Weights of the network of features.")] = FEATURES,
+    share: Annotated[float, typer.Option(help="Of the adversarial loss, in gradients of the reconstruction.")] = 0.5,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch: Batch = 4,
+    lr: Rate = 5e-4,
+    seed: Seed = 0,
+    resume: Resume = False,
+    bfloat16: Mixed = False,
+) -> None:
+    """Train the autoencoder's decoder alone, against a discriminator; latents stay valid."""
+    from minisd.training.adversarial import AdversarialTask, Adversary
+    from minisd.training.data import Scenes
+    from minisd.training.features import SceneFeatures
+    from minisd.training.parts import load_autoencoder
+
+    autoencoder, network = load_autoencoder(start / "vae"), SceneFeatures.load(features)
+    task = AdversarialTask(Scenes(scenes), autoencoder, network, seed=seed, adversary=Adversary(share=share))
+    choices = {"betas": (0.5, 0.9), "decays": (0.997,), "resume": resume, "bfloat16": bfloat16}
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()
