@@ -24,6 +24,7 @@ Rate = Annotated[float, typer.Option("--lr", help="Highest learning rate.")]
 Seed = Annotated[int, typer.Option(help="Of the data's order, the noise and the first weights.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")]
 Mixed = Annotated[bool, typer.Option("--bfloat16", help="Compute in mixed precision: faster on a CPU with AMX.")]
+MuonOption = Annotated[bool, typer.Option("--muon", help="Muon in the place of AdamW.")]
 From = Annotated[Path | None, typer.Option("--from", help="Start from the weights of this model folder.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder with the parts that are already trained.")]
 Base = Annotated[str | None, typer.Option("--model", help="Folder, file or hub id. [default: the tiny one]")]
@@ -68,6 +69,7 @@ def autoencoder(
     resume: Resume = False,
     start: From = None,
     bfloat16: Mixed = False,
+    muon: MuonOption = False,
     decoder_only: Annotated[bool, typer.Option(help="Keep the encoder, so that cached latents stay valid.")] = False,
     whole_from: Annotated[float, typer.Option(help="From this share of the run on, whole pictures, not crops.")] = 0.75,
     features: Features = None,
@@ -90,7 +92,8 @@ def autoencoder(
         model=model,
         features=None if features is None else SceneFeatures.load(features),
     )
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
+    choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()
@@ -104,13 +107,15 @@ def features(
     seed: Seed = 0,
     resume: Resume = False,
     bfloat16: Mixed = False,
+    muon: MuonOption = False,
 ) -> None:
     """Train the network whose features the perceptual loss compares."""
     from minisd.training.data import Scenes
     from minisd.training.features import FeaturesTask
 
     task = FeaturesTask(Scenes(scenes), seed=seed)
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
+    choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()
@@ -191,6 +196,7 @@ def unet(
     resume: Resume = False,
     start: From = None,
     bfloat16: Mixed = False,
+    muon: MuonOption = False,
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
     from minisd.config import TINY
@@ -210,7 +216,8 @@ def unet(
         model=None if start is None else load_unet(start / "unet"),
         layout=layouts(data.descriptions),
     )
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
+    choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()
