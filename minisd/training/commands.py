@@ -197,6 +197,7 @@ def unet(
     start: From = None,
     bfloat16: Mixed = False,
     muon: MuonOption = False,
+    ceiling: Annotated[float, typer.Option(help="Of the loss's weight, as an error of clean latents.")] = 5.0,
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
     from minisd.config import TINY
@@ -215,6 +216,7 @@ def unet(
         seed=seed,
         model=None if start is None else load_unet(start / "unet"),
         layout=layouts(data.descriptions),
+        ceiling=ceiling,
     )
     choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
     _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
