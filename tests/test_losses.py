@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig
-from minisd.training.adversarial import AdversarialTask, Adversary
+from minisd.training.adversarial import AdversarialTask, Adversary, interpolated
 from minisd.training.data import Scenes, render_scenes
 from minisd.training.discriminator import PatchDiscriminator, fine_detail
 from minisd.training.features import FeaturesTask, SceneFeatures
@@ -118,6 +119,22 @@ def test_adversarial_phase_leaves_latents_as_they_are(scenes: Scenes, tmp_path: 
     assert torch.equal(task.autoencoder.encode(images).mean, latents)
     assert not torch.allclose(task.autoencoder.decode(latents), before)
     assert lines[0]["weight"] == lines[1]["weight"] == 0 and lines[-1]["weight"] > 0
+
+
+def test_exported_decoder_lies_between_the_first_and_the_last(scenes: Scenes, tmp_path: Path) -> None:
+    task = small_adversarial(scenes, alone=1)
+    first = {name: value.clone() for name, value in task.autoencoder.state_dict().items()}
+    trainer = Trainer(task, Options(tmp_path, steps=3, batch=2, warmup=1))
+    for _ in range(3):
+        trainer.advance(0.0)
+    task.export(task.model, tmp_path)
+    exported, last = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors"), task.autoencoder.state_dict()
+    name = "decoder.conv_out.weight"
+    assert not torch.equal(first[name], last[name])
+    torch.testing.assert_close(exported[name], 0.1 * first[name] + 0.9 * last[name])
+    assert torch.equal(exported["encoder.conv_in.weight"], first["encoder.conv_in.weight"])
+    whole = interpolated(task.first, task.autoencoder, 1.0).state_dict()
+    assert all(torch.equal(value, last[name]) for name, value in whole.items())
 
 
 def test_features_learn_what_is_in_a_cell(scenes: Scenes, tmp_path: Path) -> None:
