@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from minisd.attention import record_attention
     from minisd.autoencoder import Autoencoder
     from minisd.config import SD15, SD15_INPAINT, SD21, SD21_BASE, TINY
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.stable_diffusion import StableDiffusion
     from minisd.samplers import Sampler
     from minisd.schedule import Schedule
     from minisd.text_encoder import TextEncoder
@@ -35,7 +35,7 @@ __all__ = [
 
 _MODULES = MappingProxyType(
     {
-        "StableDiffusion": "pipeline",
+        "StableDiffusion": "pipeline.stable_diffusion",
         "Tokenizer": "tokenizer",
         "TextEncoder": "text_encoder",
         "Autoencoder": "autoencoder",

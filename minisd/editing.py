@@ -15,8 +15,8 @@ from einops import reduce
 from PIL import Image
 from torch import Tensor
 
-from minisd.checks import whole
 from minisd.images import gray
+from minisd.pipeline.checks import whole
 from minisd.samplers import Run, State
 
 

@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from minisd.images import to_pil
-from minisd.parts import best_device
-from minisd.pipeline import StableDiffusion
+from minisd.pipeline.parts import best_device
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.tokenizer import Tokenizer, normalize, split_words
 
 INK, FAINT, PAPER = "#1a1a1a", "#6b6b6b", "#ffffff"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from minisd.checks import real
+from minisd.pipeline.checks import real
 
 MAX_SCALE = 1000.0  # far beyond anything that is still a picture, and far below what overflows
 

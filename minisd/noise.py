@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisd.checks import whole
+from minisd.pipeline.checks import whole
 
 MAX_SEED = 2**63 - 1
 

@@ -20,7 +20,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from minisd.checks import real, whole
+from minisd.pipeline.checks import real, whole
 from minisd.schedule import Schedule
 
 

@@ -74,7 +74,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from minisd import TINY, Autoencoder, Sampler, StableDiffusion, TextEncoder, Tokenizer, UNet
-    from minisd.folder import Defaults
+    from minisd.io.diffusers_folder import Defaults
 
     text = replace(TINY.text_encoder, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     vae = replace(TINY.autoencoder, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, sample_size=32)
@@ -98,7 +98,7 @@ def run(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, list[str], str]]:
     """Run `minisd` in an empty folder, and return its exit code, the lines it printed, and its standard error."""
-    from minisd import cli
+    from minisd.app import cli
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MINISD_DEBUG", raising=False)

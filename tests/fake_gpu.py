@@ -27,15 +27,15 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-import minisd.checks
-import minisd.parts
-import minisd.pipeline
+import minisd.pipeline.checks
+import minisd.pipeline.parts
+import minisd.pipeline.stable_diffusion
 import minisd.unet
-from minisd.adapters import LoRA, LowRank, layers_of
 from minisd.attention import record_attention
 from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, TINY, ModelConfig
-from minisd.pipeline import StableDiffusion
+from minisd.features.adapters import LoRA, LowRank, layers_of
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import SAMPLERS
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
@@ -170,12 +170,12 @@ def no_numbers_read(size: tuple[int, int]) -> Iterator[list[str]]:
         return [Image.new("RGB", (1, 1)) for _ in range(len(images))]
 
     with (
-        mock.patch.object(minisd.parts, "finite", note),
-        mock.patch.object(minisd.pipeline, "finite", note),
-        mock.patch.object(minisd.parts, "to_pil", blank),
-        mock.patch.object(minisd.checks, "finite_input", lambda name, x: x),
-        mock.patch.object(minisd.parts, "finite_input", lambda name, x: x),
-        mock.patch.object(minisd.parts, "about_unit", lambda name, x: x),
+        mock.patch.object(minisd.pipeline.parts, "finite", note),
+        mock.patch.object(minisd.pipeline.stable_diffusion, "finite", note),
+        mock.patch.object(minisd.pipeline.parts, "to_pil", blank),
+        mock.patch.object(minisd.pipeline.checks, "finite_input", lambda name, x: x),
+        mock.patch.object(minisd.pipeline.parts, "finite_input", lambda name, x: x),
+        mock.patch.object(minisd.pipeline.parts, "about_unit", lambda name, x: x),
     ):
         yield checked
 

@@ -216,7 +216,7 @@ class Hunt:
         from safetensors.torch import load_file, save_file
 
         from minisd import TINY, Autoencoder, StableDiffusion, TextEncoder, Tokenizer, UNet
-        from minisd.keys import single_file_sources
+        from minisd.io.key_names import single_file_sources
 
         torch.set_num_threads(1)
         torch.manual_seed(0)
@@ -306,10 +306,11 @@ class Hunt:
         self.strange += [path.read_bytes() for path in sorted({self.folder / name for name, _ in self.cases})]
 
     def _cases(self) -> list[tuple[str, Callable[[Path], Any]]]:
-        from minisd import Tokenizer, checkpoint
-        from minisd.adapters import read_lora, read_textual_inversion
+        from minisd import Tokenizer
+        from minisd.app.metadata import read_parameters
+        from minisd.features.adapters import read_lora, read_textual_inversion
         from minisd.images import read_picture
-        from minisd.metadata import read_parameters
+        from minisd.io import checkpoint
 
         def model(path: Path) -> Any:
             loaded = checkpoint.load(path, config=self.config) if path.is_file() else checkpoint.load(path)

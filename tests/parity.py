@@ -20,8 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
-from minisd.folder import Defaults
-from minisd.pipeline import StableDiffusion
+from minisd.io.diffusers_folder import Defaults
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet

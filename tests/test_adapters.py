@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from minisd import SD15, SD21, StableDiffusion, TextEncoder, Tokenizer, UNet
-from minisd.adapters import LoRA, LowRank, layers_of, read_lora, read_textual_inversion
-from minisd.checkpoint import CheckpointError
-from minisd.cli import main
+from minisd.app.cli import main
+from minisd.features.adapters import LoRA, LowRank, layers_of, read_lora, read_textual_inversion
+from minisd.io.checkpoint import CheckpointError
 from minisd.training.adapting import EXAMPLES, InversionTask, LoRATask, read_examples
 from minisd.training.loop import Options, train
 

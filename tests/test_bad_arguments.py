@@ -33,8 +33,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import minisd
-from minisd import Sampler, Schedule, StableDiffusion, cli
-from minisd.adapters import LoRA, LowRank, layers_of
+from minisd import Sampler, Schedule, StableDiffusion
+from minisd.app import cli
+from minisd.features.adapters import LoRA, LowRank, layers_of
 from minisd.guidance import Guidance
 from minisd.samplers import SAMPLERS
 
@@ -464,7 +465,7 @@ def test_files_and_adapters_are_used_or_refused(
 
 def test_what_memory_cannot_hold_is_refused_with_advice(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     # three maps of 8 channels, float32, at full size: 96 bytes a pixel
-    monkeypatch.setattr("minisd.parts.free_memory", lambda device: 96 * 32 * 32 * 3)
+    monkeypatch.setattr("minisd.pipeline.parts.free_memory", lambda device: 96 * 32 * 32 * 3)
     assert len(sd("fox", num_images_per_prompt=3, num_inference_steps=1, seed=0)) == 3
     for draw in (
         lambda: sd("fox", num_images_per_prompt=4),
@@ -542,7 +543,7 @@ def typed(options: dict[str, str]) -> list[str]:
 
 
 WORK = (  # what costs time, and must not have begun where something is refused
-    "minisd.parts.Parts.predict", "minisd.training.loop.Trainer.advance", "minisd.training.data.render",
+    "minisd.pipeline.parts.Parts.predict", "minisd.training.loop.Trainer.advance", "minisd.training.data.render",
     "minisd.evaluation.measure.evaluate", "minisd.bench.compare._import_seconds",
 )  # fmt: skip
 

@@ -20,9 +20,9 @@ from hunt_files import NO_WEIGHTS, hunt
 from safetensors.torch import load_file, save_file
 
 from minisd import StableDiffusion, TextEncoder, UNet
-from minisd.adapters import layers_of, read_lora, read_textual_inversion
-from minisd.checkpoint import CheckpointError, load, open_checkpoint
-from minisd.weights import read_header, read_json, read_tensors
+from minisd.features.adapters import layers_of, read_lora, read_textual_inversion
+from minisd.io.checkpoint import CheckpointError, load, open_checkpoint
+from minisd.io.tensors import read_header, read_json, read_tensors
 
 
 @pytest.fixture

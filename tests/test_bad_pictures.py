@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
+from minisd.app.metadata import read_parameters
 from minisd.images import read_picture
-from minisd.metadata import read_parameters
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -21,11 +21,12 @@ import pytest
 import torch
 from PIL import Image
 
-from minisd import Sampler, StableDiffusion, batch
-from minisd.batch import Line, make_plan, read_prompts, read_seeds, settle
-from minisd.drawing import Means
-from minisd.folder import Defaults
-from minisd.metadata import parse_parameters, read_parameters
+from minisd import Sampler, StableDiffusion
+from minisd.app import batch
+from minisd.app.batch import Line, make_plan, read_prompts, read_seeds, settle
+from minisd.app.drawing import Means
+from minisd.app.metadata import parse_parameters, read_parameters
+from minisd.io.diffusers_folder import Defaults
 
 KILLS = int(os.environ.get("MINISD_KILLS", "3"))
 MEANS = Means("small", "float32", "cpu", "epsilon", "0123456789")

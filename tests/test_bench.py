@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from minisd.app.cli import main
 from minisd.bench import compare as bench
 from minisd.bench import operators, training
-from minisd.checkpoint import SHIPPED
-from minisd.cli import main
 from minisd.config import SD15, TINY
+from minisd.io.checkpoint import SHIPPED
 from tests.parity import SD1_AUTOENCODER, SD1_TIME_FLOPS, SD1_UNET
 
 

@@ -31,10 +31,10 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minisd.checkpoint import CheckpointError, Defaults, Loaded, describe, load, open_checkpoint, save
 from minisd.config import SD15, SD15_INPAINT, SD21, SD21_BASE, ModelConfig
-from minisd.keys import single_file_sources
-from minisd.weights import read_header, shards
+from minisd.io.checkpoint import CheckpointError, Defaults, Loaded, describe, load, open_checkpoint, save
+from minisd.io.key_names import single_file_sources
+from minisd.io.tensors import read_header, shards
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +378,7 @@ def test_fault_while_saving_leaves_nothing(folder: Path, tmp_path: Path, monkeyp
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minisd.folder.save_file", full_disk)
+    monkeypatch.setattr("minisd.io.diffusers_folder.save_file", full_disk)
     for target in (folder, tmp_path / "new"):
         with pytest.raises(OSError, match="No space left"):
             save(loaded, target)
@@ -630,7 +630,7 @@ def test_describe_reads_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch
     def refuse(*args: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("minisd.checkpoint.read_tensors", refuse)
+    monkeypatch.setattr("minisd.io.checkpoint.read_tensors", refuse)
     text = describe(folder)
     for expected in (
         "diffusers folder",
@@ -653,7 +653,7 @@ MEASURE = """
 import sys, time
 from pathlib import Path
 import torch
-from minisd.checkpoint import load
+from minisd.io.checkpoint import load
 path, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 status = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 before, start = status(), time.perf_counter()

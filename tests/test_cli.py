@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from minisd import StableDiffusion, __version__, cli
-from minisd.metadata import Parameters, parameters_text, parse_parameters, read_parameters, sampler_label, save_png
+from minisd import StableDiffusion, __version__
+from minisd.app import cli
+from minisd.app.metadata import Parameters, parameters_text, parse_parameters, read_parameters, sampler_label, save_png
 from minisd.samplers import SAMPLERS
 from minisd.unet import UNet
 
@@ -401,5 +402,5 @@ def test_info_describes_a_model(run, small_model):
 
 
 def test_the_command_starts_without_torch():
-    code = "import sys, minisd.cli; minisd.cli.main(['generate', '--help']); assert 'torch' not in sys.modules"
+    code = "import sys, minisd.app.cli; minisd.app.cli.main(['generate', '--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=ENVIRONMENT)

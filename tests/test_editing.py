@@ -16,9 +16,9 @@ from PIL import Image
 
 from minisd.config import TINY
 from minisd.editing import extend, latent_mask, paste, read_mask, slerp
-from minisd.folder import Defaults
 from minisd.guidance import Guidance
-from minisd.pipeline import StableDiffusion
+from minisd.io.diffusers_folder import Defaults
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import Sampler
 
 SIDE = 64

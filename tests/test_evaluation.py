@@ -15,7 +15,7 @@ from minisd.evaluation import memory
 from minisd.evaluation.attributes import marks, tally
 from minisd.evaluation.measure import Settings, draw, evaluate, verdicts_of
 from minisd.evaluation.metrics import psnr, retrieval, ssim, wilson
-from minisd.pipeline import StableDiffusion
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.judge import (

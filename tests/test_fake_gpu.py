@@ -15,7 +15,7 @@ from parity import difference, noise, random_weights
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import TINY
-from minisd.pipeline import StableDiffusion
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import SAMPLERS
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer

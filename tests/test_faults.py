@@ -69,7 +69,8 @@ def test_other_errors_of_torch_stay_what_they_are(sd: StableDiffusion, monkeypat
 
 TIGHT = """
 import resource, sys, torch
-from minisd import StableDiffusion, cli
+from minisd import StableDiffusion
+from minisd.app import cli
 torch.set_num_threads(1)
 sd = StableDiffusion.from_pretrained(sys.argv[1], device="cpu")
 sd("fox", num_inference_steps=1)
@@ -156,7 +157,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from PIL import Image
-from minisd.metadata import save_png
+from minisd.app.metadata import save_png
 while not Path("go").exists():
     pass
 for number in range(40):

@@ -21,8 +21,8 @@ from checkpoints import SMALL, make_parts, write_folder
 from PIL import Image
 
 from minisd import StableDiffusion
-from minisd.checkpoint import SHIPPED
-from minisd.hub import choose_files
+from minisd.io.checkpoint import SHIPPED
+from minisd.io.hub import choose_files
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "owner/name"
@@ -216,7 +216,7 @@ def settings(home: Path, endpoint: str, offline: bool = False) -> dict[str, str]
     return kept | own
 
 
-DESCRIBE = f"from minisd.checkpoint import describe; print(describe({REPO!r}))"
+DESCRIBE = f"from minisd.io.checkpoint import describe; print(describe({REPO!r}))"
 
 
 def run(
@@ -378,7 +378,7 @@ def test_two_processes_download_into_one_cache(hub: Hub, tmp_path: Path, tally: 
 
 ATTEMPTS = """
 import sys
-from minisd.checkpoint import describe
+from minisd.io.checkpoint import describe
 for line in sys.stdin:
     try:
         describe(line.strip())

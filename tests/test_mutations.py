@@ -41,7 +41,7 @@ import minisd.unet
 from minisd.attention import GEGLU, Attention
 from minisd.blocks import Downsample
 from minisd.config import ModelConfig
-from minisd.pipeline import StableDiffusion
+from minisd.pipeline.stable_diffusion import StableDiffusion
 
 CLEAR = 10 * TOLERANCE
 

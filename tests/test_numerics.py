@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minisd import StableDiffusion
-from minisd.adapters import LoRA, LowRank, layers_of
+from minisd.features.adapters import LoRA, LowRank, layers_of
 from minisd.samplers import SAMPLERS
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))

@@ -20,9 +20,9 @@ import torch
 from hunt_files import infect
 from torch import nn
 
-from minisd.adapters import read_textual_inversion
-from minisd.checkpoint import CheckpointError, load
-from minisd.weights import read_header, read_pickle, read_tensors
+from minisd.features.adapters import read_textual_inversion
+from minisd.io.checkpoint import CheckpointError, load
+from minisd.io.tensors import read_header, read_pickle, read_tensors
 
 
 def text(value: str) -> bytes:
@@ -173,7 +173,7 @@ def test_no_pickle_runs(tmp_path: Path, container: str, tally: Counter[str]) -> 
 
 def test_torch_refuses_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Counter[str]) -> None:
     """The second wall alone: what would happen if the first had a hole."""
-    monkeypatch.setattr("minisd.weights.check_pickle", lambda path: None)
+    monkeypatch.setattr("minisd.io.tensors.check_pickle", lambda path: None)
     canary, path = tmp_path / "ran", tmp_path / "model.ckpt"
     for name, program in programs(canary).items():
         path.write_bytes(archive(program))

@@ -11,10 +11,10 @@ from PIL import Image
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import TINY
-from minisd.folder import Defaults
 from minisd.images import from_pil, grid, to_images, to_pixels
+from minisd.io.diffusers_folder import Defaults
 from minisd.noise import seeds
-from minisd.pipeline import StableDiffusion
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import Sampler
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer

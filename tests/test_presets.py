@@ -20,13 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from minisd.app.cli import main
+from minisd.app.metadata import parse_parameters, read_parameters
 from minisd.bench import compare as bench
 from minisd.bench.preset import Call, Settings, difference, flops, work
-from minisd.cli import main
 from minisd.config import SD15, TINY
-from minisd.metadata import parse_parameters, read_parameters
-from minisd.pipeline import StableDiffusion
-from minisd.presets import PRESETS, fill, find
+from minisd.features.presets import PRESETS, fill, find
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import Sampler
 from minisd.unet import UNet
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from minisd.images import to_images
-from minisd.pipeline import StableDiffusion
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.preview import SD1, fit_preview, linear_preview
 from minisd.training.scenes import render, scene
 

@@ -82,8 +82,8 @@ def test_the_package_imports_only_what_it_declares():
 def test_import_is_lazy_and_leaves_diffusers_alone():
     code = "import sys, minisd; assert 'torch' not in sys.modules; minisd.StableDiffusion; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], **PYTHON).stdout.split())
-    assert {"torch", "minisd.pipeline"} <= loaded
-    assert not {"diffusers", "transformers", "matplotlib", "gradio", "minisd.training", "minisd.cli"} & loaded
+    assert {"torch", "minisd.pipeline.stable_diffusion"} <= loaded
+    assert not {"diffusers", "transformers", "matplotlib", "gradio", "minisd.training", "minisd.app.cli"} & loaded
 
 
 def test_public_names_are_all_there():

@@ -21,11 +21,11 @@ from parity import TOLERANCE, difference, noise
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from minisd import cli
-from minisd.adapters import add_word
+from minisd.app import cli
+from minisd.features.adapters import add_word
+from minisd.features.prompts import common_length, escape, parse, read, rows, weigh
 from minisd.guidance import Guidance
-from minisd.pipeline import StableDiffusion
-from minisd.prompts import common_length, escape, parse, read, rows, weigh
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.tokenizer import Tokenizer
 
 WORDS = ("fox", "cat", "dog", "tree", "house", "snow", "castle", "moon", "river", "stone", "cloud", "bird", "hill")

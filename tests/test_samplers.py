@@ -22,7 +22,7 @@ from diffusers import (
 from torch import Tensor
 
 from minisd.config import ScheduleConfig
-from minisd.pipeline import StableDiffusion
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import SAMPLERS, Run, Sampler, State
 from minisd.schedule import Schedule
 

@@ -27,13 +27,13 @@ from test_pickles import archive, call
 from torch import nn
 
 from minisd import StableDiffusion
-from minisd.adapters import LoRA, LowRank, layers_of
-from minisd.checkpoint import CheckpointError, load
-from minisd.cli import main
-from minisd.metadata import read_parameters, save_png
+from minisd.app.cli import main
+from minisd.app.metadata import read_parameters, save_png
+from minisd.features.adapters import LoRA, LowRank, layers_of
+from minisd.io.checkpoint import CheckpointError, load
+from minisd.io.tensors import read_pickle, save_atomically
 from minisd.training.adapting import EXAMPLES
 from minisd.training.loop import Options, Trainer
-from minisd.weights import read_pickle, save_atomically
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -46,9 +46,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 from minisd import StableDiffusion
-from minisd.adapters import LoRA, LowRank, layers_of
-from minisd.metadata import save_png
-from minisd.weights import save_atomically
+from minisd.features.adapters import LoRA, LowRank, layers_of
+from minisd.app.metadata import save_png
+from minisd.io.tensors import save_atomically
 
 torch.set_num_threads(1)
 source, place, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from minisd.features.tiling import ramp, starts, tiled
 from minisd.images import from_pil
-from minisd.pipeline import StableDiffusion
-from minisd.tiling import ramp, starts, tiled
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.training.scenes import render, scene
 
 

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from small_training import assert_same_run, small_task
 
-from minisd.checkpoint import SHIPPED
-from minisd.cli import main
+from minisd.app.cli import main
 from minisd.config import TINY
+from minisd.io.checkpoint import SHIPPED
+from minisd.io.tensors import save_atomically
 from minisd.training.captions import mirrored
 from minisd.training.clip import CLIPTask
 from minisd.training.data import Scenes, render_scenes
@@ -24,7 +25,6 @@ from minisd.training.export import write_curves
 from minisd.training.loop import Options, Shuffled, Trainer, learning_rate
 from minisd.training.scenes import flipped, render, scene, vocabulary
 from minisd.training.unet import loss_weight
-from minisd.weights import save_atomically
 
 SCRIPT = Path(__file__).with_name("small_training.py")
 PARTS = ("autoencoder", "clip", "unet")

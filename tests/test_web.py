@@ -26,12 +26,13 @@ import torch
 from browsers import chromium, free_port, need_chromium, wait_for_server
 from PIL import Image
 
-from minisd import StableDiffusion, cli, record_attention
-from minisd.drawing import Means
-from minisd.metadata import parse_parameters
-from minisd.playground import Drawn, Preview, Wish, draw, overlay
-from minisd.web import Page, Session
-from minisd.wordmaps import Word, WordMaps, split
+from minisd import StableDiffusion, record_attention
+from minisd.app import cli
+from minisd.app.drawing import Means
+from minisd.app.metadata import parse_parameters
+from minisd.app.playground import Drawn, Preview, Wish, draw, overlay
+from minisd.app.web import Page, Session
+from minisd.features.wordmaps import Word, WordMaps, split
 
 PROMPT = "a red car on the beach"
 
@@ -311,7 +312,7 @@ def test_other_hosts_than_loopback_are_warned_of(run: Any, host: str, warned: bo
 def test_help_of_the_command_waits_for_neither_torch_nor_gradio() -> None:
     code = "import sys; from minisd import cli; cli.main(['serve', '--help']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "minisd.serve" in loaded and not {"torch", "gradio"} & set(loaded.split())
+    assert "minisd.app.serve" in loaded and not {"torch", "gradio"} & set(loaded.split())
 
 
 # The page

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from minisd.processes import say
+from minisd.features.distributed import say
 
 
 def bench(
@@ -65,8 +65,8 @@ def bench(
     from importlib.util import find_spec
 
     from minisd.bench import compare
-    from minisd.checks import writable
-    from minisd.parts import best_device, usable_device
+    from minisd.pipeline.checks import writable
+    from minisd.pipeline.parts import best_device, usable_device
 
     writable(output.parent)
     if train:
@@ -106,7 +106,7 @@ def bench(
 def _model(name: str) -> AbstractContextManager[Path]:
     """The folder of a model to measure: the shipped one, one with random weights, or one that is there."""
     from minisd.bench.compare import random_weights
-    from minisd.checkpoint import SHIPPED
+    from minisd.io.checkpoint import SHIPPED
 
     if name == "full":
         return random_weights()
@@ -120,8 +120,8 @@ def _preset(
 
     from minisd.bench import compare
     from minisd.bench import preset as presets
-    from minisd.pipeline import StableDiffusion
-    from minisd.weights import save_atomically
+    from minisd.io.tensors import save_atomically
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
     torch.set_num_threads(threads)
     settings = presets.Settings(preset, pictures or (1 if model == "full" else 256), steps=steps)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from minisd.config import SD15, ModelConfig
-from minisd.weights import save_atomically
+from minisd.io.tensors import save_atomically
 
 CEILING_SIDE = 4096
 LIBRARIES = ("minisd", "diffusers")
@@ -101,7 +101,7 @@ class Process:
 def random_weights(config: ModelConfig = SD15) -> Iterator[Path]:
     """A folder, in diffusers' layout, with random weights for the whole of `config`; removed afterwards."""
     from minisd.autoencoder import Autoencoder
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.stable_diffusion import StableDiffusion
     from minisd.text_encoder import TextEncoder
     from minisd.tokenizer import Tokenizer
     from minisd.unet import UNet
@@ -143,7 +143,7 @@ def run(source: str | Path, settings: Settings, say: Callable[[str], None] = pri
 
     Raises RuntimeError, with the reason, when a process fails.
     """
-    from minisd.checkpoint import open_checkpoint
+    from minisd.io.checkpoint import open_checkpoint
 
     config = open_checkpoint(source).config
     rows = []

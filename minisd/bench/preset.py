@@ -25,9 +25,9 @@ from minisd.bench.compare import flops as step_and_decode
 from minisd.bench.worker import PROMPT
 from minisd.config import SD15, ModelConfig
 from minisd.evaluation.metrics import Z95
+from minisd.features.presets import find
 from minisd.images import grid
-from minisd.pipeline import StableDiffusion
-from minisd.presets import find
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.unet import UNet
 
 SIDE = 128  # of the pictures that the judge knows

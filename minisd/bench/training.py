@@ -22,8 +22,8 @@ from minisd.bench.compare import Settings as Machine
 from minisd.bench.compare import machine
 from minisd.bench.operators import shares
 from minisd.bench.worker import operator_seconds
-from minisd.checkpoint import SHIPPED
 from minisd.config import TINY
+from minisd.io.checkpoint import SHIPPED
 from minisd.training.autoencoder import AutoencoderTask
 from minisd.training.clip import CLIPTask
 from minisd.training.data import Scenes, render_scenes

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd.checks import real, whole
 from minisd.evaluation import memory, report
 from minisd.evaluation.attributes import ATTRIBUTES, GOALS, tally
 from minisd.evaluation.metrics import Share, psnr, retrieval, ssim
 from minisd.images import to_images, to_pixels
-from minisd.pipeline import StableDiffusion
+from minisd.io.tensors import save_atomically
+from minisd.pipeline.checks import real, whole
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.training.clip import CLIP
 from minisd.training.judge import Judge, Verdict
 from minisd.training.scenes import Mixture, Scene, render, scene
-from minisd.weights import save_atomically
 
 EVALUATION_SEED = 3_000_017
 QUOTED_FROM = 0.97  # an attribute's figures count if the judge is right about this share of real scenes

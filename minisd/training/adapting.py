@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minisd.adapters import INVERSION_FILES, LORA_FILES, LoRA, LowRank, add_word, layers_of
-from minisd.checks import texts, whole
+from minisd.features.adapters import INVERSION_FILES, LORA_FILES, LoRA, LowRank, add_word, layers_of
+from minisd.features.prompts import ROOM, read
 from minisd.images import from_pil, grid, read_picture
-from minisd.pipeline import StableDiffusion
-from minisd.prompts import ROOM, read
+from minisd.io.tensors import save_atomically
+from minisd.pipeline.checks import texts, whole
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.text_encoder import TABLE
 from minisd.training.loop import Shuffled, channels_last, generator
-from minisd.weights import save_atomically
 
 EXAMPLES = Path(__file__).parent.parent / "assets" / "examples"
 LAYERS = {"attention": r"unet\..*\.to_(q|k|v|out\.0)", "all": r"unet\..*"}

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig
 from minisd.images import to_images, to_pixels
+from minisd.io.tensors import save_atomically
 from minisd.training.data import Scenes
 from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.training.scenes import render, scene
-from minisd.weights import save_atomically
 
 HELD_OUT_SEED = 1_000_003
 

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from minisd.blocks import Downsample, ResBlock
 from minisd.config import TextEncoderConfig
-from minisd.processes import processes
+from minisd.features.distributed import processes
+from minisd.io.tensors import save_atomically
 from minisd.text_encoder import TABLE, TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes
 from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.training.parts import load_text_encoder
-from minisd.weights import save_atomically
 
 
 @dataclass(frozen=True)

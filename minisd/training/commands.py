@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
 app = typer.Typer(no_args_is_help=True, help="Train the parts of the tiny model, one after the other.")
 
@@ -107,7 +107,7 @@ def clip(
 @app.command()
 def latents(scenes: SceneFolder = Path("runs/scenes"), model: Model = Path("runs/autoencoder/export")) -> None:
     """Encode every scene once, for the training of the UNet; under torchrun on several processes."""
-    from minisd.processes import process_group
+    from minisd.features.distributed import process_group
     from minisd.training.data import Scenes
     from minisd.training.parts import load_autoencoder
     from minisd.training.unet import cache_latents
@@ -246,9 +246,9 @@ def sheet(
     seeds: Annotated[int, typer.Option(min=1, help="How many pictures of each prompt, from seed 0 on.")] = 4,
 ) -> None:
     """Draw the sixteen fixed prompts with the first seeds, as one picture: the contact sheet of the README."""
-    from minisd.checks import writable
     from minisd.images import grid
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.checks import writable
+    from minisd.pipeline.stable_diffusion import StableDiffusion
     from minisd.training.unet import PROMPTS
 
     writable(output.parent)
@@ -263,7 +263,7 @@ def sheet(
 def _base(model: str | None) -> StableDiffusion:
     import torch
 
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
     return StableDiffusion.from_pretrained(model, dtype=torch.float32)
 
@@ -286,7 +286,7 @@ def _told() -> Iterator[None]:
 
 def _train(task: Any, output: Path, **choices: Any) -> None:
     """Run the task, and add a line about this sitting to `log.jsonl` in its folder."""
-    from minisd.processes import rank
+    from minisd.features.distributed import rank
     from minisd.training.export import Sitting, log_sitting
     from minisd.training.loop import CHECKPOINT, Options, train
 
@@ -317,7 +317,7 @@ def _train(task: Any, output: Path, **choices: Any) -> None:
 
 def _command() -> str:
     """What was typed: `minisd train …`, or this module under torchrun."""
-    from minisd.processes import processes
+    from minisd.features.distributed import processes
 
     words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
     together = f"torchrun --nproc-per-node {processes()} -m minisd.training.commands"

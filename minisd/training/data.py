@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd.checks import whole
 from minisd.images import to_images
+from minisd.io.tensors import save_atomically
+from minisd.pipeline.checks import whole
 from minisd.training.scenes import SIZE, render, scene
-from minisd.weights import save_atomically
 
 
 def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> None:

@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisd.checks import real, whole, writable
-from minisd.processes import process_group, processes, rank
-from minisd.weights import CheckpointError, read_pickle, save_atomically
+from minisd.features.distributed import process_group, processes, rank
+from minisd.io.tensors import CheckpointError, read_pickle, save_atomically
+from minisd.pipeline.checks import real, whole, writable
 
 CHECKPOINT = "checkpoint.pt"  # of a training, in its folder
 

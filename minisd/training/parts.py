@@ -10,9 +10,9 @@ from torch import nn
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from minisd.io.tensors import read_json
 from minisd.text_encoder import TextEncoder
 from minisd.unet import UNet
-from minisd.weights import read_json
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:

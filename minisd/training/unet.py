@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisd.autoencoder import Autoencoder
-from minisd.checks import writable
 from minisd.config import ModelConfig
-from minisd.folder import Defaults
+from minisd.features.distributed import processes, rank
 from minisd.images import grid
-from minisd.pipeline import StableDiffusion
-from minisd.processes import processes, rank
+from minisd.io.diffusers_folder import Defaults
+from minisd.io.tensors import save_atomically
+from minisd.pipeline.checks import writable
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import Sampler
 from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
@@ -33,7 +34,6 @@ from minisd.training.data import Scenes
 from minisd.training.layout import Layout, WithLayout, layout_loss
 from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.unet import UNet
-from minisd.weights import save_atomically
 
 SAMPLING = Defaults(Sampler("dpmpp_2m", spacing="trailing"), num_inference_steps=20, guidance_scale=4.0)
 

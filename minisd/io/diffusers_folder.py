@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minisd import checks
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
+from minisd.io.tensors import CheckpointError, read_json, save_atomically, shown
+from minisd.pipeline import checks
 from minisd.preview import SD1, Factors
 from minisd.samplers import Sampler
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import BOS, EOS, Tokenizer
 from minisd.unet import UNet
-from minisd.weights import CheckpointError, read_json, save_atomically, shown
 
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from minisd.checks import whole
+from minisd.pipeline.checks import whole
 
 
 @dataclass(frozen=True, eq=False)

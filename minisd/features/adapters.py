@@ -21,11 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minisd import checks
-from minisd.keys import looks_like
-from minisd.text_encoder import TextEncoder
-from minisd.tokenizer import Tokenizer
-from minisd.weights import (
+from minisd.io.key_names import looks_like
+from minisd.io.tensors import (
     CheckpointError,
     TensorInfo,
     plain_tensor,
@@ -37,6 +34,9 @@ from minisd.weights import (
     save_atomically,
     shown,
 )
+from minisd.pipeline import checks
+from minisd.text_encoder import TextEncoder
+from minisd.tokenizer import Tokenizer
 
 Layer = nn.Linear | nn.Conv2d
 

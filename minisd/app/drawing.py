@@ -21,8 +21,8 @@ from minisd import __version__
 if TYPE_CHECKING:
     from PIL import Image
 
-    from minisd.folder import Defaults
-    from minisd.pipeline import StableDiffusion
+    from minisd.io.diffusers_folder import Defaults
+    from minisd.pipeline.stable_diffusion import StableDiffusion
     from minisd.samplers import Sampler
 
 
@@ -45,7 +45,7 @@ class Target:
 
         Raises BadParameter for a name that is neither a .png nor a folder, OSError where nothing can be written.
         """
-        from minisd import checks
+        from minisd.pipeline import checks
 
         path = checks.path("--output", output or "")
         if output and path.suffix.lower() == ".png" and not path.is_dir():
@@ -63,7 +63,7 @@ class Target:
 
     def save(self, picture: Image.Image, seed: int, text: str) -> None:
         """Write a picture and print its name."""
-        from minisd.metadata import save_png
+        from minisd.app.metadata import save_png
 
         name = f"{self.stem}-{seed}.png" if self.seeded else f"{self.stem}.png"
         print(save_png(picture, self.folder / name, text, self.overwrite), flush=True)
@@ -136,7 +136,7 @@ class Drawing:
 
         A sampler that is named comes without the spacing and the noise levels of the model's own.
         """
-        from minisd.presets import fill
+        from minisd.features.presets import fill
         from minisd.samplers import Sampler
 
         given = {name: value for name, value in fill(options).items() if value is not None}
@@ -202,7 +202,7 @@ class Drawing:
 
         images: how many are in a grid. place: how many pictures were drawn at a time, and which of them it was.
         """
-        from minisd.metadata import parameters_text, sampler_label
+        from minisd.app.metadata import parameters_text, sampler_label
 
         settings: dict[str, Any] = {
             "Steps": self.num_inference_steps,
@@ -301,7 +301,7 @@ def unknown_words_warning(sd: StableDiffusion, prompts: Sequence[str]) -> str:
 
     Prompts that cannot be read are passed over: whoever draws them says what is wrong.
     """
-    from minisd.prompts import parse
+    from minisd.features.prompts import parse
 
     plain = []
     for prompt in dict.fromkeys(prompts):

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minisd.pickles import INERT, PickleError, check_pickle
+from minisd.io.pickles import INERT, PickleError, check_pickle
 
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SAFE_TORCH = (2, 10)  # before it, weights_only=True could be made to run code: CVE-2025-32434, CVE-2026-24747

@@ -11,18 +11,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd import noise, presets
+from minisd import noise
 from minisd.attention import Kept as Projections
 from minisd.attention import keep_projections
-from minisd.checks import floats, real, texts, whole
 from minisd.editing import Hole, check_margins, extend, hide, latent_mask, paste, read_mask, slerp
+from minisd.features import presets
+from minisd.features.presets import pick
+from minisd.features.prompts import common_length, read
+from minisd.features.reuse import Kept, Reuse
 from minisd.guidance import Guidance
 from minisd.images import from_pil, to_pil
 from minisd.noise import Noise, seeds
-from minisd.parts import Parts, finite
-from minisd.presets import pick
-from minisd.prompts import common_length, read
-from minisd.reuse import Kept, Reuse
+from minisd.pipeline.checks import floats, real, texts, whole
+from minisd.pipeline.parts import Parts, finite
 from minisd.samplers import Run, Sampler
 
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisd import __version__
-from minisd.drawing import Drawing, Means, draw, slug
-from minisd.metadata import KEY, save_png
-from minisd.processes import first_alone, process_group, processes, rank, total
-from minisd.weights import save_atomically
+from minisd.app.drawing import Drawing, Means, draw, slug
+from minisd.app.metadata import KEY, save_png
+from minisd.features.distributed import first_alone, process_group, processes, rank, total
+from minisd.io.tensors import save_atomically
 
 if TYPE_CHECKING:
-    from minisd.folder import Defaults
-    from minisd.pipeline import StableDiffusion
+    from minisd.io.diffusers_folder import Defaults
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
 MANIFEST = "manifest.jsonl"
 # what a killed process had not renamed yet
@@ -214,8 +214,8 @@ def _kind(drawing: Drawing) -> tuple[Any, ...]:
 
 def check_plan(plan: Sequence[Planned], sd: StableDiffusion) -> None:
     """Raise ValueError, naming the line, for the first picture that the model cannot draw."""
+    from minisd.features.prompts import read
     from minisd.noise import seeds
-    from minisd.prompts import read
 
     known: set[Any] = set()
     for one in plan:

@@ -16,7 +16,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from minisd.attention import watch_attention
-from minisd.prompts import ROOM, parse, read
+from minisd.features.prompts import ROOM, parse, read
 from minisd.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer
 
 

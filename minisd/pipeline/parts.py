@@ -15,10 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from minisd import adapters, checkpoint
-from minisd import prompts as prompting
 from minisd.autoencoder import Autoencoder
-from minisd.checks import (
+from minisd.config import ModelConfig
+from minisd.features import adapters
+from minisd.features import prompts as prompting
+from minisd.features.tiling import tiled
+from minisd.guidance import Guidance
+from minisd.images import from_pil, to_pil
+from minisd.io import checkpoint
+from minisd.io.diffusers_folder import Defaults
+from minisd.pipeline.checks import (
     about_unit,
     finite_input,
     floats,
@@ -30,14 +36,9 @@ from minisd.checks import (
     texts,
     whole,
 )
-from minisd.config import ModelConfig
-from minisd.folder import Defaults
-from minisd.guidance import Guidance
-from minisd.images import from_pil, to_pil
 from minisd.preview import linear_preview
 from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
-from minisd.tiling import tiled
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minisd.processes import say
+from minisd.features.distributed import say
 
 
 def serve(
@@ -45,14 +45,14 @@ def serve(
              "there is no password. Leave --host out to keep it to this machine")
     import torch
 
-    from minisd.drawing import Means
-    from minisd.pipeline import StableDiffusion
+    from minisd.app.drawing import Means
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
     precision = None if dtype is None else getattr(torch, dtype)
     sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision)
     means = Means.of(sd, model)
     say(f"{means.model} on {sd.device} in {means.precision}")
-    from minisd.web import CSS, build, theme
+    from minisd.app.web import CSS, build, theme
 
     settings: dict[str, Any] = {
         "share": False,

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minisd import checks
 from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, SD21_BASE, ModelConfig
-from minisd.folder import STEMS, Defaults, read_configs, save
-from minisd.keys import (
+from minisd.io.diffusers_folder import STEMS, Defaults, read_configs, save
+from minisd.io.key_names import (
     IGNORED_IN_FOLDER,
     IGNORED_IN_SINGLE_FILE,
     Source,
@@ -26,10 +25,7 @@ from minisd.keys import (
     looks_like,
     single_file_sources,
 )
-from minisd.text_encoder import TextEncoder
-from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet
-from minisd.weights import (
+from minisd.io.tensors import (
     CheckpointError,
     TensorInfo,
     pick_weights,
@@ -39,6 +35,10 @@ from minisd.weights import (
     shards,
     shown,
 )
+from minisd.pipeline import checks
+from minisd.text_encoder import TextEncoder
+from minisd.tokenizer import Tokenizer
+from minisd.unet import UNet
 
 __all__ = [
     "Checkpoint",
@@ -155,7 +155,7 @@ def open_checkpoint(
     "owner/name", which is downloaded once (`revision` picks a version of it). variant: such as "fp16", for folders
     that hold several. prediction_type: what the UNet was trained to predict, where the checkpoint does not say or says
     it wrongly. config: the sizes of a single file that is no published model. Raises CheckpointError, which names what
-    is missing, unexpected or misshaped, FileNotFoundError, and for hub ids what `minisd.hub.download` raises.
+    is missing, unexpected or misshaped, FileNotFoundError, and for hub ids what `minisd.io.hub.download` raises.
     """
     path = _locate(source, variant, revision)
     checkpoint = _open_folder(path, variant) if path.is_dir() else _open_single_file(path, prediction_type, config)
@@ -188,7 +188,7 @@ def _locate(source: str | os.PathLike[str] | None, variant: str | None, revision
         return path
     hub_id = isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII)
     if isinstance(source, str) and hub_id and path.suffix not in SINGLE_FILES:
-        from minisd import hub  # imports huggingface_hub, which nothing else needs
+        from minisd.io import hub  # imports huggingface_hub, which nothing else needs
 
         return hub.download(source, variant=variant, revision=revision)
     raise FileNotFoundError(

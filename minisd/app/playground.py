@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
-from minisd.drawing import Drawing, Means, slug, unknown_words_warning
-from minisd.metadata import save_png
+from minisd.app.drawing import Drawing, Means, slug, unknown_words_warning
+from minisd.app.metadata import save_png
+from minisd.features.prompts import ROOM, read
+from minisd.features.wordmaps import Word, WordMaps, split
 from minisd.noise import seeds
-from minisd.prompts import ROOM, read
-from minisd.wordmaps import Word, WordMaps, split
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from minisd import __version__
+from minisd.app.drawing import (
+    Drawing,
+    Means,
+    Target,
+    draw_all,
+    file_hash,
+    model_side,
+    split_lora,
+    unknown_words_warning,
+)
+from minisd.app.serve import serve
 from minisd.bench.command import bench
-from minisd.drawing import Drawing, Means, Target, draw_all, file_hash, model_side, split_lora, unknown_words_warning
-from minisd.processes import own_device, processes, rank, say
-from minisd.serve import serve
+from minisd.features.distributed import own_device, processes, rank, say
 from minisd.training.commands import app as training
 
 if TYPE_CHECKING:
     import torch
 
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
 SamplerName = Literal["ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "lcm"]
 Spacing = Literal["leading", "trailing", "linspace"]
@@ -212,8 +221,8 @@ def generate(
     }
     recalled = None
     if like is not None:
-        from minisd.like import recall
-        from minisd.presets import fill
+        from minisd.app.like import recall
+        from minisd.features.presets import fill
 
         recalled = recall(like, fill(options), model, lora or [])
         options = recalled.options
@@ -221,7 +230,7 @@ def generate(
     count, batch = options["images"] or 1, options["batch"] or 4
     lines = None
     if prompts is not None:
-        from minisd.batch import read_prompts
+        from minisd.app.batch import read_prompts
 
         lines = read_prompts(prompts)
         target = Target.parse(f"{output}/", "", several=True, overwrite=overwrite)
@@ -241,12 +250,12 @@ def generate(
     words = [one.get(name) or "" for one in said for name in ("prompt", "negative_prompt")]
     if not rank() and (unknown := unknown_words_warning(sd, words)):
         say(unknown)
-    from minisd.presets import PRESETS
+    from minisd.features.presets import PRESETS
 
     for name in dict.fromkeys(one["preset"] for one in said if one.get("preset") in PRESETS):
         tell(PRESETS[name].describe())
     if lines is not None:
-        from minisd.batch import draw_many, make_plan
+        from minisd.app.batch import draw_many, make_plan
 
         plan = make_plan(lines, options, batch, sd.defaults, model_side(sd))
         draw_many(sd, plan, means, target.folder, overwrite=overwrite, quiet=quiet, say=tell)
@@ -322,11 +331,11 @@ def info(
       minisd info fox.png --raw
     """
     if not source.lower().endswith(PICTURES):
-        from minisd.checkpoint import open_checkpoint
+        from minisd.io.checkpoint import open_checkpoint
 
         print(open_checkpoint(source, variant=variant, prediction_type=prediction).describe())
         return
-    from minisd.metadata import describe, parse_parameters, read_parameters
+    from minisd.app.metadata import describe, parse_parameters, read_parameters
 
     text = read_parameters(source)
     if text is None:
@@ -348,9 +357,9 @@ def evaluate(
 
     Writes evaluation.json and evaluation.png. Called again after a break, it goes on where it stopped.
     """
-    from minisd.checks import writable
     from minisd.evaluation import evaluate_model
     from minisd.evaluation.measure import Settings
+    from minisd.pipeline.checks import writable
 
     writable(output)
     result = evaluate_model(model, output, Settings(count=count, steps=steps, guidance=guidance))
@@ -367,7 +376,7 @@ app.command()(serve)
 def _load(model: str | None, device: str | None, dtype: str | None, **choices: Any) -> StableDiffusion:
     import torch
 
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
     place = None if device is None else _usable_device(device)
     precision = None if dtype is None else getattr(torch, dtype)
@@ -386,7 +395,7 @@ def _load_adapters(
 
 
 def _usable_device(name: str) -> torch.device:
-    from minisd.parts import usable_device
+    from minisd.pipeline.parts import usable_device
 
     try:
         return usable_device(name)
@@ -419,14 +428,14 @@ def _explain(error: Exception) -> tuple[int, str]:
         if text.startswith("Usage:"):  # a command that needs another word: its help is the message
             return error.exit_code, text
         return error.exit_code, f"error: {text}" + (f" (see `{context.command_path} --help`)" if context else "")
-    from minisd.weights import CheckpointError
+    from minisd.io.tensors import CheckpointError
 
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename or 'the file'}: {error.strerror}"
     if isinstance(error, (ValueError, TypeError)) and not isinstance(error, CheckpointError):
         return 2, f"error: {text}"
-    from minisd.checks import is_out_of_memory
+    from minisd.pipeline.checks import is_out_of_memory
 
     if is_out_of_memory(error):
         reason = (str(error.__cause__ or error) or type(error).__name__).split("\n")[0]

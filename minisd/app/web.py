@@ -16,10 +16,10 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from minisd.drawing import Means, model_side
-from minisd.metadata import LABELS, sampler_label
-from minisd.pipeline import StableDiffusion
-from minisd.playground import Drawn, Preview, Wish, draw, overlay
+from minisd.app.drawing import Means, model_side
+from minisd.app.metadata import LABELS, sampler_label
+from minisd.app.playground import Drawn, Preview, Wish, draw, overlay
+from minisd.pipeline.stable_diffusion import StableDiffusion
 
 REFUSED = (ValueError, TypeError, FloatingPointError, MemoryError)  # errors whose text is written for the reader
 PICTURE = -1  # the chip that shows the picture alone

@@ -11,8 +11,8 @@ from typing import Any
 
 import typer
 
-from minisd.drawing import Means, file_hash, split_lora
-from minisd.metadata import Parameters, parse_parameters, read_parameters, read_sampler
+from minisd.app.drawing import Means, file_hash, split_lora
+from minisd.app.metadata import Parameters, parse_parameters, read_parameters, read_sampler
 from minisd.samplers import SAMPLERS
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]+)(?::([^<>]*))?>")
