@@ -30,10 +30,10 @@ import pytest
 HERE = Path(__file__).parent
 KILLS_OF_BATCHES = "test_killed_and_resumed_is_the_run_that_was_never_stopped"
 GROUPS: dict[str, list[str]] = {
-    "files": ["test_bad_files.py", "test_pickles.py", "test_bad_pictures.py", "test_metadata.py", "test_checkpoint.py"],
-    "arguments": ["test_bad_arguments.py", "test_batch.py"],
-    "faults": ["test_saving.py", "test_faults.py", "test_numerics.py", "test_hub.py"],
-    "kills": ["test_kills.py", f"test_batch.py::{KILLS_OF_BATCHES}"],
+    "files": ["robustness/test_bad_files.py", "io/test_pickles.py", "robustness/test_bad_pictures.py", "app/test_metadata.py", "io/test_checkpoint.py"],
+    "arguments": ["robustness/test_bad_arguments.py", "app/test_batch.py"],
+    "faults": ["io/test_saving.py", "robustness/test_faults.py", "core/test_numerics.py", "io/test_hub.py"],
+    "kills": ["robustness/test_kills.py", f"app/test_batch.py::{KILLS_OF_BATCHES}"],
 }
 COLUMNS = ("refused", "whole", "other", "kills", "lost", "corrupt", "executed", "failed")
 
@@ -65,7 +65,7 @@ def hunt(group: str, seed: int) -> dict[str, Any]:
     options = ["-q", "-m", "not full", "-p", "no:cacheprovider", f"--hypothesis-seed={seed}"]
     options += ["-o", "addopts=", "-o", "timeout=3600"]
     if group == "arguments":
-        options += ["--deselect", f"tests/test_batch.py::{KILLS_OF_BATCHES}"]
+        options += ["--deselect", f"tests/app/test_batch.py::{KILLS_OF_BATCHES}"]
     code = pytest.main([*options, *(str(HERE / name) for name in GROUPS[group])], plugins=[tally])
     rows = {name: dict(row) for name, row in tally.rows.items()}
     if code and not any(row.get("failed") for row in rows.values()):

@@ -26,7 +26,7 @@ from minisd.training.loop import Options, Shuffled, Trainer, learning_rate
 from minisd.training.scenes import flipped, render, scene, vocabulary
 from minisd.training.unet import loss_weight
 
-SCRIPT = Path(__file__).with_name("small_training.py")
+SCRIPT = Path(__file__).parents[1] / "small_training.py"
 PARTS = ("autoencoder", "clip", "unet")
 
 

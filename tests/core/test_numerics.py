@@ -189,7 +189,7 @@ def test_another_process_draws_the_same_bits_and_more_threads_the_same_picture(
     for threads in (1, 2):
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(here), str(small_model), str(threads), str(tmp_path / "out.npz")],
-            env=os.environ | {"PYTHONPATH": str(here.parent)},
+            env=os.environ | {"PYTHONPATH": str(here.parents[1])},
             capture_output=True,
             text=True,
             timeout=200,

@@ -21,7 +21,7 @@ from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 
-SCRIPT = Path(__file__).with_name("fake_gpu.py")
+SCRIPT = Path(__file__).parents[1] / "fake_gpu.py"
 PLANTS = ["position embedding", "UNet weight", "UNet norm", "decoder norm", "frequencies", "context"]
 
 

@@ -296,7 +296,7 @@ def test_order_of_convergence(name: str, order: int) -> None:
 
 def table(readme: str, section: str) -> dict[str, list[str]]:
     """The table of samplers: calls for n steps, order, fresh noise, Karras' levels."""
-    text = (Path(__file__).parents[1] / readme).read_text(encoding="utf-8").partition(f"## {section}\n")[2]
+    text = (Path(__file__).parents[2] / readme).read_text(encoding="utf-8").partition(f"## {section}\n")[2]
     lines = [line for line in text.partition("\n## ")[0].splitlines() if line.startswith("| `")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {name.strip("`"): rest for name, _, *rest in cells}

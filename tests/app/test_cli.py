@@ -317,7 +317,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "minisd", *arguments]
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # for a checkout that is not installed
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}  # for a checkout that is not installed
 
 
 def test_a_full_disk_is_a_failure_that_leaves_nothing(small_model, tmp_path):

@@ -397,7 +397,7 @@ def command(folder: Path, output: str, model: Path) -> list[str]:
 
 def start(*words: str) -> subprocess.Popen[str]:
     # the same number of threads everywhere, and Ctrl-C even where the tests were started in the background
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *words],
         env=environment,

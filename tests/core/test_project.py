@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 import minisd
 from minisd.training.catalogue import CATALOGUE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}

@@ -35,7 +35,7 @@ from minisd.io.tensors import read_pickle, save_atomically
 from minisd.training.adapting import EXAMPLES
 from minisd.training.loop import Options, Trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 

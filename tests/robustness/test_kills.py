@@ -18,7 +18,7 @@ from PIL import Image
 
 from minisd.training.data import render_scenes
 
-SCRIPT = Path(__file__).with_name("killed_training.py")
+SCRIPT = Path(__file__).parents[1] / "killed_training.py"
 PARTS = ["autoencoder", "lora", "inversion", *(["clip", "unet"] if "MINISD_KILLS" in os.environ else [])]
 SEED = os.environ.get("MINISD_SEED", "0")
 KILLS = max(3, int(os.environ.get("MINISD_KILLS", 0)) // len(PARTS))

@@ -16,7 +16,7 @@ import nbformat
 import pytest
 from browsers import chromium, free_port, need_chromium, wait_for_server
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SECONDS_TO_RUN = 400  # for all cells of one notebook; a quiet machine needs a tenth of it
 
 pytestmark = pytest.mark.timeout(1000)

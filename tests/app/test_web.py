@@ -323,7 +323,7 @@ def started(folder: Path, log: Path) -> Iterator[str]:
     """`minisd serve` in a folder, with the tiny model; gives the page's address."""
     port = free_port()
     command = [sys.executable, "-m", "minisd", "serve", "--port", str(port), "--device", "cpu"]
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, env=environment)
         try:
