@@ -30,7 +30,13 @@ import pytest
 HERE = Path(__file__).parent
 KILLS_OF_BATCHES = "test_killed_and_resumed_is_the_run_that_was_never_stopped"
 GROUPS: dict[str, list[str]] = {
-    "files": ["robustness/test_bad_files.py", "io/test_pickles.py", "robustness/test_bad_pictures.py", "app/test_metadata.py", "io/test_checkpoint.py"],
+    "files": [
+        "robustness/test_bad_files.py",
+        "io/test_pickles.py",
+        "robustness/test_bad_pictures.py",
+        "app/test_metadata.py",
+        "io/test_checkpoint.py",
+    ],
     "arguments": ["robustness/test_bad_arguments.py", "app/test_batch.py"],
     "faults": ["io/test_saving.py", "robustness/test_faults.py", "core/test_numerics.py", "io/test_hub.py"],
     "kills": ["robustness/test_kills.py", f"app/test_batch.py::{KILLS_OF_BATCHES}"],
