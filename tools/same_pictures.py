@@ -47,7 +47,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         if options.base:
             return compare(options.base.resolve(), Path(place), options)
-        base = Path(place) / "base"
+        base = Path(place) / COMMIT
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--detach", str(base), COMMIT], check=True, capture_output=True)
         try:
