@@ -27,7 +27,7 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-import minisd.pipeline.checks
+import minisd.features.validate
 import minisd.pipeline.parts
 import minisd.pipeline.stable_diffusion
 import minisd.unet
@@ -173,7 +173,7 @@ def no_numbers_read(size: tuple[int, int]) -> Iterator[list[str]]:
         mock.patch.object(minisd.pipeline.parts, "finite", note),
         mock.patch.object(minisd.pipeline.stable_diffusion, "finite", note),
         mock.patch.object(minisd.pipeline.parts, "to_pil", blank),
-        mock.patch.object(minisd.pipeline.checks, "finite_input", lambda name, x: x),
+        mock.patch.object(minisd.features.validate, "check_finite_input", lambda name, x: x),
         mock.patch.object(minisd.pipeline.parts, "finite_input", lambda name, x: x),
         mock.patch.object(minisd.pipeline.parts, "about_unit", lambda name, x: x),
     ):

@@ -252,7 +252,7 @@ def test_every_sampler_can_be_chosen_and_has_a_community_name():
         (["generate", "fox", "--dtype", "int8"], 2, ["'int8'", "float16"]),
         (["generate", "fox", "--device", "toaster"], 2, ["--device toaster", "take cpu"]),
         (["generate", "fox", "--output", "fox.jpg"], 2, ["fox.jpg", ".png"]),
-        (["generate", "fox", "--output", "text.txt/fox.png"], 1, ["text.txt is no folder"]),
+        (["generate", "fox", "--output", "text.txt/fox.png"], 1, ["text.txt is not a folder"]),
         (["generate", "fox", "--image", "none.png"], 2, ["none.png", "does not exist"]),
         (["generate", "fox", "--image", "text.txt"], 1, ["text.txt cannot be read as a picture", "PNG"]),
         (["generate", "fox", "--image", "plain.png", "--strength", "0"], 2, ["strength=0", "at most 1"]),
