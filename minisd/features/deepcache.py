@@ -6,7 +6,8 @@ Source: Ma et al. 2024, "DeepCache: Accelerating Diffusion Models for Free", sec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,20 @@ class DeepCache:
         unet: the UNet to call.
         interval: the first call and every `interval`-th after it are full; 1 makes every call full.
         depth: the other calls run this many of the last layers on the way up, and what they need of the way down.
+        compile_options: of torch.compile, to compile both kinds of call; None does not compile.
     """
 
-    def __init__(self, unet: UNet, interval: int, depth: int) -> None:
+    def __init__(
+        self, unet: UNet, interval: int, depth: int, compile_options: Mapping[str, Any] | None = None
+    ) -> None:
         if not 1 <= depth <= count_up_layers(unet):
             raise ValueError(f"depth={depth}; expected 1 to {count_up_layers(unet)}, the layers on the way up")
         self.unet, self.interval, self.depth = unet, interval, depth
         self.feature: Tensor | None = None
         self.age = 0
+        self._full, self._last = run_full, run_last
+        if compile_options is not None:
+            self._full, self._last = (torch.compile(run, **compile_options) for run in (run_full, run_last))
 
     def __call__(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """Predict as `UNet.forward` does, full or from the cached feature.
@@ -42,10 +49,10 @@ class DeepCache:
         """
         rows = len(latents)
         if self.feature is None or self.age >= self.interval or len(self.feature) < rows:
-            x, self.feature = run_full(self.unet, latents, timesteps, context, self.depth)
+            x, self.feature = self._full(self.unet, latents, timesteps, context, self.depth)
             self.age = 0
         else:
-            x = run_last(self.unet, latents, timesteps, context, self.depth, self.feature[-rows:])
+            x = self._last(self.unet, latents, timesteps, context, self.depth, self.feature[-rows:])
         self.age += 1
         return x
 

@@ -21,7 +21,8 @@ from torch.func import functional_call
 
 from minisd.features.adapters import INVERSION_FILES, LORA_FILES, LoRA, LowRank, add_word, layers_of
 from minisd.features.prompts import ROOM, read
-from minisd.images import from_pil, grid, read_picture
+from minisd.images import from_pil, grid
+from minisd.io.pictures import read_picture
 from minisd.io.tensors import save_atomically
 from minisd.pipeline.checks import texts, whole
 from minisd.pipeline.stable_diffusion import StableDiffusion
