@@ -153,7 +153,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, encode: Callabl
 
 
 def find_unknown_words(prompt: str, tokenizer: Tokenizer, embeddings: Tensor) -> list[str]:
-    """The words of a prompt with a token whose embedding, a row of (tokens, width), is all zeros: it was never trained."""
+    """The words of a prompt with a token that was never trained: its row of (tokens, width) is all zeros."""
     text = " ".join(piece for piece, _ in parse(prompt))
     for word in tokenizer.added:
         text = re.sub(re.escape(word), " ", text, flags=re.IGNORECASE)

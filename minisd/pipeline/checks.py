@@ -27,7 +27,7 @@ from minisd.pipeline.settings import Settings
 from minisd.samplers import Plan
 
 if TYPE_CHECKING:
-    from minisd.pipeline.stable_diffusion import StableDiffusion
+    from minisd.pipeline.parts import Parts
 
 MAX_SEED = 2**63 - 1
 MAX_SIDE_FACTOR = 16  # times the side a model was trained at: attention then takes 65,536 times as long
@@ -59,7 +59,7 @@ class Request:
 
 
 def check_request(
-    sd: StableDiffusion,
+    sd: Parts,
     prompt: Any,
     negative_prompt: Any,
     settings: Settings,
@@ -118,7 +118,7 @@ def check_guidance(settings: Settings, count: int) -> Guidance:
     return Guidance(scale, settings.guidance_rescale, (begin, end))
 
 
-def check_image(sd: StableDiffusion, image: Any) -> Tensor:
+def check_image(sd: Parts, image: Any) -> Tensor:
     """Check a PIL picture, or images (n, 3, h, w) in [-1, 1]; return it as such images.
 
     Images may leave the range a little. Beyond [-2, 2] they are taken for something else (pixels from 0 to 255,
@@ -137,7 +137,7 @@ def check_image(sd: StableDiffusion, image: Any) -> Tensor:
 
 
 def check_size(
-    sd: StableDiffusion, height: int | None, width: int | None, count: int, images: Tensor | None = None
+    sd: Parts, height: int | None, width: int | None, count: int, images: Tensor | None = None
 ) -> tuple[int, int, int]:
     """Check the size of so many pictures; return the shape (4, h/8, w/8) of one picture's latents.
 
@@ -157,7 +157,7 @@ def check_size(
     return sd.config.autoencoder.latent_channels, sides[0] // sd.downscale, sides[1] // sd.downscale
 
 
-def check_inpainting(sd: StableDiffusion, images: Tensor | None, mask: Any) -> Tensor | None:
+def check_inpainting(sd: Parts, images: Tensor | None, mask: Any) -> Tensor | None:
     """Check that mask, image and the UNet's input channels go together; return the mask, (1, 1, h, w)."""
     channels, latent_channels = sd.config.unet.in_channels, sd.config.autoencoder.latent_channels
     if mask is None:
@@ -196,7 +196,7 @@ def check_mask(mask: Any, size: tuple[int, int]) -> Tensor:
     return values[None, None]
 
 
-def check_feature_reuse(value: Any, sd: StableDiffusion) -> None:
+def check_feature_reuse(value: Any, sd: Parts) -> None:
     """Check (interval, depth), or None."""
     if value is None:
         return
@@ -206,7 +206,7 @@ def check_feature_reuse(value: Any, sd: StableDiffusion) -> None:
     check_int("feature_reuse", value[1], 1, count_up_layers(sd.unet))
 
 
-def check_plan(sd: StableDiffusion, settings: Settings, has_image: bool, has_mask: bool) -> tuple[Plan, float]:
+def check_plan(sd: Parts, settings: Settings, has_image: bool, has_mask: bool) -> tuple[Plan, float]:
     """Check sampler, steps and strength; return the planned run, and the strength."""
     steps = check_int("num_inference_steps", settings.num_inference_steps, 1, sd.config.schedule.num_train_timesteps)
     strength = settings.strength

@@ -12,7 +12,9 @@ from minisd.config import ModelConfig
 from minisd.features.validate import free_memory, is_out_of_memory
 from minisd.unet import UNet
 
-ADVICE = "draw smaller pictures or fewer at a time, or load the model with tile=True, dtype=torch.float16 or offload=True"
+ADVICE = (
+    "draw smaller pictures or fewer at a time, or load the model with tile=True, dtype=torch.float16 or offload=True"
+)
 
 
 def best_device() -> torch.device:
@@ -72,8 +74,15 @@ def on_device(part: nn.Module, offload_to: torch.device | None) -> Iterator[None
 
 
 def check_memory(
-    config: ModelConfig, count: int, height: int, width: int, *, device: torch.device, itemsize: int,
-    tiled: bool = False, encoding: bool = False,
+    config: ModelConfig,
+    count: int,
+    height: int,
+    width: int,
+    *,
+    device: torch.device,
+    itemsize: int,
+    tiled: bool = False,
+    encoding: bool = False,
 ) -> None:
     """Raise ValueError if so many pictures of so many pixels cannot fit into what the device has left.
 

@@ -1,11 +1,8 @@
-"""`StableDiffusion`: the public class. It checks what it is given, wires features around the core's loop, and runs it."""
+"""`StableDiffusion`, the public class: it checks what it is given and wires features around the core's loop."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from os import PathLike
 from typing import Any, Self
 
@@ -15,82 +12,38 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisd import generate
-from minisd.autoencoder import Autoencoder
-from minisd.config import ModelConfig
 from minisd.editing import KeepUnmasked, extend_canvas, latent_mask, masked_image, paste, slerp, with_channels
 from minisd.features import adapters
 from minisd.features.deepcache import DeepCache
-from minisd.features.fast import speed_up
-from minisd.features.prompts import common_length, encode_prompts, find_unknown_words
-from minisd.features.tiling import tiled
+from minisd.features.prompts import common_length
 from minisd.features.validate import (
     check_dtype,
     check_finite,
-    check_finite_input,
-    check_float,
     check_int,
-    check_shape,
     check_strings,
-    check_tensor,
 )
-from minisd.generate import Denoiser, Model, NoiseSource, Step, gaussian_noise, guided
-from minisd.guidance import Guidance
+from minisd.generate import NoiseSource, Step, gaussian_noise, guided
 from minisd.images import from_pil, to_pil
 from minisd.io import checkpoint
-from minisd.io.diffusers_folder import Defaults
 from minisd.pipeline import memory
 from minisd.pipeline.checks import (
     Request,
-    check_image,
     check_margins,
     check_mask,
     check_request,
     check_size,
     resolve_seeds,
 )
+from minisd.pipeline.parts import ImageInput, Parts, Prompt
 from minisd.pipeline.settings import Settings
-from minisd.preview import linear_preview
-from minisd.schedule import Schedule
-from minisd.text_encoder import TextEncoder
-from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet
-
-Prompt = str | Sequence[str]
-ImageInput = Image.Image | Tensor
 
 
-class StableDiffusion:
+class StableDiffusion(Parts):
     """Text to image, image to image, inpainting.
 
     The parts are attributes to take apart: tokenizer, text_encoder, unet, autoencoder, schedule. Drawing keeps no state
     between calls, so threads may share the object; only loading and setting adapters changes it.
-
-    Args:
-        config, tokenizer, text_encoder, unet, autoencoder: the parts of the model.
-        defaults: how it is sampled unless a call says otherwise.
-        offload: the device on which a part is only while it computes.
-        tile: encode and decode one picture at a time, and large ones in tiles.
     """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        tokenizer: Tokenizer,
-        text_encoder: TextEncoder,
-        unet: UNet,
-        autoencoder: Autoencoder,
-        defaults: Defaults | None = None,
-        offload: torch.device | None = None,
-        tile: bool = False,
-    ) -> None:
-        self.config, self.defaults = config, defaults or Defaults()
-        self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self.unet, self.autoencoder = speed_up(unet), speed_up(autoencoder)
-        self.schedule = Schedule(config.schedule)
-        self.adapters = adapters.Adapters()
-        self.offload, self.tile = offload, unet.config.sample_size * 3 // 2 if tile else None
-        self.downscale = config.autoencoder.downscale  # pixels for each latent, along a side
-        self._compile_options: dict[str, Any] | None = None
 
     @classmethod
     def from_pretrained(
@@ -126,21 +79,6 @@ class StableDiffusion:
         if place.type == "cuda" and not offload:
             memory.move(loaded.unet, place)
         return cls(loaded.config, *parts, loaded.defaults, offload=place if offload else None, tile=tile)
-
-    @property
-    def model(self) -> Model:
-        """The parts as the core's `generate` takes them."""
-        return Model(self.config, self.tokenizer, self.text_encoder, self.unet, self.autoencoder)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parts compute."""
-        return self.offload or self.unet.conv_in.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.unet.conv_in.weight.dtype
 
     def __call__(
         self,
@@ -258,20 +196,6 @@ class StableDiffusion:
         cond = torch.where(cond.new_tensor(scales).view(-1, 1, 1) == 0, uncond, cond)
         return cond, uncond if is_guided else None
 
-    def _checked(self, unet: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Raise FloatingPointError as soon as a prediction is not finite."""
-
-        def call(latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-            prediction = self._check_part(unet(latents, timestep, context), "UNet")
-            # a compiled UNet may reuse the memory of its output at the next call
-            return prediction.clone() if self._compile_options is not None else prediction
-
-        return call
-
-    def _check_part(self, output: Tensor, part: str) -> Tensor:
-        active = [name for name, weight in self.adapters.weights.items() if weight]
-        return check_finite(output, f"{part} with LoRA {', '.join(active)}" if active else part)
-
     def _draw(self, request: Request, progress: bool | None) -> list[Image.Image]:
         with tqdm(disable=None if progress is None else not progress, unit="step", leave=False) as bar:
             for step in self._denoise(request):
@@ -321,7 +245,7 @@ class StableDiffusion:
         bottom: int = 0,
         **options: Any,
     ) -> Image.Image:
-        """Draw beyond the edges of a picture, by so many pixels on each side, multiples of 8. Options as for `inpaint`."""
+        """Draw beyond the edges of a picture, by so many pixels on each side (multiples of 8); `inpaint` does it."""
         picture = to_pil(from_pil(image))[0]
         check_margins(left, right, top, bottom)
         check_size(self, picture.height + top + bottom, picture.width + left + right, 1)
@@ -366,134 +290,15 @@ class StableDiffusion:
         first, last = self.encode_text(texts, options.get("clip_skip", 1)).split(1)
         latents = torch.cat([slerp(start, end, share) for share in shares])
         embeds = torch.cat([(1 - share) * first + share * last for share in shares])
-        negative_prompt, settings = options.pop("negative_prompt", ""), self._settings(options.pop("preset", None), options)
+        negative_prompt, settings = (
+            options.pop("negative_prompt", ""),
+            self._settings(options.pop("preset", None), options),
+        )
         numbers = [ends[0]] * count
         request = check_request(
             self, [texts[0]] * count, negative_prompt, settings, numbers, latents=latents, prompt_embeds=embeds
         )
         return self._draw(request, progress)
-
-    @torch.inference_mode()
-    def encode_text(self, prompts: Prompt, clip_skip: int = 1) -> Tensor:
-        """Encode prompts, with weights in brackets, to context (n, 77·k, width); see `features.prompts`.
-
-        A prompt of more than 75 tokens is read in k chunks, each by itself, and a warning says so. Prompts of different
-        k are brought to one length. Raises ValueError for invalid weights and for prompts that are too long.
-        """
-        texts = check_strings("prompts", prompts)
-        check_int("clip_skip", clip_skip, 1, self.config.text_encoder.num_hidden_layers)
-
-        def encode(ids: Tensor) -> Tensor:
-            with memory.on_device(self.text_encoder, self.offload):
-                return self._check_part(self.text_encoder(ids.to(self.device), clip_skip), "text encoder")
-
-        return encode_prompts(texts, self.tokenizer, encode)
-
-    @torch.inference_mode()
-    def encode_image(self, image: ImageInput) -> Tensor:
-        """Encode a PIL picture, or images (n, 3, h, w) in [-1, 1], to latents (n, 4, h/8, w/8): the scaled mean.
-
-        Images may leave the range a little. Raises ValueError for numbers beyond [-2, 2] (pixels from 0 to 255,
-        perhaps) and for sides that are not multiples of 8.
-        """
-        images = check_image(self, image)
-        self.check_memory(len(images), images.shape[-2], images.shape[-1], encoding=True)
-        with memory.on_device(self.autoencoder, self.offload):
-            mean = self._tiled(lambda x: self.autoencoder.encode(x).mean, images.to(self.device, self.dtype))
-        return check_finite(mean * self.config.autoencoder.scaling_factor, "autoencoder's encoder")
-
-    @torch.inference_mode()
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Decode scaled latents (n, 4, h/8, w/8), with a spread of about 1, to PIL pictures; see `decode_to_tensor`."""
-        return to_pil(self.decode_to_tensor(latents))
-
-    @torch.inference_mode()
-    def decode_to_tensor(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents (n, 4, h/8, w/8) to images (n, 3, h, w), about [-1, 1] and not clipped.
-
-        In float16 some decoders overflow; then a float32 copy decodes, and a warning says so. Raises FloatingPointError
-        for NaN, in the latents or in what comes of them.
-        """
-        check_shape("latents", latents, "n", self.config.autoencoder.latent_channels, "h", "w")
-        self.check_memory(len(latents), self.downscale * latents.shape[-2], self.downscale * latents.shape[-1])
-        check_finite_input("latents", latents)
-        unscaled = latents.to(self.device, self.dtype) / self.config.autoencoder.scaling_factor
-        with memory.on_device(self.autoencoder, self.offload):
-            try:
-                return check_finite(self._tiled(self.autoencoder.decode, unscaled), "autoencoder's decoder")
-            except FloatingPointError:
-                if self.dtype != torch.float16:
-                    raise
-            warnings.warn("the autoencoder overflows in float16; decoding again in float32", stacklevel=2)
-            images = self._tiled(deepcopy(self.autoencoder).float().decode, unscaled.float())
-        return check_finite(images, "autoencoder's decoder")
-
-    def _tiled(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run the encoder or the decoder on the whole batch, or with `tile` on one picture, and one tile, at a time."""
-        if self.tile is None:
-            return function(x)
-        tile, zoom = (self.tile, self.downscale) if x.shape[1] != 3 else (self.tile * self.downscale, 1 / self.downscale)
-        return torch.cat([tiled(function, one, tile, tile // 2, zoom) for one in x.split(1)]).to(x.dtype)
-
-    def preview(self, latents: Tensor) -> list[Image.Image]:
-        """Turn scaled latents (n, 4, h/8, w/8) into PIL pictures of their own small size, at almost no cost."""
-        check_tensor("latents", latents, "n", self.config.autoencoder.latent_channels, "h", "w")
-        return to_pil(linear_preview(latents, self.defaults.preview))
-
-    def predict(self, latents: Tensor, t: float, context: Tensor, guidance: Guidance | float = 1.0) -> Tensor:
-        """Call the UNet once, guided if the context (2n, 77, d) holds negative and positive prompts.
-
-        Args:
-            latents: (n, 4, h/8, w/8), or with 9 channels for an inpainting UNet.
-            t: the timestep.
-            context: (n, 77, d) or (2n, 77, d).
-            guidance: a scale, or a `Guidance`.
-
-        Returns:
-            The prediction, (n, 4, h/8, w/8), float32. Raises FloatingPointError for NaN.
-        """
-        check_shape("latents", latents, "n", self.unet.config.in_channels, "h", "w")
-        check_shape("context", context, "n", "tokens", self.unet.config.cross_attention_dim)
-        if len(context) not in (len(latents), 2 * len(latents)):
-            raise ValueError(f"{len(context)} rows of context for {len(latents)} latents; expected as many, or twice")
-        check_finite_input("latents", latents)
-        check_finite_input("context", context)
-        guidance = guidance if isinstance(guidance, Guidance) else Guidance(check_float("guidance", guidance))
-        timestep = torch.tensor(check_float("t", t), device=self.device, dtype=torch.float32)
-        uncond, cond = context.to(self.dtype).chunk(2) if len(context) == 2 * len(latents) else (None, context.to(self.dtype))
-        with memory.on_device(self.unet, self.offload):
-            return guided(self._checked(self.unet), cond, uncond, guidance)(latents, timestep, guidance.interval[0])
-
-    def latent_shape(self, height: int | None = None, width: int | None = None, count: int = 1) -> tuple[int, int, int]:
-        """The shape (4, h/8, w/8) of one picture's latents; what is None is the model's own size.
-
-        Raises TypeError or ValueError for a size that so many pictures cannot have.
-        """
-        return check_size(self, height, width, count)
-
-    def check_memory(self, count: int, height: int, width: int, encoding: bool = False) -> None:
-        """Raise ValueError if so many pictures of so many pixels cannot fit into what the device has left."""
-        room = {"device": self.device, "itemsize": self.dtype.itemsize}
-        memory.check_memory(self.config, count, height, width, tiled=self.tile is not None, encoding=encoding, **room)
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        """The words of a prompt with a token that the text encoder never learned: its embedding is all zeros."""
-        (prompt,) = check_strings("prompt", prompt)
-        return find_unknown_words(prompt, self.tokenizer, self.text_encoder.token_embedding.weight)
-
-    def compile(self, **options: Any) -> None:
-        """Compile the UNet and the decoder with torch.compile, one graph each.
-
-        Each new size and number of pictures is compiled when it first comes, which takes a minute or more; from then on
-        it is faster, most of all on a GPU. On a CPU a C++ compiler is needed. Where attention is recorded, the plain
-        code runs.
-
-        Args:
-            options: of torch.compile, such as mode="reduce-overhead".
-        """
-        self._compile_options = {"fullgraph": True, "dynamic": False, **options}
-        for part in (self.unet, self.autoencoder.decoder):
-            part.compile(**self._compile_options)
 
     def save_pretrained(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write a folder that diffusers, transformers and minisd load. dtype: by default the weights' own.

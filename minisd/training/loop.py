@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisd.features.distributed import process_group, processes, rank
+from minisd.features.validate import check_float, check_int, check_writable
 from minisd.io.tensors import CheckpointError, read_pickle, save_atomically
-from minisd.pipeline.checks import real, whole, writable
 
 CHECKPOINT = "checkpoint.pt"  # of a training, in its folder
 
@@ -60,13 +60,13 @@ class Options:
         if self.steps is None and self.minutes is None:
             raise ValueError("say how long to train: steps, minutes, or both")
         if self.steps is not None:
-            whole("steps", self.steps, 1, 2**31)
+            check_int("steps", self.steps, 1, 2**31)
         if self.minutes is not None:
-            real("minutes", self.minutes, 0, 1e6)
-        whole("batch", self.batch, 1, 2**20)
-        whole("seed", self.seed, 0, 2**63 - 1)
-        real("lr", self.lr, 0)
-        writable(self.folder)
+            check_float("minutes", self.minutes, 0, 1e6)
+        check_int("batch", self.batch, 1, 2**20)
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        check_float("lr", self.lr, 0)
+        check_writable(self.folder)
         if self.batch % processes():
             raise ValueError(f"batch={self.batch} does not divide over {processes()} processes; choose a multiple")
 
