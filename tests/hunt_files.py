@@ -309,7 +309,7 @@ class Hunt:
         from minisd import Tokenizer
         from minisd.app.metadata import read_parameters
         from minisd.features.adapters import read_lora, read_textual_inversion
-        from minisd.images import read_picture
+        from minisd.io.pictures import read_picture
         from minisd.io import checkpoint
 
         def model(path: Path) -> Any:

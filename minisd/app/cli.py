@@ -240,8 +240,10 @@ def generate(
     started = time.perf_counter()
     kind = {"variant": variant, "prediction_type": prediction, "offload": offload}
     sd = _load(model, own_device(device), options["dtype"], **kind)
-    tell(f"{model or 'tiny'} on {sd.device} in {str(sd.dtype).removeprefix('torch.')}, "
-         f"loaded in {time.perf_counter() - started:.1f} s")
+    tell(
+        f"{model or 'tiny'} on {sd.device} in {str(sd.dtype).removeprefix('torch.')}, "
+        f"loaded in {time.perf_counter() - started:.1f} s"
+    )
     _load_adapters(sd, lora or [], inversion or [], recalled.lora_weights if recalled else {})
     means = Means.of(sd, model)
     if recalled is not None:

@@ -171,7 +171,7 @@ class Drawing:
     def begin(self, sd: StableDiffusion) -> tuple[Image.Image | None, Image.Image | None]:
         """The picture to begin with and its mask, both scaled and cropped to the size asked for, and extended."""
         from minisd.editing import extend
-        from minisd.images import read_picture
+        from minisd.io.pictures import read_picture
 
         if self.image is None:
             return None, None

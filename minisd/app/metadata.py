@@ -23,7 +23,7 @@ from types import MappingProxyType
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from minisd.images import opened_picture
+from minisd.io.pictures import opened_picture
 
 KEY = "parameters"
 LONGEST = 2**20  # characters of a text that are read; Pillow unpacks no more of a compressed one either

@@ -41,8 +41,10 @@ def serve(
         raise OSError('minisd serve needs gradio, which is not installed; run: pip install "minisd[web]"') from None
     _check_free(host, port)
     if not _is_loopback(host):
-        say(f"warning: --host {host} lets anyone on the network use this page and this machine's time; "
-             "there is no password. Leave --host out to keep it to this machine")
+        say(
+            f"warning: --host {host} lets anyone on the network use this page and this machine's time; "
+            "there is no password. Leave --host out to keep it to this machine"
+        )
     import torch
 
     from minisd.app.drawing import Means

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from itertools import groupby
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
@@ -124,6 +125,44 @@ def weigh(context: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
     z, e, w = context.to(wide), empty.to(wide), weights.to(wide).to(context.device)[..., None]
     # z' = e + w (z − e), written so that w = 1 gives z exactly
     return (z + (w - 1) * (z - e)).to(context.dtype)
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """Encode prompts with weights, of any length, to context (n, 77·k, width).
+
+    Args:
+        prompts: a warning says which of them have more than 75 tokens.
+        tokenizer: the model's.
+        encode: the text encoder, ids (rows, 77) -> (rows, 77, width).
+    """
+    chunked = [read(prompt, tokenizer) for prompt in prompts]
+    for chunks in chunked:
+        if len(chunks) > 1:
+            notice = f"it is read in {len(chunks)} chunks of at most {ROOM}"
+            warnings.warn(f"the prompt has {sum(map(len, chunks))} tokens: {notice}", stacklevel=3)
+    ids, weights = rows([*chain(*chunked), []], tokenizer)
+    weighted = any(weight != 1 for chunk in chain(*chunked) for _, weight in chunk)
+    # the last row is the empty prompt, which only weights need
+    context = encode(ids if weighted else ids[:-1])
+    if weighted:
+        context = weigh(context, context[-1], weights)[:-1]
+    if len(context) == len(chunked):
+        return context
+    contexts = [some.flatten(0, 1)[None] for some in context.split([len(chunks) for chunks in chunked])]
+    return torch.cat(common_length(*contexts))
+
+
+def find_unknown_words(prompt: str, tokenizer: Tokenizer, embeddings: Tensor) -> list[str]:
+    """The words of a prompt with a token that was never trained: its row of (tokens, width) is all zeros."""
+    text = " ".join(piece for piece, _ in parse(prompt))
+    for word in tokenizer.added:
+        text = re.sub(re.escape(word), " ", text, flags=re.IGNORECASE)
+    unknown = []
+    for word in dict.fromkeys(re.findall(r"[\w'-]+", text)):
+        ids = tokenizer.encode(word)
+        if ids and not bool(embeddings[torch.tensor(ids, device=embeddings.device)].any(dim=1).all()):
+            unknown.append(word)
+    return unknown
 
 
 def common_length(*contexts: Tensor) -> list[Tensor]:
