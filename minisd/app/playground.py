@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from minisd.app.drawing import Drawing, Means, slug, unknown_words_warning
 from minisd.app.metadata import save_png
-from minisd.features.prompts import ROOM, read
+from minisd.features.prompts import TOKENS_PER_CHUNK, read
 from minisd.features.wordmaps import Word, WordMaps, split
 from minisd.noise import seeds
 
@@ -82,7 +82,7 @@ def draw(sd: StableDiffusion, means: Means, wish: Wish) -> Iterator[Preview | Dr
     drawing = Drawing.choose(options, sd.defaults)
     _, height, width = sd.latent_shape()
     chunks = read(wish.prompt, sd.tokenizer)
-    maps = WordMaps(sd.unet, height, width, rows=(ROOM + 2) * len(chunks))
+    maps = WordMaps(sd.unet, height, width, rows=(TOKENS_PER_CHUNK + 2) * len(chunks))
     steps = sd.denoise(drawing.prompt, negative_prompt=drawing.negative_prompt, seed=seed, **drawing.choices())
     while True:
         with maps.watch():  # for one call at a time: the next one may come from another thread
@@ -125,7 +125,7 @@ def _notes(sd: StableDiffusion, wish: Wish, chunks: list[list[tuple[int, float]]
     notes = [unknown.removeprefix("warning: ")] if unknown else []
     if len(chunks) > 1:
         count = sum(map(len, chunks))
-        notes.append(f"the prompt has {count} tokens: it is read in {len(chunks)} chunks of at most {ROOM}")
+        notes.append(f"the prompt has {count} tokens: it is read in {len(chunks)} chunks of at most {TOKENS_PER_CHUNK}")
     return notes
 
 
