@@ -56,8 +56,8 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     r"""Split a prompt into pieces with their weights; neighbours of equal weight are one piece.
 
     (text) multiplies by 1.1, [text] divides by it, (text:1.3) multiplies by 1.3, and nested brackets multiply. \( \) \[
-    \] and \\ are characters. An unclosed bracket reaches to the end, a closing one without its opening is text. A prompt
-    without brackets is taken as it is, backslashes too.
+    \] and \\ are characters. An unclosed bracket reaches to the end, and a closing one that nothing opened is text. A
+    prompt without brackets is taken as it is, backslashes too.
 
     Raises:
         TypeError: the prompt is not a string.
@@ -188,8 +188,8 @@ def common_length(*contexts: Tensor) -> list[Tensor]:
     common = math.lcm(*counts)
     if common > MAX_CONTEXT_CHUNKS:
         raise ValueError(
-            f"prompts of {', '.join(map(str, sorted(set(counts))))} chunks of {TOKENS_PER_CHUNK} tokens cannot be drawn "
-            f"together: their common length would be {common} chunks, expected at most {MAX_CONTEXT_CHUNKS}. Draw them "
+            f"prompts of {', '.join(map(str, sorted(set(counts))))} chunks of {TOKENS_PER_CHUNK} tokens cannot be "
+            f"drawn together: their common length would be {common} chunks, expected at most {MAX_CONTEXT_CHUNKS}. Draw them "
             "one by one, or shorten one"
         )
     return [context.repeat(1, common // count, 1) for context, count in zip(contexts, counts, strict=True)]
