@@ -186,7 +186,7 @@ def draw(inputs: Path, out: Path, model: Path, only: str) -> int:
 def flatten(result: Any) -> Any:
     """The arrays in a picture, a tensor, a step, an array, or a list of these."""
     if hasattr(result, "x0"):
-        yield np.array([result.index, getattr(result, "num_calls", None) or result.calls, result.t])
+        yield np.array([result.index, result.t])
         yield from flatten([result.latents, result.x0, result.noise])
     elif hasattr(result, "detach"):
         yield result.detach().cpu().numpy()
