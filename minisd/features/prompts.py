@@ -189,8 +189,8 @@ def common_length(*contexts: Tensor) -> list[Tensor]:
     if common > MAX_CONTEXT_CHUNKS:
         lengths = ", ".join(map(str, sorted(set(counts))))
         raise ValueError(
-            f"prompts of {lengths} chunks of {TOKENS_PER_CHUNK} tokens cannot be drawn together: their common length would "
-            f"be {common} chunks, expected at most {MAX_CONTEXT_CHUNKS}. Draw them one by one, or shorten one"
+            f"prompts of {lengths} chunks of {TOKENS_PER_CHUNK} tokens cannot be drawn together: their common length "
+            f"would be {common} chunks, expected at most {MAX_CONTEXT_CHUNKS}. Draw them one by one, or shorten one"
         )
     return [context.repeat(1, common // count, 1) for context, count in zip(contexts, counts, strict=True)]
 
