@@ -14,10 +14,10 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from build_atlas import rasterise
 from PIL import Image, ImageOps
 
 from minisd.training.backgrounds import HORIZON, PLAIN, SIZE, background, disc
-from build_atlas import rasterise
 from minisd.training.captions import PLACE_PHRASES, TIME_PHRASES, article
 
 EXAMPLES = Path(__file__).parents[1] / "minisd/assets/examples"

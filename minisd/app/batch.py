@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from minisd import __version__
 from minisd.app.drawing import Drawing, Means, draw, slug
 from minisd.app.metadata import KEY, save_png
-from minisd.features.distributed import first_alone, process_group, processes, rank, total
+from minisd.features.distributed import process_group, rank, rank_zero_first, sum_over_ranks, world_size
 from minisd.io.tensors import save_atomically
 
 if TYPE_CHECKING:
@@ -331,14 +331,14 @@ def draw_many(
     say: Callable[[str], None],
 ) -> None:
     """Draw what is missing of a plan, in as many processes as torchrun started, and print the names of new files."""
-    if processes() > 1:  # torchrun ends the others when one fails: let them clean up
+    if world_size() > 1:  # torchrun ends the others when one fails: let them clean up
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with process_group(sd.device):
-        first_alone(partial(_prepare, plan, sd, means, folder, overwrite))
+        rank_zero_first(partial(_prepare, plan, sd, means, folder, overwrite))
         plan = read_seeds(plan, means, folder)
         say(f"{len(plan)} pictures, planned in {folder / MANIFEST}")
         started, drawn, there = time.perf_counter(), 0, 0
-        for batch in batches(plan)[rank() :: processes()]:
+        for batch in batches(plan)[rank() :: world_size()]:
             texts = [one.text(means) for one in batch]
             files = [folder / one.file for one in batch]
             missing = [overwrite or not is_there(*each) for each in zip(files, texts, strict=True)]
@@ -351,5 +351,5 @@ def draw_many(
                 if absent:
                     print(save_png(picture, file, text, overwrite=True), flush=True)
                     drawn += 1
-        drawn, there = total(drawn, there)
+        drawn, there = sum_over_ranks(drawn, there)
         say(f"{drawn} drawn, {there} were there already, in {time.perf_counter() - started:.1f} s")

@@ -29,7 +29,7 @@ from minisd.app.drawing import (
 )
 from minisd.app.serve import serve
 from minisd.bench.command import bench
-from minisd.features.distributed import own_device, processes, rank, say
+from minisd.features.distributed import local_device, log, rank, world_size
 from minisd.training.commands import app as training
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if os.environ.get("MINISD_DEBUG") == "1":
                 raise
             code, message = _explain(error)
-            say(message)
+            log(message)
     if code == 130:
-        say("interrupted")
+        log("interrupted")
     return code
 
 
@@ -236,10 +236,10 @@ def generate(
         target = Target.parse(f"{output}/", "", several=True, overwrite=overwrite)
     else:
         target = Target.parse(output, options["prompt"], several=count > 1 and not options["grid"], overwrite=overwrite)
-    tell: Callable[[str], None] = _ignore if quiet or rank() else say
+    tell: Callable[[str], None] = _ignore if quiet or rank() else log
     started = time.perf_counter()
     kind = {"variant": variant, "prediction_type": prediction, "offload": offload}
-    sd = _load(model, own_device(device), options["dtype"], **kind)
+    sd = _load(model, local_device(device), options["dtype"], **kind)
     tell(
         f"{model or 'tiny'} on {sd.device} in {str(sd.dtype).removeprefix('torch.')}, "
         f"loaded in {time.perf_counter() - started:.1f} s"
@@ -251,7 +251,7 @@ def generate(
     said: list[Mapping[str, Any]] = [options] if lines is None else [options, *(line.settings for line in lines)]
     words = [one.get(name) or "" for one in said for name in ("prompt", "negative_prompt")]
     if not rank() and (unknown := unknown_words_warning(sd, words)):
-        say(unknown)
+        log(unknown)
     from minisd.features.presets import PRESETS
 
     for name in dict.fromkeys(one["preset"] for one in said if one.get("preset") in PRESETS):
@@ -294,7 +294,7 @@ def interpolate(
     target = Target.parse(output, f"{start} to {end}", several=False, overwrite=overwrite)
     sd = _load(model, device, None)
     if unknown := unknown_words_warning(sd, [start, end]):
-        say(unknown)
+        log(unknown)
     drawing = Drawing(
         prompt=f"{start} to {end}",
         negative_prompt="",
@@ -367,7 +367,7 @@ def evaluate(
     result = evaluate_model(model, output, Settings(count=count, steps=steps, guidance=guidance))
     for name, shares in result["attributes"].items():
         drawn, real = ("{share} [{low}, {high}] of {of}".format(**shares[kind]) for kind in ("drawn", "real"))
-        say(f"{name:<12} drawn {drawn:<32} real scenes {real}" + ("" if shares["quoted"] else "  (judge below 97%)"))
+        log(f"{name:<12} drawn {drawn:<32} real scenes {real}" + ("" if shares["quoted"] else "  (judge below 97%)"))
     print(output / "evaluation.json")
 
 
@@ -411,7 +411,7 @@ def _check_modes(
     """Raise BadParameter for what `generate` cannot do at once."""
     if prompt is None and prompts is None and like is None:
         raise typer.BadParameter("Missing argument 'PROMPT'; give one, or --prompts, or --like", context)
-    if prompts is None and processes() > 1:
+    if prompts is None and world_size() > 1:
         raise typer.BadParameter("several processes share the lines of --prompts; for one prompt start one", context)
     if prompts is None:
         return
@@ -448,7 +448,7 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    say(f"warning: {message}")
+    log(f"warning: {message}")
 
 
 def _ignore(text: str) -> None:

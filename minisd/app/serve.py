@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minisd.features.distributed import say
+from minisd.features.distributed import log
 
 
 def serve(
@@ -41,7 +41,7 @@ def serve(
         raise OSError('minisd serve needs gradio, which is not installed; run: pip install "minisd[web]"') from None
     _check_free(host, port)
     if not _is_loopback(host):
-        say(
+        log(
             f"warning: --host {host} lets anyone on the network use this page and this machine's time; "
             "there is no password. Leave --host out to keep it to this machine"
         )
@@ -53,7 +53,7 @@ def serve(
     precision = None if dtype is None else getattr(torch, dtype)
     sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision)
     means = Means.of(sd, model)
-    say(f"{means.model} on {sd.device} in {means.precision}")
+    log(f"{means.model} on {sd.device} in {means.precision}")
     from minisd.app.web import CSS, build, theme
 
     settings: dict[str, Any] = {
@@ -74,11 +74,11 @@ def serve(
         server_name=name, server_port=port, inbrowser=browser, prevent_thread_lock=True, **settings
     )
     print(address, flush=True)
-    say("Ctrl-C stops it")
+    log("Ctrl-C stops it")
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        say("stopped")
+        log("stopped")
     finally:
         blocks.close(verbose=False)
 

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from browsers import chromium, free_port, need_chromium, wait_for_server
+from minisd.features.wordmaps import Word, WordMaps, split
 from PIL import Image
 
 from minisd import StableDiffusion, record_attention
@@ -32,7 +33,6 @@ from minisd.app.drawing import Means
 from minisd.app.metadata import parse_parameters
 from minisd.app.playground import Drawn, Preview, Wish, draw, overlay
 from minisd.app.web import Page, Session
-from minisd.features.wordmaps import Word, WordMaps, split
 
 PROMPT = "a red car on the beach"
 

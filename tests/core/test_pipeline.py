@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from minisd.noise import seeds
 from parity import lively_model
 from PIL import Image
 
@@ -13,7 +14,6 @@ from minisd.autoencoder import Autoencoder
 from minisd.config import TINY
 from minisd.images import from_pil, grid, to_images, to_pixels
 from minisd.io.diffusers_folder import Defaults
-from minisd.noise import seeds
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import Sampler
 from minisd.text_encoder import TextEncoder
