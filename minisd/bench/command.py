@@ -78,12 +78,11 @@ def bench(
     elif throughput:
         _throughput(model or "tiny", output, repeats, threads, pictures or 64)
     elif preset is not None:
-        place, dtype = _device_and_dtype(device, dtype)
-        _preset(preset, model or "full", output, steps, pictures, place, dtype, threads)
+        _preset(preset, model or "full", output, steps, pictures, *_device_and_dtype(device, dtype), threads)
     else:
-        place, dtype = _device_and_dtype(device, dtype)
+        place, kind = _device_and_dtype(device, dtype)
         sizes = tuple(size or [128 if model == "tiny" else 512])
-        options = {"steps": steps, "repeats": repeats, "device": place, "dtype": dtype, "threads": threads}
+        options = {"steps": steps, "repeats": repeats, "device": place, "dtype": kind, "threads": threads}
         _compare(model or "full", output, alone, sizes=sizes, compiled=compiled, loading=loading, **options)
 
 
@@ -136,7 +135,7 @@ def _preset(
         sd = StableDiffusion.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
         report, picture = presets.run(sd, settings, say=log)
     machine = compare.machine(compare.Settings(device=device, libraries=("minisd",)))
-    report["machine"] = machine | {"dtype": dtype, "threads": threads}
+    report["machine"] = machine | {"dtype": kind, "threads": threads}
     compare.write_json(report, output)
     save_atomically(lambda path: picture.save(path, format="PNG"), output.with_suffix(".png"))
     log(presets.table(report))
