@@ -135,7 +135,7 @@ def _preset(
         sd = StableDiffusion.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
         report, picture = presets.run(sd, settings, say=log)
     machine = compare.machine(compare.Settings(device=device, libraries=("minisd",)))
-    report["machine"] = machine | {"dtype": kind, "threads": threads}
+    report["machine"] = machine | {"dtype": dtype, "threads": threads}
     compare.write_json(report, output)
     save_atomically(lambda path: picture.save(path, format="PNG"), output.with_suffix(".png"))
     log(presets.table(report))
