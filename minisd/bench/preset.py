@@ -25,7 +25,7 @@ from minisd.bench.compare import flops as step_and_decode
 from minisd.bench.worker import PROMPT
 from minisd.config import SD15, ModelConfig
 from minisd.evaluation.metrics import Z95
-from minisd.features.presets import find
+from minisd.features.presets import find_preset
 from minisd.images import grid
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.unet import UNet
@@ -43,7 +43,7 @@ class Settings:
     steps: int = 20
 
     def __post_init__(self) -> None:
-        find(self.preset)
+        find_preset(self.preset)
         if min(self.pictures, self.batch, self.steps) < 1:
             raise ValueError(f"{self}; expected at least 1 of each")
 
@@ -116,7 +116,7 @@ def run(
     calls, drawn, seconds = _in_turns(sd, ways, prompts, settings.batch if judged else 1, say)
     report: dict[str, Any] = {
         "settings": asdict(settings),
-        "preset": find(settings.preset).describe(),
+        "preset": find_preset(settings.preset).describe(),
         "calls": [len(one) for one in calls],
         "work": {"this model": work(sd.config, *calls), "Stable Diffusion 1.5": work(SD15, *calls)},
         "seconds": seconds,
