@@ -61,14 +61,16 @@ class MidBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, then a change of resolution (none at the last level)."""
+    """Residual blocks, then half the size, twice the size, or (at the last level) neither."""
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, groups: int, down: bool = False, up: bool = False
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
         self.resnets = nn.ModuleList(ResBlock(a, b, groups, EPS) for a, b in pairwise(widths))
-        self.downsamplers = nn.ModuleList()
-        self.upsamplers = nn.ModuleList()
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, padding=0)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if up else [])
 
     def forward(self, x: Tensor) -> Tensor:
         for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
@@ -84,10 +86,9 @@ class Encoder(nn.Module):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(a, b, config.layers_per_block, groups) for a, b in pairwise((widths[0], *widths))
+            Level(a, b, config.layers_per_block, groups, down=level < len(widths) - 1)
+            for level, (a, b) in enumerate(pairwise((widths[0], *widths)))
         )
-        for level, width in zip(self.down_blocks[:-1], widths, strict=False):
-            level.downsamplers.append(Downsample(width, padding=0))
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_act = nn.SiLU()
@@ -109,10 +110,9 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            Level(a, b, config.layers_per_block + 1, groups) for a, b in pairwise((widths[0], *widths))
+            Level(a, b, config.layers_per_block + 1, groups, up=level < len(widths) - 1)
+            for level, (a, b) in enumerate(pairwise((widths[0], *widths)))
         )
-        for level, width in zip(self.up_blocks[:-1], widths, strict=False):
-            level.upsamplers.append(Upsample(width))
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from minisd.pipeline.checks import texts
+from minisd.features.validate import check_strings as texts
 
 BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 # Unicode's White_Space property; Python's own `\s` adds \x1c to \x1f.

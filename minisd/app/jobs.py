@@ -25,7 +25,7 @@ from minisd.features.validate import check_path, check_writable
 from minisd.images import grid as lay_out
 from minisd.io.diffusers_folder import Defaults
 from minisd.io.pictures import read_picture
-from minisd.pipeline.checks import resolve_seeds
+from minisd.pipeline.checks import check_margins, resolve_seeds
 from minisd.pipeline.settings import SETTINGS, Settings, format_number
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
@@ -71,6 +71,7 @@ class Source:
         factor = sd.autoencoder.config.downscale
         start = read_picture(self.image, factor * width, factor * height)
         if self.outpaint is not None:
+            check_margins(*self.outpaint)
             return extend_canvas(start, *self.outpaint)
         return start, None if self.mask is None else read_picture(self.mask, *start.size)
 

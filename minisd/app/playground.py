@@ -19,7 +19,7 @@ from minisd.app.jobs import Job, model_side, slug, unknown_words_warning
 from minisd.app.metadata import save_png
 from minisd.app.provenance import Provenance
 from minisd.features.attention_maps import Word, WordMaps, split_words
-from minisd.features.prompts import ROOM, Chunk, read
+from minisd.features.prompts import TOKENS_PER_CHUNK, Chunk, read
 from minisd.pipeline.checks import resolve_seeds
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
@@ -71,7 +71,7 @@ def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Itera
     job = Job.create(values, sd.defaults, model_side(sd))
     _, height, width = sd.latent_shape(job.settings.height, job.settings.width)
     chunks = read(job.prompt, sd.tokenizer)
-    maps = WordMaps(sd.unet, height, width, rows=(ROOM + 2) * len(chunks))
+    maps = WordMaps(sd.unet, height, width, rows=(TOKENS_PER_CHUNK + 2) * len(chunks))
     steps = sd.denoise(job.prompt, negative_prompt=job.negative_prompt, seed=seed, **job.arguments)
     while True:
         with maps.watch():  # for one call at a time: the next one may come from another thread
@@ -113,7 +113,7 @@ def _notes(sd: StableDiffusion, job: Job, chunks: list[Chunk]) -> list[str]:
     notes = [unknown.removeprefix("warning: ")] if unknown else []
     if len(chunks) > 1:
         count = sum(map(len, chunks))
-        notes.append(f"the prompt has {count} tokens: it is read in {len(chunks)} chunks of at most {ROOM}")
+        notes.append(f"the prompt has {count} tokens: it is read in {len(chunks)} chunks of at most {TOKENS_PER_CHUNK}")
     return notes
 
 

@@ -65,10 +65,10 @@ def bench(
     from importlib.util import find_spec
 
     from minisd.bench import compare
-    from minisd.pipeline.checks import writable
-    from minisd.pipeline.parts import best_device, usable_device
+    from minisd.features.validate import check_writable
+    from minisd.pipeline.memory import best_device, usable_device
 
-    writable(output.parent)
+    check_writable(output.parent)
     if train:
         if dtype == "float16":
             raise typer.BadParameter("--training is done in float32, or with --dtype bfloat16 in mixed precision")

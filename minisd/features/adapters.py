@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from minisd.features import validate as checks
 from minisd.io.key_names import looks_like
 from minisd.io.tensors import (
     CheckpointError,
@@ -34,7 +35,6 @@ from minisd.io.tensors import (
     save_atomically,
     shown,
 )
-from minisd.pipeline import checks
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 
@@ -138,7 +138,7 @@ class Adapters:
 
         Raises what `read_lora` does, and ValueError for a name that is taken or while LoRAs are fused.
         """
-        file = checks.path("path", path)
+        file = checks.check_path("path", path)
         name = file.stem if name is None else name
         if not isinstance(name, str) or not name:
             raise TypeError(f"name={name!r:.80}; expected a string that is not empty, to call the LoRA by")
@@ -242,7 +242,7 @@ def read_lora(path: str | PathLike[str], parts: Mapping[str, nn.Module]) -> LoRA
     from the file or from peft's configuration; where neither says, α = r. Raises CheckpointError, which names every
     key that no layer wants and every tensor of the wrong shape.
     """
-    path = _file_in(checks.path("path", path), LORA_FILES)
+    path = _file_in(checks.check_path("path", path), LORA_FILES)
     header, layers = read_header(path), layers_of(parts)
     spelled = {spelling: name for name in layers for spelling in _spellings(name)}
     keys: dict[str, dict[str, str]] = {}
@@ -270,7 +270,7 @@ def read_lora(path: str | PathLike[str], parts: Mapping[str, nn.Module]) -> LoRA
         rank = len(a)
         try:
             alpha = float(tensors[found["alpha"]]) if "alpha" in found else _told_alpha(settings, name, rank)
-            checks.real("alpha", alpha)
+            checks.check_float("alpha", alpha)
         except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
             raise CheckpointError(f"{path} has no valid alpha for {name} ({error}); fetch it again") from error
         updates[name] = update = LowRank(layers[name], rank, alpha)
@@ -346,7 +346,7 @@ def read_textual_inversion(path: str | PathLike[str], token: str | None = None) 
     path: .safetensors or .bin of diffusers ({word: vectors}), .pt or .safetensors of the web UI, or a folder with such
     a file. Raises CheckpointError when it is none of these.
     """
-    path = _file_in(checks.path("path", path), INVERSION_FILES)
+    path = _file_in(checks.check_path("path", path), INVERSION_FILES)
     if path.suffix == ".safetensors":
         header = read_header(path)
         if wrong := [f"{shown(key)} of dtype {info.dtype}" for key, info in header.items() if info.dtype not in FLOATS]:
@@ -404,4 +404,4 @@ def _file_in(path: Path, stems: tuple[str, ...]) -> Path:
 
 
 def _weight(name: str, weight: Any) -> float:
-    return checks.real(f"weight of {name!r:.80}", weight, hint=", such as 1.0")
+    return checks.check_float(f"weight of {name!r:.80}", weight, hint=", such as 1.0")

@@ -6,18 +6,18 @@ Source: Ma et al. 2024, "DeepCache: Accelerating Diffusion Models for Free", sec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minisd.unet import UNet
+from minisd.unet import DownBlock, UNet, UpBlock
 
 
 def count_up_layers(unet: UNet) -> int:
     """Count the residual blocks on the way up, over all levels: the largest depth."""
-    return sum(len(block.resnets) for block in unet.up_blocks)  # type: ignore[arg-type, misc]
+    return len(unet.config.block_out_channels) * (unet.config.layers_per_block + 1)
 
 
 class DeepCache:
@@ -30,15 +30,14 @@ class DeepCache:
         compile_options: of torch.compile, to compile both kinds of call; None does not compile.
     """
 
-    def __init__(
-        self, unet: UNet, interval: int, depth: int, compile_options: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, unet: UNet, interval: int, depth: int, compile_options: Mapping[str, Any] | None = None) -> None:
         if not 1 <= depth <= count_up_layers(unet):
             raise ValueError(f"depth={depth}; expected 1 to {count_up_layers(unet)}, the layers on the way up")
         self.unet, self.interval, self.depth = unet, interval, depth
         self.feature: Tensor | None = None
         self.age = 0
-        self._full, self._last = run_full, run_last
+        self._full: Callable[..., Any] = run_full
+        self._last: Callable[..., Any] = run_last
         if compile_options is not None:
             self._full, self._last = (torch.compile(run, **compile_options) for run in (run_full, run_last))
 
@@ -62,58 +61,72 @@ def run_full(unet: UNet, latents: Tensor, timesteps: Tensor, context: Tensor, de
     time = unet.embed_time(timesteps, latents.dtype)
     x = unet.conv_in(latents)
     skips = [x]
-    for layer in down_layers(unet, time, context):
-        x = layer(x)
+    for run_down in down_layers(unet):
+        x = run_down(x, time, context)
         skips.append(x)
     x = unet.mid_block(x, time, context)
-    layers = list(up_layers(unet, time, context))
-    for layer in layers[:-depth]:
-        x = layer(x, skips)
+    layers = up_layers(unet)
+    for run_up in layers[:-depth]:
+        x = run_up(x, skips, time, context)
     feature = x
-    for layer in layers[-depth:]:
-        x = layer(x, skips)
+    for run_up in layers[-depth:]:
+        x = run_up(x, skips, time, context)
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(x))), feature
 
 
-def run_last(
-    unet: UNet, latents: Tensor, timesteps: Tensor, context: Tensor, depth: int, feature: Tensor
-) -> Tensor:
+def run_last(unet: UNet, latents: Tensor, timesteps: Tensor, context: Tensor, depth: int, feature: Tensor) -> Tensor:
     """Run the first layers on the way down, then the last `depth` layers on the way up, from a cached feature."""
     time = unet.embed_time(timesteps, latents.dtype)
     x = unet.conv_in(latents)
     skips = [x]
-    for layer in down_layers(unet, time, context):
-        if len(skips) == depth:
-            break
-        x = layer(x)
+    for run_down in down_layers(unet)[: depth - 1]:
+        x = run_down(x, time, context)
         skips.append(x)
     x = feature
-    for layer in list(up_layers(unet, time, context))[-depth:]:
-        x = layer(x, skips)
+    for run_up in up_layers(unet)[-depth:]:
+        x = run_up(x, skips, time, context)
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
 
 
-def down_layers(unet: UNet, time: Tensor, context: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yield the layers on the way down, one for each skip connection after the first."""
+def down_layers(unet: UNet) -> list[DownLayer]:
+    """The layers on the way down, one for each skip connection after the first."""
+    layers: list[DownLayer] = []
     for block in unet.down_blocks:
-        for resnet, attention in zip(block.resnets, block.attentions, strict=True):  # type: ignore[arg-type]
-            yield lambda x, resnet=resnet, attention=attention: attention(resnet(x, time), context)
-        yield from block.downsamplers  # type: ignore[misc]
+        assert isinstance(block, DownBlock)
+        layers += [DownLayer(*pair) for pair in zip(block.resnets, block.attentions, strict=True)]
+        layers += [DownLayer(downsample) for downsample in block.downsamplers]
+    return layers
 
 
-def up_layers(unet: UNet, time: Tensor, context: Tensor) -> Iterator[Callable[[Tensor, list[Tensor]], Tensor]]:
-    """Yield the layers on the way up; each takes its skip connection from the end of the list."""
+def up_layers(unet: UNet) -> list[UpLayer]:
+    """The layers on the way up; the last one of a level upsamples."""
+    layers: list[UpLayer] = []
     for block in unet.up_blocks:
-        resnets: nn.ModuleList = block.resnets  # type: ignore[assignment]
-        for i, (resnet, attention) in enumerate(zip(resnets, block.attentions, strict=True)):  # type: ignore[arg-type]
-            upsamplers = block.upsamplers if i == len(resnets) - 1 else ()
+        assert isinstance(block, UpBlock)
+        level = [UpLayer(*pair) for pair in zip(block.resnets, block.attentions, strict=True)]
+        for upsample in block.upsamplers:
+            level[-1] = level[-1]._replace(upsample=upsample)
+        layers += level
+    return layers
 
-            def layer(
-                x: Tensor, skips: list[Tensor], resnet=resnet, attention=attention, upsamplers=upsamplers
-            ) -> Tensor:
-                x = attention(resnet(torch.cat([x, skips.pop()], dim=1), time), context)
-                for upsample in upsamplers:
-                    x = upsample(x, size=skips[-1].shape[-2:])
-                return x
 
-            yield layer
+class DownLayer(NamedTuple):
+    """A residual block with its attention, or a downsampling."""
+
+    module: nn.Module
+    attention: nn.Module | None = None
+
+    def __call__(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        return self.module(x) if self.attention is None else self.attention(self.module(x, time), context)
+
+
+class UpLayer(NamedTuple):
+    """A residual block with its attention, which takes its skip connection from the end of a list."""
+
+    resnet: nn.Module
+    attention: nn.Module
+    upsample: nn.Module | None = None
+
+    def __call__(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        x = self.attention(self.resnet(torch.cat([x, skips.pop()], dim=1), time), context)
+        return x if self.upsample is None else self.upsample(x, size=skips[-1].shape[-2:])

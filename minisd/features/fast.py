@@ -98,8 +98,8 @@ class InPlaceSiLU(nn.SiLU):
         return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def speed_up(model: nn.Module) -> nn.Module:
-    """Swap the layers of a UNet or an autoencoder for the faster ones, in place, and return it.
+def speed_up(model: nn.Module) -> None:
+    """Swap the layers of a UNet or an autoencoder for the faster ones, in place.
 
     The results are the same up to the order of sums, and to the last bit from one call to the next.
     """
@@ -115,4 +115,3 @@ def speed_up(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if type(child) is nn.Conv2d and name in ("conv", "conv1", "conv2"):
                 child.__class__ = MatmulConv
-    return model

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, SD21_BASE, ModelConfig
+from minisd.features import validate as checks
 from minisd.io.diffusers_folder import STEMS, Defaults, read_configs, save
 from minisd.io.key_names import (
     IGNORED_IN_FOLDER,
@@ -35,7 +36,6 @@ from minisd.io.tensors import (
     shards,
     shown,
 )
-from minisd.pipeline import checks
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
@@ -183,7 +183,7 @@ def describe(source: str | os.PathLike[str] | None = None, **choices: Any) -> st
 def _locate(source: str | os.PathLike[str] | None, variant: str | None, revision: str | None) -> Path:
     if source is None or source == "tiny":
         return SHIPPED
-    path = checks.path("source", source)
+    path = checks.check_path("source", source)
     if path.exists():
         return path
     hub_id = isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII)

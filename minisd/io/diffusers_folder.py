@@ -20,8 +20,8 @@ from torch import nn
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
+from minisd.features import validate as checks
 from minisd.io.tensors import CheckpointError, read_json, save_atomically, shown
-from minisd.pipeline import checks
 from minisd.preview import SD1, Factors
 from minisd.samplers import Sampler
 from minisd.text_encoder import TextEncoder
@@ -161,7 +161,7 @@ def save(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype | None
     kill may leave a folder .NAME.….tmp, whole or not, beside it; it can be deleted. Raises FileExistsError where the
     folder holds anything but a model with the same files.
     """
-    target = checks.path("folder", folder)
+    target = checks.check_path("folder", folder)
     with _moved_into(target) as new:
         parts: dict[str, nn.Module] = {
             "text_encoder": model.text_encoder,
@@ -194,7 +194,7 @@ def _moved_into(target: Path) -> Iterator[Path]:
     existing = {path.relative_to(target) for path in target.rglob("*") if path.is_file()} if target.is_dir() else set()
     if target.exists() and (not target.is_dir() or (existing and Path("model_index.json") not in existing)):
         raise FileExistsError(f"{target} exists and is not a model; choose a new folder, or empty it first")
-    checks.writable(target.parent)
+    checks.check_writable(target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     new.mkdir()

@@ -20,9 +20,11 @@ from minisd.features.validate import (
     check_strings,
     check_tensor,
     check_unit_range,
+    free_memory,
 )
 from minisd.guidance import Guidance
 from minisd.images import from_pil, gray
+from minisd.pipeline.memory import ADVICE
 from minisd.pipeline.settings import Settings
 from minisd.samplers import Plan
 
@@ -126,7 +128,7 @@ def check_image(sd: StableDiffusion, image: Any) -> Tensor:
     """
     if isinstance(image, Tensor):
         check_shape("image", image, "n", sd.config.autoencoder.in_channels, "h", "w")
-        sd.check_memory(len(image), image.shape[-2], image.shape[-1], encoding=True)
+        check_memory(sd, len(image), image.shape[-2], image.shape[-1], encoding=True)
         images = check_unit_range("image", check_finite_input("image", image))
     else:
         images = from_pil(image)
@@ -153,8 +155,25 @@ def check_size(
         sides.append(side)
     if images is not None and sides != [*usual]:
         raise ValueError(f"image is {usual[1]}×{usual[0]}, not {sides[1]}×{sides[0]}; resize it first")
-    sd.check_memory(count, sides[0], sides[1])
+    check_memory(sd, count, sides[0], sides[1])
     return sd.config.autoencoder.latent_channels, sides[0] // sd.downscale, sides[1] // sd.downscale
+
+
+def check_memory(sd: StableDiffusion, count: int, height: int, width: int, encoding: bool = False) -> None:
+    """Raise ValueError if so many pictures of so many pixels cannot fit into what the device has left.
+
+    What is counted is a lower bound, so that nothing is refused that would have fitted.
+    """
+    widths = sd.config.autoencoder.block_out_channels
+    # the UNet holds two maps or more at the size of latents; the autoencoder three at full size: the input of a
+    # residual block, its norm and its activation
+    numbers = 2 * sd.config.unet.block_out_channels[0] / sd.downscale**2
+    if sd.tile is None:
+        numbers = max(numbers, 3 * widths[0 if encoding else min(1, len(widths) - 1)])
+    needed, free = count * height * width * numbers * sd.dtype.itemsize, free_memory(sd.device)
+    if free is not None and needed > free:
+        what = f"a picture of {width}×{height}" if count == 1 else f"{count} pictures of {width}×{height} at a time"
+        raise ValueError(f"{what} would take {needed / 1e9:,.1f} GB, {free / 1e9:.1f} GB are free; {ADVICE}")
 
 
 def check_inpainting(sd: StableDiffusion, images: Tensor | None, mask: Any) -> Tensor | None:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from minisd.blocks import Downsample, ResBlock
 from minisd.config import TextEncoderConfig
 from minisd.features.distributed import processes
+from minisd.features.textual_inversion import TABLE
 from minisd.io.tensors import save_atomically
-from minisd.text_encoder import TABLE, TextEncoder
+from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes

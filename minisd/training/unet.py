@@ -21,10 +21,10 @@ from tqdm import tqdm
 from minisd.autoencoder import Autoencoder
 from minisd.config import ModelConfig
 from minisd.features.distributed import processes, rank
+from minisd.features.validate import check_writable
 from minisd.images import grid
 from minisd.io.diffusers_folder import Defaults
 from minisd.io.tensors import save_atomically
-from minisd.pipeline.checks import writable
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import Sampler
 from minisd.schedule import Schedule
@@ -63,7 +63,7 @@ def cache_latents(autoencoder: Autoencoder, scenes: Scenes, path: Path, batch: i
 
     Under torchrun each process encodes its share of the scenes, and the first one writes the file.
     """
-    writable(path.parent)
+    check_writable(path.parent)
     autoencoder = channels_last(autoencoder.eval())
     share = torch.arange(len(scenes)).tensor_split(processes())[rank()]
     parts = [
