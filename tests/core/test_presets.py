@@ -25,7 +25,7 @@ from minisd.app.metadata import parse_parameters, read_parameters
 from minisd.bench import compare as bench
 from minisd.bench.preset import Call, Settings, difference, flops, work
 from minisd.config import SD15, TINY
-from minisd.features.presets import PRESETS, fill, find
+from minisd.features.presets import PRESETS, find_preset
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import Sampler
 from minisd.unet import UNet
@@ -176,9 +176,9 @@ def test_interleaved_runs_with_reuse_keep_their_own_features(sd: StableDiffusion
 def test_the_preset_is_its_settings_and_what_is_asked_for_wins(
     sd: StableDiffusion, calls: list[tuple[int, str]]
 ) -> None:
-    plain = {name: value for name, value in vars(FAST).items() if name != "name" and value is not None}
+    plain = dict(FAST.settings)
     fast = last(sd, num_inference_steps=None, preset="fast")
-    assert len(calls) == FAST.num_inference_steps and "reused" in dict(map(reversed, calls))
+    assert len(calls) == FAST.settings["num_inference_steps"] and "reused" in dict(map(reversed, calls))
     assert torch.equal(fast, last(sd, **plain))
     calls.clear()
     mine = {"num_inference_steps": 4, "guidance_interval": (0.0, 0.5), "feature_reuse": (4, 1), "sampler": "ddim"}
@@ -187,22 +187,10 @@ def test_the_preset_is_its_settings_and_what_is_asked_for_wins(
     assert torch.equal(asked, last(sd, **mine))
 
 
-def test_what_the_preset_does_is_said() -> None:
-    said = FAST.describe()
-    assert said.startswith("preset fast: ") and f"{FAST.num_inference_steps} steps" in said
-    assert FAST.feature_reuse is not None and f"1 call of the UNet in {FAST.feature_reuse[0]} whole" in said
-
-
-def test_a_named_sampler_comes_without_the_presets_noise_levels() -> None:
-    assert fill({"preset": "fast", "sampler": "ddim", "num_inference_steps": 7})["num_inference_steps"] == 7
-    assert not {"karras", "spacing"} & set(fill({"preset": "fast", "sampler": "ddim"}))
-    assert fill({"sampler": None, "num_inference_steps": None}) == {"sampler": None, "num_inference_steps": None}
-
-
 @pytest.mark.parametrize(
     ("choices", "kind", "message"),
     [
-        ({"preset": "quick"}, ValueError, "preset 'quick' is not known; choose one of fast"),
+        ({"preset": "quick"}, ValueError, "unknown preset 'quick'; choose one of fast"),
         ({"preset": 3}, TypeError, "preset must be a name, one of fast; got int"),
         ({"feature_reuse": (0, 1)}, ValueError, "feature_reuse=0; expected a whole number from 1"),
         ({"feature_reuse": (2, 7)}, ValueError, "expected 1 to 6 layers"),
@@ -237,7 +225,7 @@ def test_a_picture_of_the_preset_is_drawn_again_from_what_it_says(run: Command, 
     assert run("generate", "--like", "fast.png", *other, "-o", "other.png")[0] == 0
     settings = parse_parameters(read_parameters("other.png") or "").settings
     assert (settings["Steps"], settings["Guidance interval"]) == ("5", "0.25 0.75")
-    mine = {"num_inference_steps": 5, "guidance_interval": (0.25, 0.75), "sampler": FAST.sampler}
+    mine = {"num_inference_steps": 5, "guidance_interval": (0.25, 0.75), "sampler": Sampler("dpmpp_2m", "trailing")}
     assert np.array_equal(np.asarray(model("a fox", seed=5, **mine)), pixels("other.png"))
 
 
@@ -264,7 +252,7 @@ def test_lines_of_a_prompts_file_have_presets_of_their_own(run: Command, small_m
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"preset": "quick"}, "line 1: preset 'quick' is not known; choose one of fast"),
+        ({"preset": "quick"}, "line 1: unknown preset 'quick'; choose one of fast"),
         ({"feature_reuse": [2]}, "line 1: feature_reuse is [2]; expected a list of two numbers"),
         ({"feature_reuse": 2}, "line 1: feature_reuse is 2; expected a list"),
         ({"feature_reuse": [2, 1.5]}, "line 1: feature_reuse=1.5; expected a whole number"),
@@ -282,7 +270,7 @@ def test_an_unknown_preset_names_the_known_ones(run: Command) -> None:
     code, _, said = run("generate", "a fox", "--preset", "quick")
     assert code == 2 and "'quick'" in said and "fast" in said
     with pytest.raises(ValueError, match="choose one of fast"):
-        find("quick")
+        find_preset("quick")
 
 
 def test_flops_of_a_reused_call_by_hand() -> None:
@@ -314,8 +302,7 @@ def test_the_preset_takes_less_than_half_of_the_work_at_full_size(
     sd: StableDiffusion, calls: list[tuple[int, str]]
 ) -> None:
     last(sd, num_inference_steps=None, preset="fast")
-    assert FAST.feature_reuse is not None
-    layers = FAST.feature_reuse[1]
+    layers = FAST.settings["feature_reuse"][1]
     fast = [Call(rows, layers, kind == "reused") for rows, kind in calls]
     assert work(SD15, [Call(2)] * 20, fast)["picture_ratio"] <= 0.45
 
@@ -336,7 +323,7 @@ def test_the_command_measures_the_preset(tmp_path: Path, capsys: pytest.CaptureF
     words = f"bench --preset fast --model tiny --pictures 3 --steps 4 --threads 1 --device cpu -o {path}"
     assert main(words.split()) == 0
     report = json.loads(path.read_text())
-    assert report["calls"] == [4, FAST.num_inference_steps]
+    assert report["calls"] == [4, FAST.settings["num_inference_steps"]]
     assert report["judge"]["attributes"]["everything"][1]["of"] == 3
     assert report["work"]["Stable Diffusion 1.5"]["unet_gflop"][0] == pytest.approx(4 * 1607, rel=0.01)
     assert 10 < report["psnr"]["mean"] < 60 and report["seconds"]["a_picture"][0] > 0
@@ -349,6 +336,6 @@ def test_a_model_that_the_judge_does_not_know_is_only_timed(small_model: Path, t
     words = f"bench --preset fast --model {small_model} --pictures 2 --steps 2 --threads 1 --device cpu -o {path}"
     assert main(words.split()) == 0
     report = json.loads(path.read_text())
-    assert report["calls"] == [2, FAST.num_inference_steps] and "judge" not in report
+    assert report["calls"] == [2, FAST.settings["num_inference_steps"]] and "judge" not in report
     assert report["work"]["this model"]["size"] == 32 and report["seconds"]["ratio"] > 0
     assert Image.open(path.with_suffix(".png")).size == (32, 64)
