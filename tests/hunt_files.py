@@ -309,8 +309,8 @@ class Hunt:
         from minisd import Tokenizer
         from minisd.app.metadata import read_parameters
         from minisd.features.adapters import read_lora, read_textual_inversion
-        from minisd.io.pictures import read_picture
         from minisd.io import checkpoint
+        from minisd.io.pictures import read_picture
 
         def model(path: Path) -> Any:
             loaded = checkpoint.load(path, config=self.config) if path.is_file() else checkpoint.load(path)

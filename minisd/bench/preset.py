@@ -26,7 +26,7 @@ from minisd.bench.worker import PROMPT
 from minisd.config import SD15, ModelConfig
 from minisd.evaluation.metrics import Z95
 from minisd.features.deepcache import run_full, run_last
-from minisd.features.presets import find
+from minisd.features.presets import find_preset
 from minisd.images import grid
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.unet import UNet
@@ -44,7 +44,7 @@ class Settings:
     steps: int = 20
 
     def __post_init__(self) -> None:
-        find(self.preset)
+        find_preset(self.preset)
         if min(self.pictures, self.batch, self.steps) < 1:
             raise ValueError(f"{self}; expected at least 1 of each")
 
@@ -126,10 +126,10 @@ def run(
     ways: tuple[dict[str, Any], ...] = ({"num_inference_steps": settings.steps}, {"preset": settings.preset})
     prompts = _prompts(settings, judged)
     calls, drawn, seconds = _in_turns(sd, ways, prompts, settings.batch if judged else 1, say)
-    _, depth = find(settings.preset).feature_reuse or (1, 1)
+    _, depth = find_preset(settings.preset).settings.get("feature_reuse", (1, 1))
     report: dict[str, Any] = {
         "settings": asdict(settings),
-        "preset": find(settings.preset).describe(),
+        "preset": find_preset(settings.preset).describe(),
         "calls": [len(one) for one in calls],
         "work": {
             "this model": work(sd.config, calls[0], calls[1], depth),

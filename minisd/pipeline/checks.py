@@ -20,14 +20,16 @@ from minisd.features.validate import (
     check_strings,
     check_tensor,
     check_unit_range,
+    free_memory,
 )
 from minisd.guidance import Guidance
 from minisd.images import from_pil, gray
+from minisd.pipeline.memory import ADVICE
 from minisd.pipeline.settings import Settings
 from minisd.samplers import Plan
 
 if TYPE_CHECKING:
-    from minisd.pipeline.parts import Parts
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
 MAX_SEED = 2**63 - 1
 MAX_SIDE_FACTOR = 16  # times the side a model was trained at: attention then takes 65,536 times as long
@@ -59,7 +61,7 @@ class Request:
 
 
 def check_request(
-    sd: Parts,
+    sd: StableDiffusion,
     prompt: Any,
     negative_prompt: Any,
     settings: Settings,
@@ -118,7 +120,7 @@ def check_guidance(settings: Settings, count: int) -> Guidance:
     return Guidance(scale, settings.guidance_rescale, (begin, end))
 
 
-def check_image(sd: Parts, image: Any) -> Tensor:
+def check_image(sd: StableDiffusion, image: Any) -> Tensor:
     """Check a PIL picture, or images (n, 3, h, w) in [-1, 1]; return it as such images.
 
     Images may leave the range a little. Beyond [-2, 2] they are taken for something else (pixels from 0 to 255,
@@ -126,7 +128,7 @@ def check_image(sd: Parts, image: Any) -> Tensor:
     """
     if isinstance(image, Tensor):
         check_shape("image", image, "n", sd.config.autoencoder.in_channels, "h", "w")
-        sd.check_memory(len(image), image.shape[-2], image.shape[-1], encoding=True)
+        check_memory(sd, len(image), image.shape[-2], image.shape[-1], encoding=True)
         images = check_unit_range("image", check_finite_input("image", image))
     else:
         images = from_pil(image)
@@ -137,7 +139,7 @@ def check_image(sd: Parts, image: Any) -> Tensor:
 
 
 def check_size(
-    sd: Parts, height: int | None, width: int | None, count: int, images: Tensor | None = None
+    sd: StableDiffusion, height: int | None, width: int | None, count: int, images: Tensor | None = None
 ) -> tuple[int, int, int]:
     """Check the size of so many pictures; return the shape (4, h/8, w/8) of one picture's latents.
 
@@ -153,11 +155,28 @@ def check_size(
         sides.append(side)
     if images is not None and sides != [*usual]:
         raise ValueError(f"image is {usual[1]}×{usual[0]}, not {sides[1]}×{sides[0]}; resize it first")
-    sd.check_memory(count, sides[0], sides[1])
+    check_memory(sd, count, sides[0], sides[1])
     return sd.config.autoencoder.latent_channels, sides[0] // sd.downscale, sides[1] // sd.downscale
 
 
-def check_inpainting(sd: Parts, images: Tensor | None, mask: Any) -> Tensor | None:
+def check_memory(sd: StableDiffusion, count: int, height: int, width: int, encoding: bool = False) -> None:
+    """Raise ValueError if so many pictures of so many pixels cannot fit into what the device has left.
+
+    What is counted is a lower bound, so that nothing is refused that would have fitted.
+    """
+    widths = sd.config.autoencoder.block_out_channels
+    # the UNet holds two maps or more at the size of latents; the autoencoder three at full size: the input of a
+    # residual block, its norm and its activation
+    numbers = 2 * sd.config.unet.block_out_channels[0] / sd.downscale**2
+    if sd.tile is None:
+        numbers = max(numbers, 3 * widths[0 if encoding else min(1, len(widths) - 1)])
+    needed, free = count * height * width * numbers * sd.dtype.itemsize, free_memory(sd.device)
+    if free is not None and needed > free:
+        what = f"a picture of {width}×{height}" if count == 1 else f"{count} pictures of {width}×{height} at a time"
+        raise ValueError(f"{what} would take {needed / 1e9:,.1f} GB, {free / 1e9:.1f} GB are free; {ADVICE}")
+
+
+def check_inpainting(sd: StableDiffusion, images: Tensor | None, mask: Any) -> Tensor | None:
     """Check that mask, image and the UNet's input channels go together; return the mask, (1, 1, h, w)."""
     channels, latent_channels = sd.config.unet.in_channels, sd.config.autoencoder.latent_channels
     if mask is None:
@@ -196,7 +215,7 @@ def check_mask(mask: Any, size: tuple[int, int]) -> Tensor:
     return values[None, None]
 
 
-def check_feature_reuse(value: Any, sd: Parts) -> None:
+def check_feature_reuse(value: Any, sd: StableDiffusion) -> None:
     """Check (interval, depth), or None."""
     if value is None:
         return
@@ -206,7 +225,7 @@ def check_feature_reuse(value: Any, sd: Parts) -> None:
     check_int("feature_reuse", value[1], 1, count_up_layers(sd.unet))
 
 
-def check_plan(sd: Parts, settings: Settings, has_image: bool, has_mask: bool) -> tuple[Plan, float]:
+def check_plan(sd: StableDiffusion, settings: Settings, has_image: bool, has_mask: bool) -> tuple[Plan, float]:
     """Check sampler, steps and strength; return the planned run, and the strength."""
     steps = check_int("num_inference_steps", settings.num_inference_steps, 1, sd.config.schedule.num_train_timesteps)
     strength = settings.strength

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from minisd.config import ModelConfig
-from minisd.features.validate import free_memory, is_out_of_memory
+from minisd.features.validate import is_out_of_memory
 from minisd.unet import UNet
 
 ADVICE = (
@@ -48,53 +47,21 @@ def move(part: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def on_device(part: nn.Module, offload_to: torch.device | None) -> Iterator[None]:
-    """Within this block a part is on the device where it computes.
-
-    Args:
-        part: a network.
-        offload_to: with offloading, the device that the part is moved to, and back to main memory at the end.
-
-    Raises:
-        MemoryError: memory ran out, whatever torch calls it; the message says what helps.
-    """
-    weights = None
-    try:
-        if offload_to is not None and next(part.parameters()).device != offload_to:
-            weights = part.state_dict()
-            move(part, offload_to)
+def offloaded(part: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a part to a device for the time of this block; afterwards its weights are back where they were."""
+    if next(part.parameters()).device == device:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or not is_out_of_memory(error):
-            raise
-        raise MemoryError(f"out of memory in the {type(part).__name__}; {ADVICE} ({error})") from error
+        return
+    weights = part.state_dict()
+    try:
+        move(part, device)
+        yield
     finally:
-        if weights is not None:
-            part.load_state_dict(weights, assign=True)
+        part.load_state_dict(weights, assign=True)
 
 
-def check_memory(
-    config: ModelConfig,
-    count: int,
-    height: int,
-    width: int,
-    *,
-    device: torch.device,
-    itemsize: int,
-    tiled: bool = False,
-    encoding: bool = False,
-) -> None:
-    """Raise ValueError if so many pictures of so many pixels cannot fit into what the device has left.
-
-    What is counted is a lower bound, so that nothing is refused that would have fitted.
-    """
-    widths, downscale = config.autoencoder.block_out_channels, config.autoencoder.downscale
-    # the UNet holds two maps or more at the size of latents; the autoencoder three at full size: the input of a
-    # residual block, its norm and its activation
-    numbers = 2 * config.unet.block_out_channels[0] / downscale**2
-    if not tiled:
-        numbers = max(numbers, 3 * widths[0 if encoding else min(1, len(widths) - 1)])
-    needed, free = count * height * width * numbers * itemsize, free_memory(device)
-    if free is not None and needed > free:
-        what = f"a picture of {width}×{height}" if count == 1 else f"{count} pictures of {width}×{height} at a time"
-        raise ValueError(f"{what} would take {needed / 1e9:,.1f} GB, {free / 1e9:.1f} GB are free; {ADVICE}")
+def explain(error: RuntimeError, part: nn.Module) -> Exception:
+    """Turn an error that says that memory ran out, whatever torch calls it, into a MemoryError that says what helps."""
+    if not is_out_of_memory(error):
+        return error
+    return MemoryError(f"out of memory in the {type(part).__name__}; {ADVICE} ({error})")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
+from minisd.features.presets import find_preset
+
 if TYPE_CHECKING:  # imported when needed: the command line reads this list before it imports torch
     from minisd.io.diffusers_folder import Defaults
     from minisd.samplers import Sampler
@@ -171,14 +173,12 @@ class Settings:
             TypeError: If a name is not a setting, or a value has the wrong type.
             ValueError: If the preset is unknown, or sampler, spacing and noise levels do not go together.
         """
-        from minisd.features import presets
-
         for name in changes:
             if name not in SETTINGS and name != "preset":
                 raise TypeError(f"{name!r} is not a setting; expected one of {', '.join(SETTINGS)}, preset")
         own = {name: getattr(defaults, name, None) for name in SETTINGS}
         values: dict[str, Any] = {}
-        for layer in (own, presets.find(changes.get("preset")).settings(), changes):
+        for layer in (own, find_preset(changes.get("preset")).settings, changes):
             values = _merge(values, {name: value for name, value in layer.items() if name != "preset"})
         settings = cls(**values)
         assert settings.sampler_object  # which raises for what does not go together
@@ -198,6 +198,26 @@ class Settings:
     def sampler_name(self) -> str:
         """The sampler's name."""
         return self.sampler if isinstance(self.sampler, str) else self.sampler.name
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings as arguments of `StableDiffusion.denoise`; what the model decides is left out."""
+        arguments = {name: value for name, value in vars(self).items() if name not in SAMPLER_PARTS}
+        return {name: value for name, value in arguments.items() if value is not None} | {
+            "sampler": self.sampler_object
+        }
+
+    def record(self) -> dict[str, Any]:
+        """All settings as JSON has them: 4 and 4.0 are the same guidance scale."""
+        values = vars(self) | {"sampler": self.sampler_name}
+        kinds = {name: known.kind for name, known in SETTINGS.items()}
+        return {name: float(v) if kinds[name] is float and type(v) is int else v for name, v in values.items()}
+
+    def texts(self) -> dict[str, str]:
+        """The changed settings as a PNG's `parameters` have them, by their names there."""
+        values = self.changed() | {"sampler": sampler_label(self.sampler_name, self.karras)}
+        return {
+            known.png: known.to_text(values[name]) for name, known in SETTINGS.items() if known.png and name in values
+        }
 
     def changed(self) -> dict[str, Any]:
         """The values that differ from the fields' own defaults; those without a default are always there."""
@@ -222,6 +242,11 @@ def _merge(values: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any
         changes = parts | changes | {"sampler": sampler.name if plain else sampler}
     below = {name: value for name, value in values.items() if sampler is None or name not in SAMPLER_PARTS}
     return below | {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+
+
+def sampler_label(name: str, karras: bool = False) -> str:
+    """The web UI's name of a sampler: "dpmpp_2m" with the noise levels of Karras et al. is "DPM++ 2M Karras"."""
+    return SAMPLER_LABELS[name] + (" Karras" if karras else "")
 
 
 def format_number(value: float) -> str:

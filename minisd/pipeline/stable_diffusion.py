@@ -2,83 +2,103 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os import PathLike
-from typing import Any, Self
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisd import generate
-from minisd.editing import KeepUnmasked, extend_canvas, latent_mask, masked_image, paste, slerp, with_channels
-from minisd.features import adapters
+from minisd.autoencoder import Autoencoder
+from minisd.config import ModelConfig
+from minisd.editing import KeepUnmasked, latent_mask, masked_image, with_channels
+from minisd.features.adapters import Adapters
 from minisd.features.deepcache import DeepCache
-from minisd.features.prompts import common_length
+from minisd.features.fast import speed_up
+from minisd.features.prompts import common_length, encode_prompts, find_unknown_words
+from minisd.features.tiling import tiled
 from minisd.features.validate import (
-    check_dtype,
     check_finite,
+    check_finite_input,
+    check_float,
     check_int,
+    check_shape,
     check_strings,
+    check_tensor,
 )
-from minisd.generate import NoiseSource, Step, gaussian_noise, guided
-from minisd.images import from_pil, to_pil
-from minisd.io import checkpoint
+from minisd.generate import Model, NoiseSource, Step, gaussian_noise, guided, sample
+from minisd.guidance import Guidance
+from minisd.images import to_pil
+from minisd.io.diffusers_folder import Defaults
 from minisd.pipeline import memory
-from minisd.pipeline.checks import (
-    Request,
-    check_margins,
-    check_mask,
-    check_request,
-    check_size,
-    resolve_seeds,
-)
-from minisd.pipeline.parts import ImageInput, Parts, Prompt
+from minisd.pipeline.checks import Request, check_image, check_memory, check_request, check_size
+from minisd.pipeline.editing import ImageEditing, ImageInput, Prompt
+from minisd.pipeline.model_files import ModelFiles
 from minisd.pipeline.settings import Settings
+from minisd.preview import linear_preview
+from minisd.schedule import Schedule
+from minisd.text_encoder import TextEncoder
+from minisd.tokenizer import Tokenizer
+from minisd.unet import UNet
 
 
-class StableDiffusion(Parts):
+class StableDiffusion(ImageEditing, ModelFiles):
     """Text to image, image to image, inpainting.
 
     The parts are attributes to take apart: tokenizer, text_encoder, unet, autoencoder, schedule. Drawing keeps no state
     between calls, so threads may share the object; only loading and setting adapters changes it.
+
+    Args:
+        config, tokenizer, text_encoder, unet, autoencoder: the parts of the model.
+        defaults: how it is sampled unless a call says otherwise.
+        offload: the device on which a part is only while it computes.
+        tile: encode and decode one picture at a time, and large ones in tiles.
     """
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | PathLike[str] | None = None,
-        *,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        offload: bool = False,
+    tokenizer: Tokenizer
+    text_encoder: TextEncoder
+    unet: UNet
+    autoencoder: Autoencoder
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder,
+        unet: UNet,
+        autoencoder: Autoencoder,
+        defaults: Defaults | None = None,
+        offload: torch.device | None = None,
         tile: bool = False,
-        **options: Any,
-    ) -> Self:
-        """Load a model.
+    ) -> None:
+        self.config, self.defaults = config, defaults or Defaults()
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder
+        self.unet, self.autoencoder = unet, autoencoder
+        speed_up(unet)
+        speed_up(autoencoder)
+        self.schedule = Schedule(config.schedule)
+        self.adapters = Adapters()
+        self.offload, self.tile = offload, unet.config.sample_size * 3 // 2 if tile else None
+        self.downscale = config.autoencoder.downscale  # pixels for each latent, along a side
 
-        Args:
-            source: a hub id, a diffusers folder, a .safetensors or .ckpt file; by default the tiny model inside.
-            device: by default the first there is of cuda, mps and cpu.
-            dtype: by default float16 on cuda, else float32.
-            offload: keep the parts in main memory, each on the device only while it computes. In float16 the largest,
-                the UNet, takes 1.7 GB there in place of 2.1 GB for all three. Slower, and threads may not share it.
-            tile: encode and decode one picture at a time, and those of more than 1½ times the model's own size in
-                tiles.
-            options: variant, prediction_type, revision …, see `io.checkpoint.load`, which says what it raises.
+    @property
+    def model(self) -> Model:
+        """The parts as the core's `generate` takes them."""
+        return Model(self.config, self.tokenizer, self.text_encoder, self.unet, self.autoencoder)
 
-        Raises:
-            ValueError: this machine lacks the device, or weights cannot have the dtype.
-        """
-        place = memory.usable_device(device) if device is not None else memory.best_device()
-        default_dtype = torch.float16 if place.type == "cuda" else torch.float32
-        dtype = check_dtype(default_dtype if dtype is None else dtype)
-        loaded = checkpoint.load(source, device="cpu" if offload else place, dtype=dtype, **options)
-        parts = loaded.tokenizer, loaded.text_encoder, loaded.unet, loaded.autoencoder
-        if place.type == "cuda" and not offload:
-            memory.move(loaded.unet, place)
-        return cls(loaded.config, *parts, loaded.defaults, offload=place if offload else None, tile=tile)
+    @property
+    def device(self) -> torch.device:
+        """Where the parts compute."""
+        return self.offload or self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.unet.conv_in.weight.dtype
 
     def __call__(
         self,
@@ -153,6 +173,16 @@ class StableDiffusion(Parts):
     def _settings(self, preset: str | None, settings: Mapping[str, Any]) -> Settings:
         return Settings.choose({**settings, "preset": preset}, self.defaults)
 
+    def _draw(self, request: Request, progress: bool | None) -> list[Image.Image]:
+        with tqdm(disable=None if progress is None else not progress, unit="step", leave=False) as bar:
+            for step in self._denoise(request):
+                bar.total = step.num_calls
+                bar.update()
+        pictures = self.decode(step.latents)
+        for picture, seed in zip(pictures, request.seeds, strict=True):
+            picture.info["seed"] = seed
+        return pictures
+
     @torch.inference_mode()
     def _denoise(self, request: Request) -> Iterator[Step]:
         cond, uncond = self._contexts(request)
@@ -175,8 +205,8 @@ class StableDiffusion(Parts):
                 denoise = with_channels(denoise, torch.cat([mask, masked], dim=1))
             # at full strength a masked picture begins with noise alone: nothing under the mask shows through
             latents = None if request.strength == 1 else latents
-        with memory.on_device(self.unet, self.offload):
-            for step in generate.sample(denoise, request.plan, noise, latents, after_step):
+        with self._on_device(self.unet):
+            for step in sample(denoise, request.plan, noise, latents, after_step):
                 check_finite(step.latents, "UNet")
                 yield step
 
@@ -196,154 +226,136 @@ class StableDiffusion(Parts):
         cond = torch.where(cond.new_tensor(scales).view(-1, 1, 1) == 0, uncond, cond)
         return cond, uncond if is_guided else None
 
-    def _draw(self, request: Request, progress: bool | None) -> list[Image.Image]:
-        with tqdm(disable=None if progress is None else not progress, unit="step", leave=False) as bar:
-            for step in self._denoise(request):
-                bar.total = step.num_calls
-                bar.update()
-        pictures = self.decode(step.latents)
-        for picture, seed in zip(pictures, request.seeds, strict=True):
-            picture.info["seed"] = seed
-        return pictures
+    def _checked(self, unet: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Raise FloatingPointError as soon as a prediction is not finite."""
 
-    def image_to_image(
-        self, prompt: str, image: ImageInput, strength: float = 0.8, *, progress: bool | None = None, **options: Any
-    ) -> Image.Image:
-        """Redraw a picture towards a prompt: strength near 0 keeps it, 1 forgets it. Options as for `denoise`."""
-        request = self._request(prompt, image, None, strength=strength, **options)
-        return self._draw(request, progress)[0]
+        def call(latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+            prediction = self._check_part(unet(latents, timestep, context), "UNet")
+            # a compiled UNet may reuse the memory of its output at the next call
+            return prediction.clone() if self._compile_options is not None else prediction
 
-    def inpaint(
-        self,
-        prompt: str,
-        image: Image.Image,
-        mask_image: ImageInput,
-        strength: float = 1.0,
-        *,
-        progress: bool | None = None,
-        **options: Any,
-    ) -> Image.Image:
-        """Redraw what is white in the mask; what is black comes back exactly. Options as for `denoise`.
+        return call
 
-        Works with any UNet, and as it was trained with one of 9 input channels.
+    def _check_part(self, output: Tensor, part: str) -> Tensor:
+        active = [name for name, weight in self.adapters.weights.items() if weight]
+        return check_finite(output, f"{part} with LoRA {', '.join(active)}" if active else part)
+
+    @torch.inference_mode()
+    def encode_text(self, prompts: Prompt, clip_skip: int = 1) -> Tensor:
+        """Encode prompts, with weights in brackets, to context (n, 77·k, width); see `features.prompts`.
+
+        A prompt of more than 75 tokens is read in k chunks, each by itself, and a warning says so. Prompts of different
+        k are brought to one length. Raises ValueError for invalid weights and for prompts that are too long.
         """
-        image = to_pil(from_pil(image))[0]
-        mask = check_mask(mask_image, image.size)
-        request = self._request(prompt, image, mask, strength=strength, **options)
-        result = paste(self._draw(request, progress)[0], image, mask)
-        result.info["seed"] = request.seeds[0]
-        return result
-
-    def outpaint(
-        self,
-        prompt: str,
-        image: Image.Image,
-        *,
-        left: int = 0,
-        right: int = 0,
-        top: int = 0,
-        bottom: int = 0,
-        **options: Any,
-    ) -> Image.Image:
-        """Draw beyond the edges of a picture, by so many pixels on each side (multiples of 8); `inpaint` does it."""
-        picture = to_pil(from_pil(image))[0]
-        check_margins(left, right, top, bottom)
-        check_size(self, picture.height + top + bottom, picture.width + left + right, 1)
-        canvas, mask = extend_canvas(picture, left, right, top, bottom)
-        return self.inpaint(prompt, canvas, mask, **options)
-
-    def _request(
-        self,
-        prompt: str,
-        image: ImageInput,
-        mask: Tensor | None,
-        *,
-        negative_prompt: Prompt = "",
-        seed: int | Sequence[int] | None = None,
-        preset: str | None = None,
-        **settings: Any,
-    ) -> Request:
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt must be a string, since one picture is drawn; got {type(prompt).__name__}")
-        return check_request(self, prompt, negative_prompt, self._settings(preset, settings), seed, image, mask)
-
-    def interpolate(
-        self,
-        prompts: tuple[str, str],
-        seeds: tuple[int, int],
-        count: int = 8,
-        progress: bool | None = None,
-        **options: Any,
-    ) -> list[Image.Image]:
-        """Draw `count` pictures on the way from one prompt and seed to another, both ends included.
-
-        Contexts go along a straight line, first noises along an arc (`editing.slerp`). Options as for `denoise`.
-        """
-        count = check_int("count", count, 2, 2**31)
         texts = check_strings("prompts", prompts)
-        if len(texts) != 2:
-            raise ValueError(f"{len(texts)} prompts; expected two, the first picture's and the last one's")
-        shape = self.latent_shape(options.get("height"), options.get("width"), count)
-        ends = resolve_seeds(seeds, 2)
-        shares = torch.linspace(0, 1, count).tolist()
-        start, end = (gaussian_noise([seed], shape, self.device)() for seed in ends)
-        first, last = self.encode_text(texts, options.get("clip_skip", 1)).split(1)
-        latents = torch.cat([slerp(start, end, share) for share in shares])
-        embeds = torch.cat([(1 - share) * first + share * last for share in shares])
-        negative_prompt, settings = (
-            options.pop("negative_prompt", ""),
-            self._settings(options.pop("preset", None), options),
-        )
-        numbers = [ends[0]] * count
-        request = check_request(
-            self, [texts[0]] * count, negative_prompt, settings, numbers, latents=latents, prompt_embeds=embeds
-        )
-        return self._draw(request, progress)
+        check_int("clip_skip", clip_skip, 1, self.config.text_encoder.num_hidden_layers)
 
-    def save_pretrained(self, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Write a folder that diffusers, transformers and minisd load. dtype: by default the weights' own.
+        def encode(ids: Tensor) -> Tensor:
+            with self._on_device(self.text_encoder):
+                return self._check_part(self.text_encoder(ids.to(self.device), clip_skip), "text encoder")
 
-        Fused LoRAs are saved in the weights. Raises ValueError if there are others, or textual inversions, which such a
-        folder cannot hold.
+        return encode_prompts(texts, self.tokenizer, encode)
+
+    @torch.inference_mode()
+    def encode_image(self, image: ImageInput) -> Tensor:
+        """Encode a PIL picture, or images (n, 3, h, w) in [-1, 1], to latents (n, 4, h/8, w/8): the scaled mean.
+
+        Images may leave the range a little. Raises ValueError for numbers beyond [-2, 2] (pixels from 0 to 255,
+        perhaps) and for sides that are not multiples of 8.
         """
-        if self.adapters.loras and not self.adapters.fused:
-            raise ValueError(f"{', '.join(self.adapters.loras)} is not fused; call fuse_lora() or unload_lora() first")
-        if self.tokenizer.added:
-            raise ValueError(f"a model folder cannot hold {', '.join(self.tokenizer.added)}; keep their own files")
-        checkpoint.save(self, folder, None if dtype is None else check_dtype(dtype))
+        images = check_image(self, image)
+        check_memory(self, len(images), images.shape[-2], images.shape[-1], encoding=True)
+        with self._on_device(self.autoencoder):
+            mean = self._tiled(lambda x: self.autoencoder.encode(x).mean, images.to(self.device, self.dtype))
+        return check_finite(mean * self.config.autoencoder.scaling_factor, "autoencoder's encoder")
 
-    def load_lora(self, path: str | PathLike[str], name: str | None = None, weight: float = 1.0) -> str:
-        """Load a LoRA beside those already there, acting with `weight`; return its name, by default the file's.
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Decode scaled latents (n, 4, h/8, w/8), with a spread of about 1, to PIL pictures; see `decode_to_tensor`."""
+        return to_pil(self.decode_to_tensor(latents))
 
-        path: a .safetensors, .bin or .pt file in the layouts of diffusers, peft or kohya, or a folder with one. Raises
-        CheckpointError, naming keys and shapes, if it does not fit, and ValueError if the name is taken.
+    @torch.inference_mode()
+    def decode_to_tensor(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents (n, 4, h/8, w/8) to images (n, 3, h, w), about [-1, 1] and not clipped.
+
+        In float16 some decoders overflow; then a float32 copy decodes, and a warning says so. Raises FloatingPointError
+        for NaN, in the latents or in what comes of them.
         """
-        return self.adapters.load(path, {"unet": self.unet, "text_encoder": self.text_encoder}, name, weight)
+        check_shape("latents", latents, "n", self.config.autoencoder.latent_channels, "h", "w")
+        check_memory(self, len(latents), self.downscale * latents.shape[-2], self.downscale * latents.shape[-1])
+        check_finite_input("latents", latents)
+        unscaled = latents.to(self.device, self.dtype) / self.config.autoencoder.scaling_factor
+        with self._on_device(self.autoencoder):
+            try:
+                return check_finite(self._tiled(self.autoencoder.decode, unscaled), "autoencoder's decoder")
+            except FloatingPointError:
+                if self.dtype != torch.float16:
+                    raise
+            warnings.warn("the autoencoder overflows in float16; decoding again in float32", stacklevel=2)
+            images = self._tiled(deepcopy(self.autoencoder).float().decode, unscaled.float())
+        return check_finite(images, "autoencoder's decoder")
 
-    def set_adapters(self, weights: Mapping[str, float]) -> None:
-        """Let the named LoRAs act with these weights, and the others not at all. ValueError for an unknown name."""
-        self.adapters.set_weights(weights)
+    def _tiled(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run the encoder or the decoder on the whole batch, or with `tile` on one picture, and one tile, at a time."""
+        if self.tile is None:
+            return function(x)
+        factor = self.downscale
+        tile, zoom = (self.tile * factor, 1 / factor) if x.shape[1] == 3 else (self.tile, factor)
+        return torch.cat([tiled(function, one, tile, tile // 2, zoom) for one in x.split(1)]).to(x.dtype)
 
-    def fuse_lora(self) -> None:
-        """Add the loaded LoRAs to the weights, so that drawing costs nothing extra; `unfuse_lora` undoes it exactly."""
-        self.adapters.fuse()
+    @contextmanager
+    def _on_device(self, part: nn.Module) -> Iterator[None]:
+        """Within this block a part is on its device. Running out of memory there becomes a MemoryError with advice."""
+        try:
+            if self.offload is None:
+                yield
+            else:
+                with memory.offloaded(part, self.offload):
+                    yield
+        except RuntimeError as error:
+            raise memory.explain(error, part) from error
 
-    def unfuse_lora(self) -> None:
-        """Put back the weights as they were before `fuse_lora`, bit for bit; the LoRAs act beside them again."""
-        self.adapters.unfuse()
+    def preview(self, latents: Tensor) -> list[Image.Image]:
+        """Turn scaled latents (n, 4, h/8, w/8) into PIL pictures of their own small size, at almost no cost."""
+        check_tensor("latents", latents, "n", self.config.autoencoder.latent_channels, "h", "w")
+        return to_pil(linear_preview(latents, self.defaults.preview))
 
-    def unload_lora(self, name: str | None = None) -> None:
-        """Remove one LoRA, or all of them, exactly, fused or not."""
-        self.adapters.unload(name)
+    def predict(self, latents: Tensor, t: float, context: Tensor, guidance: Guidance | float = 1.0) -> Tensor:
+        """Call the UNet once, guided if the context (2n, 77, d) holds negative and positive prompts.
 
-    def load_textual_inversion(self, path: str | PathLike[str], token: str | None = None) -> str:
-        """Teach the text encoder a word, and return it. path: a file of diffusers or the web UI. token: another word.
+        Args:
+            latents: (n, 4, h/8, w/8), or with 9 channels for an inpainting UNet.
+            t: the timestep.
+            context: (n, 77, d) or (2n, 77, d).
+            guidance: a scale, or a `Guidance`.
 
-        Raises CheckpointError for other files, ValueError for a word that is known already or vectors that do not fit.
+        Returns:
+            The prediction, (n, 4, h/8, w/8), float32. Raises FloatingPointError for NaN.
         """
-        word, vectors = adapters.read_textual_inversion(path, token)
-        self.tokenizer = adapters.add_word(self.tokenizer, self.text_encoder, word, vectors)
-        return word
+        check_shape("latents", latents, "n", self.unet.config.in_channels, "h", "w")
+        check_shape("context", context, "n", "tokens", self.unet.config.cross_attention_dim)
+        if len(context) not in (len(latents), 2 * len(latents)):
+            raise ValueError(f"{len(context)} rows of context for {len(latents)} latents; expected as many, or twice")
+        check_finite_input("latents", latents)
+        check_finite_input("context", context)
+        context = context.to(self.dtype)
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(check_float("guidance", guidance))
+        timestep = torch.tensor(check_float("t", t), device=self.device, dtype=torch.float32)
+        uncond, cond = context.chunk(2) if len(context) == 2 * len(latents) else (None, context)
+        with self._on_device(self.unet):
+            return guided(self._checked(self.unet), cond, uncond, guidance)(latents, timestep, guidance.interval[0])
+
+    def latent_shape(self, height: int | None = None, width: int | None = None, count: int = 1) -> tuple[int, int, int]:
+        """The shape (4, h/8, w/8) of one picture's latents; what is None is the model's own size.
+
+        Raises TypeError or ValueError for a size that so many pictures cannot have.
+        """
+        return check_size(self, height, width, count)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of a prompt with a token that the text encoder never learned: its embedding is all zeros."""
+        (prompt,) = check_strings("prompt", prompt)
+        return find_unknown_words(prompt, self.tokenizer, self.text_encoder.token_embedding.weight)
 
 
 def _first(first: Tensor, rest: NoiseSource) -> NoiseSource:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minisd.features.adapters import INVERSION_FILES, LORA_FILES, LoRA, LowRank, add_word, layers_of
-from minisd.features.prompts import ROOM, read
+from minisd.features.prompts import TOKENS_PER_CHUNK, read
 from minisd.features.textual_inversion import TABLE
 from minisd.features.validate import check_int, check_strings
 from minisd.images import from_pil, grid
@@ -185,7 +185,7 @@ class InversionTask(Adapting):
     ) -> None:
         super().__init__(sd, folder, seed, prompts)
         self.token, self.word = token, word
-        check_int("vectors", vectors, 1, ROOM)
+        check_int("vectors", vectors, 1, TOKENS_PER_CHUNK)
         if not word.strip():
             raise ValueError(f"word={word!r}; expected a word of the captions, for which {token!r} is to stand")
         if lacking := [caption for caption in self.captions if self.renamed(caption) == caption]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minisd.blocks import Downsample, ResBlock
 from minisd.config import TextEncoderConfig
-from minisd.features.distributed import processes
+from minisd.features.distributed import world_size
 from minisd.features.textual_inversion import TABLE
 from minisd.io.tensors import save_atomically
 from minisd.text_encoder import TextEncoder
@@ -194,7 +194,7 @@ class CLIPTask:
         images = torch.where(flip[local].bool()[:, None, None, None], images.flip(-1), images)
         image = self.model.encode_image(images.contiguous(memory_format=torch.channels_last))
         text, lies = self.model.encode_text(torch.cat([rows[local], lie_rows[local]])).chunk(2)
-        if processes() > 1:
+        if world_size() > 1:
             text, image, lies = (torch.cat(dist.all_gather(x.contiguous())) for x in (text, image, lies))
         scale = self.model.logit_scale.clamp(max=4.6052).exp()
         loss, accuracy = contrastive_loss(text, image, scale, rows, lies, lie_rows)

@@ -317,11 +317,11 @@ def _train(task: Any, output: Path, **choices: Any) -> None:
 
 def _command() -> str:
     """What was typed: `minisd train …`, or this module under torchrun."""
-    from minisd.features.distributed import processes
+    from minisd.features.distributed import world_size
 
     words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
-    together = f"torchrun --nproc-per-node {processes()} -m minisd.training.commands"
-    return " ".join(["minisd train" if processes() == 1 else together, *words])
+    together = f"torchrun --nproc-per-node {world_size()} -m minisd.training.commands"
+    return " ".join(["minisd train" if world_size() == 1 else together, *words])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from minisd.features.distributed import process_group, processes, rank
+from minisd.features.distributed import process_group, rank, world_size
 from minisd.features.validate import check_float, check_int, check_writable
 from minisd.io.tensors import CheckpointError, read_pickle, save_atomically
 
@@ -68,8 +68,8 @@ class Options:
         check_int("seed", self.seed, 0, 2**63 - 1)
         check_float("lr", self.lr, 0)
         check_writable(self.folder)
-        if self.batch % processes():
-            raise ValueError(f"batch={self.batch} does not divide over {processes()} processes; choose a multiple")
+        if self.batch % world_size():
+            raise ValueError(f"batch={self.batch} does not divide over {world_size()} processes; choose a multiple")
 
 
 class Task(Protocol):
@@ -136,12 +136,12 @@ def learning_rate(options: Options, step: int, progress: float) -> float:
 
 def average_gradients(parameters: list[nn.Parameter], *numbers: float) -> tuple[float, ...]:
     """Replace every gradient by its mean over all processes; return the means of the numbers too."""
-    if processes() == 1:
+    if world_size() == 1:
         return numbers
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients] + [torch.tensor(numbers, dtype=torch.float32)])
     dist.all_reduce(flat)
-    flat /= processes()
+    flat /= world_size()
     pieces = flat.split([gradient.numel() for gradient in gradients] + [len(numbers)])
     for gradient, piece in zip(gradients, pieces, strict=False):
         gradient.copy_(piece.view_as(gradient))
@@ -261,7 +261,7 @@ class Trainer:
         """Make one step: loss, gradients, clipping, AdamW, averages. Raises FloatingPointError for a loss of NaN."""
         options = self.options
         first = self.step * options.batch
-        share = options.batch // processes()
+        share = options.batch // world_size()
         local = slice(rank() * share, (rank() + 1) * share)
         # on a CPU, torch's fused attention walks back slowly in bfloat16: 10 ms a layer, plain products 1 to 2
         attention = sdpa_kernel(SDPBackend.MATH) if options.bfloat16 else nullcontext()
@@ -311,7 +311,7 @@ class Trainer:
         self.save()
 
     def _agree(self, *numbers: float) -> tuple[float, ...]:
-        if processes() == 1:
+        if world_size() == 1:
             return numbers
         values = torch.tensor(numbers, dtype=torch.float64)
         dist.broadcast(values, 0)
@@ -326,6 +326,6 @@ def train(task: Task, options: Options) -> Trainer:
         if rank() == 0:
             with trainer.averaged() as model:
                 task.export(model, options.folder / "export")
-        if processes() > 1:
+        if world_size() > 1:
             dist.barrier()
     return trainer
