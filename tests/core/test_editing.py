@@ -55,7 +55,7 @@ def test_unmasked_latents_follow_the_noise_levels():
         state = keep(plan, state)
         share = 1 / (plan.sigmas[state.index] ** 2 + 1)
         expected = math.sqrt(share) * 3 - math.sqrt(1 - share) if state.index < plan.num_calls else 3
-        assert torch.allclose(plan.latents(state), torch.full((1, 4, 2, 2), expected), atol=1e-6)
+        assert torch.allclose(plan.latents(state), torch.full((1, 4, 2, 2), float(expected)), atol=1e-6)
 
 
 def test_soft_masks_mix():

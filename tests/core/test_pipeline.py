@@ -5,26 +5,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-<<<<<<< HEAD
 from models import last, lively_model
 from PIL import Image
 
 from minisd import TINY, Autoencoder, Sampler, StableDiffusion, TextEncoder, Tokenizer, UNet
-=======
-from minisd.noise import seeds
-from parity import lively_model
-from PIL import Image
-
-from minisd.autoencoder import Autoencoder
-from minisd.config import TINY
-from minisd.images import from_pil, grid, to_images, to_pixels
-from minisd.io.diffusers_folder import Defaults
-from minisd.pipeline.stable_diffusion import StableDiffusion
-from minisd.samplers import Sampler
-from minisd.text_encoder import TextEncoder
-from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet
->>>>>>> main
 
 PROMPTS = ["a fox in the snow", "a red car on the beach", "two penguins", "a castle at night"]
 
