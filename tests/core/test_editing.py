@@ -8,7 +8,7 @@ import torch
 from models import lively_model
 from PIL import Image
 
-from minisd import TINY, StableDiffusion
+from minisd import StableDiffusion
 from minisd.editing import KeepUnmasked, extend_canvas, latent_mask, paste, slerp
 from minisd.pipeline.checks import check_mask
 from minisd.samplers import Sampler
@@ -20,7 +20,7 @@ QUICK = {"num_inference_steps": 2, "seed": 1}
 
 @pytest.fixture(scope="module")
 def sd() -> StableDiffusion:
-    return lively_model(TINY)
+    return lively_model()
 
 
 @pytest.fixture(scope="module")

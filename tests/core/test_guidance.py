@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import last, lively_model
 
-from minisd import TINY, StableDiffusion
+from minisd import StableDiffusion
 from minisd.guidance import Guidance
 
 SCALES = [0.0, 1.0, 3.0, 7.5, -1.0]
@@ -13,7 +13,7 @@ PROMPTS = ["a fox", "a dog", "a tree", "(snow)", "a house"]
 
 @pytest.fixture(scope="module")
 def sd() -> StableDiffusion:
-    return lively_model(TINY)
+    return lively_model()
 
 
 @pytest.fixture
@@ -25,8 +25,7 @@ def rows(sd, monkeypatch):
 
 
 def drawn(sd, prompt="a fox", **settings) -> torch.Tensor:
-    small = {"height": 64, "width": 64, "num_inference_steps": 3, "sampler": "ddim", "seed": 3}
-    return last(sd.denoise(prompt, **small | settings))
+    return last(sd.denoise(prompt, **{"num_inference_steps": 3, "sampler": "ddim", "seed": 3} | settings))
 
 
 def apart(found, expected) -> float:
