@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
+from minisd.io.configs import read_config
 from minisd.io.diffusers_folder import Defaults
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.text_encoder import TextEncoder
@@ -133,17 +134,17 @@ def clip_config(values: Values) -> CLIPTextConfig:
 
 def meta_text_encoders(values: Values) -> Pair:
     with torch.device("meta"):
-        return Pair(TextEncoder(TextEncoderConfig.from_dict(values)), CLIPTextModel(clip_config(values)))
+        return Pair(TextEncoder(read_config(TextEncoderConfig, values)), CLIPTextModel(clip_config(values)))
 
 
 def meta_autoencoders(values: Values) -> Pair:
     with torch.device("meta"):
-        return Pair(Autoencoder(AutoencoderConfig.from_dict(values)), AutoencoderKL.from_config(dict(values)))
+        return Pair(Autoencoder(read_config(AutoencoderConfig, values)), AutoencoderKL.from_config(dict(values)))
 
 
 def meta_unets(values: Values) -> Pair:
     with torch.device("meta"):
-        return Pair(UNet(UNetConfig.from_dict(values)), UNet2DConditionModel.from_config(dict(values)))
+        return Pair(UNet(read_config(UNetConfig, values)), UNet2DConditionModel.from_config(dict(values)))
 
 
 def text_encoders(values: Values, dtype: torch.dtype = torch.float64) -> Pair:
@@ -278,6 +279,7 @@ def lively_model(config: ModelConfig, defaults: Defaults | None = None) -> Stabl
                     parameter.mul_(2)
     text_encoder, unet, autoencoder = (part.eval().requires_grad_(False) for part in parts)
     return StableDiffusion(config, Tokenizer.from_pretrained(), text_encoder, unet, autoencoder, defaults)
+
 
 # FLOPs of Stable Diffusion 1's time embedding for one row: two layers, then one in each of 22 residual blocks, to 320
 # channels (5 of them, 2 down and 3 up), 640 (5) and 1280 (12). diffusers computes it for both rows of a guided call.

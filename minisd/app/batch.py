@@ -22,7 +22,7 @@ from minisd import __version__
 from minisd.app.drawing import Drawing, Means, draw, slug
 from minisd.app.metadata import KEY, save_png
 from minisd.features.distributed import first_alone, process_group, processes, rank, total
-from minisd.io.tensors import save_atomically
+from minisd.io.atomic import save_atomically
 
 if TYPE_CHECKING:
     from minisd.io.diffusers_folder import Defaults

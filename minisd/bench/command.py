@@ -120,7 +120,7 @@ def _preset(
 
     from minisd.bench import compare
     from minisd.bench import preset as presets
-    from minisd.io.tensors import save_atomically
+    from minisd.io.atomic import save_atomically
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
     torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ from minisd.evaluation import memory, report
 from minisd.evaluation.attributes import ATTRIBUTES, GOALS, tally
 from minisd.evaluation.metrics import Share, psnr, retrieval, ssim
 from minisd.images import to_images, to_pixels
-from minisd.io.tensors import save_atomically
+from minisd.io.atomic import save_atomically
 from minisd.pipeline.checks import real, whole
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.training.clip import CLIP

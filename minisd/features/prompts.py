@@ -25,6 +25,7 @@ LARGEST = 10.0  # weight, of either sign
 ROOM = 75  # tokens of a chunk, without its start and end
 MOST = 8  # chunks of one prompt
 LONGEST = 64  # chunks of the context of a batch; more than 56, the least common multiple of 7 and 8
+MAX_CHARACTERS, MAX_WORD = 50_000, 2_000  # far beyond 8 chunks; the tokenizer takes quadratic time for a long word
 
 BRACKET = re.compile(r"[()\[\]]")
 NUMBER = r"[+-]?(?:[0-9.]+(?:e[+-]?[0-9]+)?|nan|inf|infinity)"
@@ -45,7 +46,7 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     if not isinstance(prompt, str):
         raise TypeError(f"expected the prompt as a str, got {type(prompt).__name__}: {prompt!r:.80}")
     if not BRACKET.search(prompt):
-        return [(prompt, 1.0)]
+        return [(_check_length(prompt), 1.0)]
     texts: list[str] = []
     weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
@@ -71,7 +72,9 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     # rounded, so that 1.1 · 1/1.1 is 1 whatever the order
     pieces = groupby(zip(texts, weights, strict=True), key=lambda piece: round(piece[1], 9))
     joined = [("".join(text for text, _ in some), weight) for weight, some in pieces]
-    return [(text, _checked(weight, text, prompt)) for text, weight in joined] or [("", 1.0)]
+    pieces = [(text, _checked(weight, text, prompt)) for text, weight in joined]
+    _check_length("".join(texts))
+    return pieces or [("", 1.0)]
 
 
 def escape(text: str) -> str:
@@ -82,8 +85,8 @@ def escape(text: str) -> str:
 def read(prompt: str, tokenizer: Tokenizer) -> list[Chunk]:
     """The ids of a prompt, each with its weight, in chunks of at most 75, one at least.
 
-    The tokens of a word that was added (see `Tokenizer.with_token`) stay in one chunk. Raises ValueError for more than
-    8 chunks, and what `parse` does.
+    The tokens of a word that was added (see `textual_inversion.add_token`) stay in one chunk. Raises ValueError for
+    more than 8 chunks, and what `parse` does.
     """
     chunks: list[Chunk] = [[]]
     for text, weight in parse(prompt):
@@ -141,6 +144,16 @@ def common_length(*contexts: Tensor) -> list[Tensor]:
             f"{length // (ROOM + 2)} chunks, expected at most {LONGEST}. Draw them one by one, or shorten one"
         )
     return [context.repeat(1, length // each, 1) for context, each in zip(contexts, lengths, strict=True)]
+
+
+def _check_length(text: str) -> str:
+    longest = max(map(len, text.split()), default=0)
+    if len(text) > MAX_CHARACTERS or longest > MAX_WORD:
+        raise ValueError(
+            f"the prompt has {len(text)} characters, {longest} of them in one word; expected at most {MAX_CHARACTERS} "
+            f"and {MAX_WORD}: shorten it"
+        )
+    return text
 
 
 def _checked(weight: float | str, where: str, prompt: str) -> float:

@@ -17,13 +17,17 @@ from torch import Tensor, nn
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import ModelConfig
-from minisd.features import adapters
 from minisd.features import prompts as prompting
+from minisd.features.adapters import Adapters
+from minisd.features.textual_inversion import add_word
 from minisd.features.tiling import tiled
+from minisd.features.validate import check_path
 from minisd.guidance import Guidance
 from minisd.images import from_pil, to_pil
 from minisd.io import checkpoint
+from minisd.io.adapter_files import read_lora, read_textual_inversion
 from minisd.io.diffusers_folder import Defaults
+from minisd.lora import layers_of
 from minisd.pipeline.checks import (
     about_unit,
     finite_input,
@@ -67,7 +71,7 @@ class Parts:
         self.config, self.defaults = config, defaults or Defaults()
         self.tokenizer, self.text_encoder, self.unet, self.autoencoder = tokenizer, text_encoder, unet, autoencoder
         self.schedule = Schedule(config.schedule)
-        self.adapters = adapters.Adapters()
+        self.adapters = Adapters()
         self.offload, self.tile = offload, unet.config.sample_size * 3 // 2 if tile else None
 
     @property
@@ -325,7 +329,10 @@ class Parts:
         path: a .safetensors, .bin or .pt file in the layouts of diffusers, peft or kohya, or a folder with one. Raises
         CheckpointError, naming keys and shapes, where it does not fit, and ValueError for a name that is taken.
         """
-        return self.adapters.load(path, {"unet": self.unet, "text_encoder": self.text_encoder}, name, weight)
+        name = check_path("path", path).stem if name is None else name
+        parts = {"unet": self.unet, "text_encoder": self.text_encoder}
+        self.adapters.add(name, read_lora(path, parts), layers_of(parts), weight)
+        return name
 
     def set_adapters(self, weights: Mapping[str, float]) -> None:
         """Let the named LoRAs act with these weights, and the others not at all. ValueError for an unknown name."""
@@ -348,8 +355,8 @@ class Parts:
 
         Raises CheckpointError for other files, ValueError for a word that is known already or vectors that do not fit.
         """
-        word, vectors = adapters.read_textual_inversion(path, token)
-        self.tokenizer = adapters.add_word(self.tokenizer, self.text_encoder, word, vectors)
+        word, vectors = read_textual_inversion(path, token)
+        self.tokenizer = add_word(self.tokenizer, self.text_encoder, word, vectors)
         return word
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisd.images import to_images
-from minisd.io.tensors import save_atomically
+from minisd.io.atomic import save_atomically
 from minisd.pipeline.checks import whole
 from minisd.training.scenes import SIZE, render, scene
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisd.features.distributed import process_group, processes, rank
-from minisd.io.tensors import CheckpointError, read_pickle, save_atomically
+from minisd.io.atomic import save_atomically
+from minisd.io.tensors import CheckpointError, read_pickle
 from minisd.pipeline.checks import real, whole, writable
 
 CHECKPOINT = "checkpoint.pt"  # of a training, in its folder
