@@ -72,9 +72,9 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     # rounded, so that 1.1 · 1/1.1 is 1 whatever the order
     pieces = groupby(zip(texts, weights, strict=True), key=lambda piece: round(piece[1], 9))
     joined = [("".join(text for text, _ in some), weight) for weight, some in pieces]
-    pieces = [(text, _checked(weight, text, prompt)) for text, weight in joined]
+    weighted = [(text, _checked(weight, text, prompt)) for text, weight in joined]
     _check_length("".join(texts))
-    return pieces or [("", 1.0)]
+    return weighted or [("", 1.0)]
 
 
 def escape(text: str) -> str:
