@@ -5,9 +5,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minisd.attention import record_attention
     from minisd.autoencoder import Autoencoder
     from minisd.config import SD15, SD15_INPAINT, SD21, SD21_BASE, TINY
+    from minisd.features.attention_maps import record_attention
     from minisd.pipeline.stable_diffusion import StableDiffusion
     from minisd.samplers import Sampler
     from minisd.schedule import Schedule
@@ -42,7 +42,7 @@ _MODULES = MappingProxyType(
         "UNet": "unet",
         "Schedule": "schedule",
         "Sampler": "samplers",
-        "record_attention": "attention",
+        "record_attention": "features.attention_maps",
     }
     | dict.fromkeys(("SD15", "SD15_INPAINT", "SD21_BASE", "SD21", "TINY"), "config")
 )

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from minisd.images import to_pil
-from minisd.pipeline.parts import best_device
+from minisd.pipeline.memory import best_device
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.tokenizer import Tokenizer, normalize, split_words
 

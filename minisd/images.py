@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def to_images(pixels: np.ndarray) -> Tensor:
@@ -77,31 +71,6 @@ def _eight_bits(picture: Image.Image, mode: str) -> Image.Image:
         return picture.convert(mode)
     except ValueError as error:
         raise ValueError(f"a picture of mode {picture.mode} cannot be used ({error}); convert it to RGB") from error
-
-
-@contextmanager
-def opened_picture(path: str | PathLike[str]) -> Iterator[Image.Image]:
-    """A picture file, open within this block. Raises OSError, naming the file, for whatever goes wrong in the block.
-
-    Only the first frame of a film is seen. Pictures of more than 179 million pixels are refused before they are
-    unpacked (Pillow's limit), and so are formats whose readers start other programs, such as EPS.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")  # a broken description of an unbroken picture
-            with Image.open(path, formats=FORMATS) as picture:
-                yield picture
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged or hostile file provokes in its reader
-        raise OSError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
-
-
-def read_picture(path: Path, width: int, height: int) -> Image.Image:
-    """Read a picture file as RGB, scaled and cropped to a size. Raises OSError, naming the file, for anything else."""
-    with opened_picture(path) as opened:
-        picture = to_pil(from_pil(opened))[0]
-    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
 def grid(

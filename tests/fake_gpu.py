@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, cast
 from unittest import mock
 
+import minisd.pipeline.parts
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import minisd.features.validate
-import minisd.pipeline.parts
 import minisd.pipeline.stable_diffusion
 import minisd.unet
 from minisd.attention import record_attention

@@ -307,9 +307,9 @@ class Hunt:
 
     def _cases(self) -> list[tuple[str, Callable[[Path], Any]]]:
         from minisd.app.metadata import read_parameters
-        from minisd.images import read_picture
         from minisd.io import checkpoint
         from minisd.io.adapter_files import read_lora, read_textual_inversion
+        from minisd.io.pictures import read_picture
         from minisd.io.tokenizer_files import read_tokenizer
 
         def model(path: Path) -> Any:

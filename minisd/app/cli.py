@@ -1,8 +1,7 @@
-"""The `minisd` command: draw pictures, look into models and pictures, train the tiny model.
+"""The `minisd` command: draw pictures, describe models and pictures, train the tiny model.
 
-Whatever takes long to import is imported by the command that needs it, so that `--help` answers at once.
-File names go to standard output, everything else to standard error. Exit codes: 0 done, 1 failed, 2 asked for
-something that cannot be, 130 interrupted.
+What takes long to import is imported by the command that needs it, so that `--help` answers at once. File names go to
+standard output, everything else to standard error. Exit codes: 0 done, 1 failed, 2 invalid request, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,39 +10,37 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from minisd import __version__
-from minisd.app.drawing import (
-    Drawing,
-    Means,
-    Target,
-    draw_all,
-    file_hash,
-    model_side,
-    split_lora,
-    unknown_words_warning,
+from minisd.app.options import (
+    MAX_IMAGES,
+    LoadOptions,
+    Output,
+    Overwrite,
+    Prediction,
+    RequestOptions,
+    SettingsOptions,
+    Variant,
+    option_groups,
 )
 from minisd.app.serve import serve
 from minisd.bench.command import bench
-from minisd.features.distributed import own_device, processes, rank, say
+from minisd.features import distributed
+from minisd.features.distributed import rank, world_size
+from minisd.features.presets import PRESETS, find_preset
 from minisd.training.commands import app as training
 
 if TYPE_CHECKING:
-    import torch
-
+    from minisd.app.from_image import ImageSettings
+    from minisd.app.prompts_file import Prompt
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
-SamplerName = Literal["ddpm", "ddim", "pndm", "euler", "euler_a", "heun", "dpmpp_2m", "lcm"]
-Spacing = Literal["leading", "trailing", "linspace"]
-Precision = Literal["float32", "float16", "bfloat16"]
-PresetName = Literal["fast"]
-Prediction = Literal["epsilon", "v_prediction", "sample"]
-HASHES = {"image_hash": "image", "mask_hash": "mask"}
-MOST = 1_000_000
+JOB_KEYS = ("prompt", "negative_prompt", "seed", "images", "outpaint")  # of a picture's record, beside its settings
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 app = typer.Typer(
@@ -55,21 +52,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(training, name="train")
+app.command()(bench)
+app.command()(serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; errors become one message, or with MINISD_DEBUG=1 a traceback."""
+    """Run the command and return its exit code. An error becomes one message or, with MINISD_DEBUG=1, a traceback."""
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = lambda message, *_, **__: distributed.log(f"warning: {message}")
         try:
             code = app(arguments, prog_name="minisd", standalone_mode=False) or 0
         except Exception as error:
             if os.environ.get("MINISD_DEBUG") == "1":
                 raise
             code, message = _explain(error)
-            say(message)
+            distributed.log(message)
     if code == 130:
-        say("interrupted")
+        distributed.log("interrupted")
     return code
 
 
@@ -85,201 +84,122 @@ def minisd(
 
 
 @app.command()
-def generate(
-    context: typer.Context,
-    prompt: Annotated[str | None, typer.Argument(help="What to draw, in words.")] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Draw a picture for each line of this .txt or .jsonl file.", exists=True, dir_okay=False),
-    ] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option(help="Draw this picture again, but for what other options say.", exists=True, dir_okay=False),
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="A .png file or a folder. [default: named after the prompt]")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files, instead of numbering.")] = False,
-    images: Annotated[
-        int | None, typer.Option("--images", "-n", min=1, max=MOST, help="How many; each the next seed. [default: 1]")
-    ] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="Lay the pictures out in one file.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Draws the same picture again. [default: random]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt; 1 is plain.")] = None,
-    preset: Annotated[
-        PresetName | None, typer.Option(help="Settings that trade a little of the picture for time; says which.")
-    ] = None,
-    negative: Annotated[str | None, typer.Option(help="What to keep away from, in words.")] = None,
-    sampler: Annotated[SamplerName | None, typer.Option(help="How to walk from noise to a picture.")] = None,
-    spacing: Annotated[Spacing | None, typer.Option(help="Which timesteps the steps visit.")] = None,
-    karras: Annotated[
-        bool | None, typer.Option("--karras/--no-karras", help="Karras' noise levels (euler, heun, dpmpp_2m).")
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels, a multiple of 8.")] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels, a multiple of 8.")] = None,
-    image: Annotated[
-        Path | None,
-        typer.Option(help="Start from this picture, scaled and cropped to the size.", exists=True, dir_okay=False),
-    ] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(help="Redraw only what is white in this picture of --image's size.", exists=True, dir_okay=False),
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="How much of --image is redrawn, above 0 to 1. [default: 0.8, with --mask 1]")
-    ] = None,
-    outpaint: Annotated[
-        tuple[int, int, int, int] | None,
-        typer.Option(help="Draw beyond --image's edges: pixels left, right, top, bottom.", metavar="L R T B"),
-    ] = None,
-    rescale: Annotated[float | None, typer.Option(help="Tame strong guidance, 0 (off) to 1. [default: 0]")] = None,
-    interval: Annotated[
-        tuple[float, float] | None,
-        typer.Option("--guidance-interval", help="The part of the run with guidance. [default: 0 1]", metavar="B E"),
-    ] = None,
-    reuse: Annotated[
-        tuple[int, int] | None,
-        typer.Option(help="Calls of the UNet: every N-th whole, the others L of its last layers.", metavar="N L"),
-    ] = None,
-    clip_skip: Annotated[
-        int | None, typer.Option(help="Which layer of the text encoder, counted from its end. [default: 1]")
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(help="Load this LoRA, at this strength. May be repeated.", metavar="FILE[:WEIGHT]"),
-    ] = None,
-    inversion: Annotated[
-        list[Path] | None, typer.Option("--textual-inversion", help="Load this word. May be repeated.", metavar="FILE")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")
-    ] = None,
-    variant: Annotated[str | None, typer.Option(help="Of the model's files, such as fp16.")] = None,
-    prediction: Annotated[
-        Prediction | None, typer.Option("--prediction-type", help="What a single file of SD 2 predicts.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first there is]")] = None,
-    dtype: Annotated[Precision | None, typer.Option(help="[default: float16 on cuda, else float32]")] = None,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Keep each part on the GPU only while it computes, to save memory.")
-    ] = False,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="How many pictures are drawn at a time. [default: 4]")
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the file names only.")] = False,
-) -> None:
-    """Draw pictures from words. What is left out comes from the model's own defaults.
+@option_groups
+def generate(context: typer.Context, request: RequestOptions, changes: SettingsOptions, loading: LoadOptions) -> None:
+    """Draw pictures from words. What is not given comes from the model's own defaults.
 
     (words) in brackets count 1.1 times as much, [words] less by that, and (words:1.3) 1.3 times. \\( is a bracket.
 
     \b
     Examples:
-      minisd generate "a fox in the snow"
       minisd generate "a (fox:1.3) in the [snow]"
-      minisd generate "a castle at night" --seed 7 --output castle.png
+      minisd generate "a castle at night" --seed 7 --preset fast --output castle.png
       minisd generate "a red car" --images 9 --grid --steps 30 --sampler euler
-      minisd generate "a snowman" --image photo.jpg --strength 0.6
-      minisd generate "a snowman" --image photo.jpg --mask mask.png
-      minisd generate "a castle at night" --preset fast
+      minisd generate "a snowman" --image photo.jpg --mask mask.png --strength 0.6
       minisd generate "a fox" --model stable-diffusion-v1-5/stable-diffusion-v1-5
       minisd generate --like castle.png --steps 50
       minisd generate --prompts prompts.txt --output out/
 
     With --prompts, a .txt file has a prompt on each line; lines that begin with # are skipped. Each line of a .jsonl
-    file is an object: {"prompt": "a fox", "seed": 7, "name": "fox"}, with negative_prompt, num_inference_steps,
-    guidance_scale, sampler, spacing, karras, width, height, clip_skip, guidance_rescale, guidance_interval,
-    feature_reuse, preset and images as further keys; the options here are their defaults. All lines are checked before
-    the first picture is drawn. The same command again draws what is missing, and
-    `torchrun --nproc-per-node 2 -m minisd generate …` shares the work out.
+    file is an object: {"prompt": "a fox", "seed": 7, "name": "fox"}. Its other keys are negative_prompt, images, preset
+    and the settings by their names in Python, such as num_inference_steps; the options here are their defaults. All
+    lines are checked before the first picture is drawn. The same command again draws what is missing, and
+    `torchrun --nproc-per-node 2 -m minisd generate …` shares the work.
     """
-    _check_modes(context, prompt, prompts, like, output, grid)
-    options: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": negative,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "sampler": sampler,
-        "spacing": spacing,
-        "karras": karras,
-        "width": width,
-        "height": height,
-        "image": image,
-        "mask": mask,
-        "strength": strength,
-        "outpaint": outpaint,
-        "guidance_rescale": rescale,
-        "guidance_interval": interval,
-        "feature_reuse": reuse,
-        "preset": preset,
-        "clip_skip": clip_skip,
-        "seed": seed,
-        "images": images,
-        "batch": batch,
-        "grid": grid or None,
-        "dtype": dtype,
-    }
-    recalled = None
-    if like is not None:
-        from minisd.app.like import recall
-        from minisd.features.presets import fill
+    _check_modes(context, request)
+    from minisd.app.prompts_file import read_prompts
 
-        recalled = recall(like, fill(options), model, lora or [])
-        options = recalled.options
-    options |= {name: file_hash(options[of]) for name, of in HASHES.items() if options[of]}
-    count, batch = options["images"] or 1, options["batch"] or 4
-    lines = None
-    if prompts is not None:
-        from minisd.app.batch import read_prompts
+    prompts = [] if request.prompts is None else read_prompts(request.prompts)
+    values = request.values() | {name: value for name, value in vars(changes).items() if value is not None}
+    image = None if request.like is None else _read_image(request.like, request, values, loading)
+    if image is not None:
+        values = {name: image.record[name] for name in JOB_KEYS if name in image.record} | values
+    _draw(request, values, loading, image, prompts)
 
-        lines = read_prompts(prompts)
-        target = Target.parse(f"{output}/", "", several=True, overwrite=overwrite)
-    else:
-        target = Target.parse(output, options["prompt"], several=count > 1 and not options["grid"], overwrite=overwrite)
-    tell: Callable[[str], None] = _ignore if quiet or rank() else say
-    started = time.perf_counter()
-    kind = {"variant": variant, "prediction_type": prediction, "offload": offload}
-    sd = _load(model, own_device(device), options["dtype"], **kind)
-    tell(f"{model or 'tiny'} on {sd.device} in {str(sd.dtype).removeprefix('torch.')}, "
-         f"loaded in {time.perf_counter() - started:.1f} s")
-    _load_adapters(sd, lora or [], inversion or [], recalled.lora_weights if recalled else {})
-    means = Means.of(sd, model)
-    if recalled is not None:
-        recalled.check(means)
-    said: list[Mapping[str, Any]] = [options] if lines is None else [options, *(line.settings for line in lines)]
-    words = [one.get(name) or "" for one in said for name in ("prompt", "negative_prompt")]
-    if not rank() and (unknown := unknown_words_warning(sd, words)):
-        say(unknown)
-    from minisd.features.presets import PRESETS
 
-    for name in dict.fromkeys(one["preset"] for one in said if one.get("preset") in PRESETS):
-        tell(PRESETS[name].describe())
-    if lines is not None:
-        from minisd.app.batch import draw_many, make_plan
+def _read_image(path: Path, request: RequestOptions, values: Mapping[str, Any], loading: LoadOptions) -> ImageSettings:
+    """How the picture of --like was drawn; it need not say what options say."""
+    from minisd.app.from_image import settings_from_image
 
-        plan = make_plan(lines, options, batch, sd.defaults, model_side(sd))
-        draw_many(sd, plan, means, target.folder, overwrite=overwrite, quiet=quiet, say=tell)
+    known = {**find_preset(request.preset).settings, **values} | ({"image": request.image} if request.image else {})
+    image = settings_from_image(path, known)
+    image.check_options(request.image, request.mask, loading.model, loading.lora or [])
+    return image
+
+
+def _draw(
+    request: RequestOptions,
+    values: Mapping[str, Any],
+    loading: LoadOptions,
+    image: ImageSettings | None,
+    prompts: Sequence[Prompt],
+) -> None:
+    """Load the model and draw one job, or one for each prompt of a file."""
+    from minisd.app.jobs import Job, Source, Target, draw_images, model_side
+    from minisd.app.manifest import draw_missing
+    from minisd.app.prompts_file import plan_jobs
+    from minisd.app.provenance import Provenance
+    from minisd.pipeline.settings import Settings
+
+    images, batch = values.get("images") or 1, request.batch or 4
+    drawn_before = image is not None and request.images is None and request.image is None
+    grid = request.grid or (drawn_before and images > 1)
+    source = Source.read(request.image, request.mask, values.get("outpaint"), values.get("strength"))
+    output = f"{request.output}/" if prompts else request.output
+    target = Target.parse(output, values.get("prompt", ""), images > 1 and not grid, request.overwrite)
+    log = _ignore if request.quiet or rank() else distributed.log
+    sd = _load(loading, image, log)
+    provenance, defaults = Provenance.of(sd, loading.model), sd.defaults
+    if image is not None:
+        image.check_model(provenance)
+        defaults = Settings.choose(image.settings, sd.defaults)
+    _log_notices(sd, [values, *(prompt.values for prompt in prompts)], log)
+    common: dict[str, Any] = {"provenance": provenance, "quiet": request.quiet, "log": log}
+    if prompts:
+        jobs = plan_jobs(prompts, values, batch, defaults, model_side(sd), source)
+        draw_missing(sd, jobs, target.folder, overwrite=request.overwrite, **common)
         return
-    drawing = Drawing.choose(options, sd.defaults)
-    choices: dict[str, Any] = {"seed": options["seed"], "images": count, "batch": batch, "grid": bool(options["grid"])}
-    place = recalled.place if recalled else None
-    draw_all(sd, drawing, target, **choices, means=means, quiet=quiet, say=tell, place=place)
+    job = Job.create(values, defaults, model_side(sd), source)
+    if drawn_before and request.batch is None:  # the size of a batch decides the last digits
+        batch, job = image.batch[0], replace(job, batch=image.batch if images == 1 else (1, 0))
+    draw_images(sd, job, target, images=images, batch=batch, grid=grid, **common)
+
+
+def _load(loading: LoadOptions, image: ImageSettings | None, log: Callable[[str], None]) -> StableDiffusion:
+    """Load the model, by default with the precision and the LoRA weights of the picture that is drawn again."""
+    started = time.perf_counter()
+    if image is None:
+        sd = loading.load()
+    else:
+        sd = loading.load(image.record.get("precision"), image.lora_weights)
+    name, dtype = loading.model or "tiny", str(sd.dtype).removeprefix("torch.")
+    log(f"{name} on {sd.device} in {dtype}, loaded in {time.perf_counter() - started:.1f} s")
+    return sd
+
+
+def _log_notices(sd: StableDiffusion, values: Sequence[Mapping[str, Any]], log: Callable[[str], None]) -> None:
+    """Warn of words that the model does not know, and describe the presets."""
+    from minisd.app.jobs import unknown_words_warning
+
+    texts = [item.get(name) or "" for item in values for name in ("prompt", "negative_prompt")]
+    if not rank() and (warning := unknown_words_warning(sd, texts)):
+        log(warning)
+    for name in dict.fromkeys(item.get("preset") for item in values):
+        if name in PRESETS:
+            log(PRESETS[name].describe())
 
 
 @app.command()
+@option_groups
 def interpolate(
     start: Annotated[str, typer.Argument(help="The first picture, in words.")],
     end: Annotated[str, typer.Argument(help="The last picture, in words.")],
-    output: Annotated[str | None, typer.Option("--output", "-o", help="A .png file or a folder.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files, instead of numbering.")] = False,
-    count: Annotated[int, typer.Option("--images", "-n", min=2, max=MOST, help="How many, both ends included.")] = 8,
+    changes: SettingsOptions,
+    loading: LoadOptions,
     seeds: Annotated[tuple[int, int], typer.Option(help="Of the first and of the last picture.")] = (0, 1),
-    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompts; 1 is plain.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first there is]")] = None,
+    count: Annotated[int, typer.Option("--images", "-n", min=2, max=MAX_IMAGES, help="Including both ends.")] = 8,
+    output: Output = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw the pictures on the way from one prompt and seed to another, side by side in one file.
 
@@ -287,41 +207,28 @@ def interpolate(
     Example:
       minisd interpolate "a red car on the beach" "a blue car in the snow" --seeds 3 3
     """
+    from minisd.app.jobs import Job, Target, model_side
+    from minisd.app.provenance import Provenance
     from minisd.images import grid
 
     target = Target.parse(output, f"{start} to {end}", several=False, overwrite=overwrite)
-    sd = _load(model, device, None)
-    if unknown := unknown_words_warning(sd, [start, end]):
-        say(unknown)
-    drawing = Drawing(
-        prompt=f"{start} to {end}",
-        negative_prompt="",
-        num_inference_steps=sd.defaults.num_inference_steps if steps is None else steps,
-        guidance_scale=sd.defaults.guidance_scale if guidance is None else guidance,
-        sampler=sd.defaults.sampler,
-    )
-    pictures = sd.interpolate(
-        (start, end),
-        seeds,
-        count,
-        num_inference_steps=drawing.num_inference_steps,
-        guidance_scale=drawing.guidance_scale,
-    )
-    way = {"Interpolation": f"{seeds[0]} to {seeds[1]}"}
-    text = drawing.parameters(seeds[0], pictures[0].size, Means.of(sd, model), count, more=way)
-    target.save(grid(pictures, columns=count), seeds[0], text)
+    sd = loading.load()
+    _log_notices(sd, [{"prompt": start}, {"prompt": end}], distributed.log)
+    values = {"prompt": f"{start} to {end}", "seed": seeds[0]} | vars(changes)
+    job = Job.create(values, sd.defaults, model_side(sd))
+    pictures = sd.interpolate((start, end), seeds, count, **job.arguments)
+    job = replace(job, images=count, interpolation=seeds)
+    target.save(grid(pictures, columns=count), job, Provenance.of(sd, loading.model))
 
 
 @app.command()
 def info(
     source: Annotated[str, typer.Argument(metavar="MODEL|PICTURE", help="A hub id, folder or file.")] = "tiny",
-    variant: Annotated[str | None, typer.Option(help="Of the model's files, such as fp16.")] = None,
-    prediction: Annotated[
-        Prediction | None, typer.Option("--prediction-type", help="What a single file of SD 2 predicts.")
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Print a picture's text as it is.")] = False,
+    variant: Variant = None,
+    prediction: Prediction = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Print the text of a picture as it is.")] = False,
 ) -> None:
-    """Say what a model consists of, or how a picture was drawn, by minisd or by AUTOMATIC1111's web UI and its like.
+    """Describe a model, or how a picture was drawn, by minisd or by AUTOMATIC1111's web UI and similar programs.
 
     \b
     Examples:
@@ -349,72 +256,37 @@ def evaluate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report and the pictures.")] = Path(
         "runs/evaluation"
     ),
-    count: Annotated[int, typer.Option(min=1, help="How many held-out prompts are drawn.")] = 1000,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
+    count: Annotated[int, typer.Option(min=1, help="How many held-out prompts to draw.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Number of sampling steps.")] = 20,
     guidance: Annotated[float | None, typer.Option(help="[default: the model's]")] = None,
 ) -> None:
-    """Draw prompts whose combinations were held out of training, and judge what came of them.
+    """Draw prompts whose combinations were held out of training, and judge the pictures.
 
-    Writes evaluation.json and evaluation.png. Called again after a break, it goes on where it stopped.
+    Writes evaluation.json and evaluation.png. After an interruption, the same command continues.
     """
     from minisd.evaluation import evaluate_model
     from minisd.evaluation.measure import Settings
-    from minisd.pipeline.checks import writable
+    from minisd.features.validate import check_writable
 
-    writable(output)
+    check_writable(output)
     result = evaluate_model(model, output, Settings(count=count, steps=steps, guidance=guidance))
     for name, shares in result["attributes"].items():
         drawn, real = ("{share} [{low}, {high}] of {of}".format(**shares[kind]) for kind in ("drawn", "real"))
-        say(f"{name:<12} drawn {drawn:<32} real scenes {real}" + ("" if shares["quoted"] else "  (judge below 97%)"))
+        distributed.log(f"{name:<12} drawn {drawn:<32} real scenes {real}" + ("" if shares["quoted"] else "  (judge below 97%)"))
     print(output / "evaluation.json")
 
 
-app.command()(bench)
-app.command()(serve)
-
-
-def _load(model: str | None, device: str | None, dtype: str | None, **choices: Any) -> StableDiffusion:
-    import torch
-
-    from minisd.pipeline.stable_diffusion import StableDiffusion
-
-    place = None if device is None else _usable_device(device)
-    precision = None if dtype is None else getattr(torch, dtype)
-    return StableDiffusion.from_pretrained(model, device=place, dtype=precision, **choices)
-
-
-def _load_adapters(
-    sd: StableDiffusion, loras: Sequence[str], inversions: Sequence[Path], usual: Mapping[str, float]
-) -> None:
-    """Load LoRAs, each given as FILE or FILE:WEIGHT, and textual inversions. usual: weights by name, in place of 1."""
-    for given in loras:
-        file, weight = split_lora(given)
-        sd.load_lora(file, weight=usual.get(Path(file).stem, 1.0) if weight is None else weight)
-    for path in inversions:
-        sd.load_textual_inversion(path)
-
-
-def _usable_device(name: str) -> torch.device:
-    from minisd.pipeline.parts import usable_device
-
-    try:
-        return usable_device(name)
-    except ValueError as error:
-        raise typer.BadParameter(f"--{error}") from error
-
-
-def _check_modes(
-    context: typer.Context, prompt: str | None, prompts: Path | None, like: Path | None, output: str | None, grid: bool
-) -> None:
-    """Raise BadParameter for what `generate` cannot do at once."""
-    if prompt is None and prompts is None and like is None:
+def _check_modes(context: typer.Context, request: RequestOptions) -> None:
+    """Raise BadParameter for options of `generate` that do not go together."""
+    prompts, output = request.prompts, request.output
+    if request.prompt is None and prompts is None and request.like is None:
         raise typer.BadParameter("Missing argument 'PROMPT'; give one, or --prompts, or --like", context)
-    if prompts is None and processes() > 1:
+    if prompts is None and world_size() > 1:
         raise typer.BadParameter("several processes share the lines of --prompts; for one prompt start one", context)
     if prompts is None:
         return
-    for name, given in (("a prompt", prompt is not None), ("--like", like), ("--grid", grid)):
-        if given:
+    for name, value in (("a prompt", request.prompt is not None), ("--like", request.like), ("--grid", request.grid)):
+        if value:
             raise typer.BadParameter(f"--prompts does not go with {name}; leave one of them out", context)
     if output is None or (output.lower().endswith(".png") and not Path(output).is_dir()):
         raise typer.BadParameter("--prompts draws many pictures; name a folder for them: --output out/", context)
@@ -428,6 +300,7 @@ def _explain(error: Exception) -> tuple[int, str]:
         if text.startswith("Usage:"):  # a command that needs another word: its help is the message
             return error.exit_code, text
         return error.exit_code, f"error: {text}" + (f" (see `{context.command_path} --help`)" if context else "")
+    from minisd.features.validate import is_out_of_memory
     from minisd.io.tensors import CheckpointError
 
     text = str(error) or type(error).__name__
@@ -435,8 +308,6 @@ def _explain(error: Exception) -> tuple[int, str]:
         text = f"{error.filename or 'the file'}: {error.strerror}"
     if isinstance(error, (ValueError, TypeError)) and not isinstance(error, CheckpointError):
         return 2, f"error: {text}"
-    from minisd.pipeline.checks import is_out_of_memory
-
     if is_out_of_memory(error):
         reason = (str(error.__cause__ or error) or type(error).__name__).split("\n")[0]
         text = f"out of memory; try a smaller --batch, --width and --height, --dtype float16 or --offload ({reason})"
@@ -445,9 +316,5 @@ def _explain(error: Exception) -> tuple[int, str]:
     return 1, f"error: {text}"
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    say(f"warning: {message}")
-
-
 def _ignore(text: str) -> None:
-    """Say nothing."""
+    """Log nothing."""

@@ -1,10 +1,13 @@
-"""What a picture says of how it was drawn: the text `parameters` that the community's tools read and write.
+"""How a picture was drawn, written into its file: twice, for other programs and for this one.
+
+The text `parameters` is the one that AUTOMATIC1111's web UI and others read and write:
 
     a fox in the snow
     Negative prompt: blurry
     Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 4, Seed: 7, Size: 128x128, Model: tiny, Version: minisd 0.1.0
 
-PNG files carry it in a text chunk, JPEG and WebP files in the comment of their EXIF data.
+PNG files have it in a text chunk, JPEG and WebP files in the comment of their EXIF data. The text `minisd` of a PNG is
+JSON: the same again, complete and exact (see `Job.record`), and the version of its format.
 """
 
 from __future__ import annotations
@@ -18,55 +21,41 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from minisd.images import opened_picture
+from minisd.io.pictures import opened_picture
+from minisd.pipeline.settings import SAMPLER_LABELS
 
 KEY = "parameters"
-LONGEST = 2**20  # characters of a text that are read; Pillow unpacks no more of a compressed one either
-LONGEST_JSON = 2**13  # of one value, or a text full of what is almost JSON would take minutes
+RECORD_KEY = "minisd"
+RECORD_FORMAT = 1
+MAX_TEXT = 2**20  # characters of a text that are read; Pillow unpacks no more of a compressed one either
+MAX_JSON = 2**13  # characters of one value, or a text full of what is almost JSON would take minutes
 NEGATIVE = "Negative prompt:"
 EXACT = ("Exact prompt", "Exact negative prompt")
 NAME = re.compile(r'[^",:{}]{1,80}')  # of a setting
 QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')
-LABELS = MappingProxyType(
-    {
-        "ddpm": "DDPM",
-        "ddim": "DDIM",
-        "pndm": "PLMS",
-        "euler": "Euler",
-        "euler_a": "Euler a",
-        "heun": "Heun",
-        "dpmpp_2m": "DPM++ 2M",
-        "lcm": "LCM",
-    }
-)
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a picture's text says. The settings keep the order and the names in which they were written."""
+    """A parsed `parameters` text. The settings keep the order and the names in which they were written."""
 
     prompt: str
     negative_prompt: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
-def sampler_label(name: str, karras: bool = False) -> str:
-    """The community's name of a sampler: "dpmpp_2m" with Karras' spacing is "DPM++ 2M Karras"."""
-    return LABELS[name] + (" Karras" if karras else "")
-
-
 def read_sampler(settings: Mapping[str, str]) -> tuple[str, bool] | None:
-    """The sampler that the settings name, as (name, karras), or None where it is not known here.
+    """The sampler that the settings name, as (name, karras), or None if it is unknown here.
 
-    Karras' noise levels stand behind the sampler's name or, in newer files, in "Schedule type". There "Automatic"
-    leaves the choice to the sampler, which for DPM++ 2M is Karras, and "Uniform" is any sampler's plain one.
+    "Karras" is written after the sampler's name or, in newer files, in "Schedule type". There "Automatic" leaves the
+    choice to the sampler, which for DPM++ 2M is Karras, and "Uniform" means the sampler's plain noise levels.
     """
-    names = {label.lower(): name for name, label in LABELS.items()} | {"pndm": "pndm"}
+    names = {label.lower(): name for name, label in SAMPLER_LABELS.items()} | {"pndm": "pndm"}
     label = settings.get("Sampler", "").strip().lower()
     schedule = settings.get("Schedule type", "").strip().lower()
     name = names.get(label.removesuffix(" karras"))
@@ -76,11 +65,13 @@ def read_sampler(settings: Mapping[str, str]) -> tuple[str, bool] | None:
 
 
 def parameters_text(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
-    """Write the text. `parse_parameters` gives back the same, but for white space around the prompts and the values.
+    """Write the text. `parse_parameters` returns the same, but for white space around the prompts and the values.
 
-    The first setting is "Steps", a whole number, by which readers know the line; ValueError otherwise, and for names
-    that the format cannot hold. A value with a comma, a colon or a line break is quoted as in JSON. Prompts that
-    would be read as something else, such as one with a line that begins with "Negative prompt:", are repeated there.
+    Values with a comma, a colon or a line break are quoted as in JSON. Prompts that would be parsed as something else,
+    such as one with a line that begins with "Negative prompt:", are repeated among the settings.
+
+    Raises ValueError unless the first setting is "Steps", a whole number, by which readers recognise the line, and for
+    names that the format cannot hold.
     """
     values = {name: str(value) for name, value in settings.items()}
     bad = [name for name in values if not NAME.fullmatch(name) or name != name.strip() or name in EXACT]
@@ -96,7 +87,7 @@ def parameters_text(prompt: str, negative_prompt: str, settings: Mapping[str, ob
 
 
 def parse_parameters(text: str) -> Parameters:
-    """Read the text, of this program or another one. Without a last line of settings, all is prompt."""
+    """Parse the text, of this program or another one. Without a last line of settings, all of it is the prompt."""
     *lines, last = re.split(r"\r?\n", text.strip())
     settings = _parse_settings(last) if re.match(r"Steps: *\d+ *(,|$)", last) else {}
     if not settings:
@@ -108,15 +99,15 @@ def parse_parameters(text: str) -> Parameters:
 
 
 def describe(parameters: Parameters) -> str:
-    """The parameters as lines of a table, with what the sampler is called here."""
+    """The parameters as a table, with the name that the sampler has here."""
     rows = {"Prompt": parameters.prompt}
     if parameters.negative_prompt:
         rows["Negative prompt"] = parameters.negative_prompt
     rows |= parameters.settings
     if "Sampler" in rows:
-        found = read_sampler(parameters.settings)
-        ours = f"--sampler {found[0]}{' --karras' if found[1] else ''}" if found else "not known here"
-        rows["Sampler"] += f"  ({ours})"
+        sampler = read_sampler(parameters.settings)
+        option = f"--sampler {sampler[0]}{' --karras' if sampler[1] else ''}" if sampler else "unknown here"
+        rows["Sampler"] += f"  ({option})"
     width = max(map(len, rows))
     return "\n".join(
         f"{name:<{width}}  {textwrap.indent(value, ' ' * (width + 2)).lstrip()}".rstrip()
@@ -125,26 +116,41 @@ def describe(parameters: Parameters) -> str:
 
 
 def read_parameters(path: str | os.PathLike[str]) -> str | None:
-    """The text of a picture file, or None where there is none. Raises OSError for what is no picture or is too large.
+    """The `parameters` of a picture file, or None if it has none. Raises OSError if it is no picture or is too large."""
+    return read_texts(path)[0]
 
-    It is read from a PNG's text chunk `parameters`, or from the EXIF UserComment of any kind of file.
+
+def read_texts(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any] | None]:
+    """The `parameters` of a picture file of any kind, and the record of a PNG; None where there is none.
+
+    A record that is damaged, or of another format, counts as none. Raises OSError if the file is no picture, or if a
+    text is too large.
     """
     with opened_picture(path) as picture:
         picture.load()  # a text chunk may also follow the pixels
-        text = picture.info.get(KEY)
+        text, record = picture.info.get(KEY), picture.info.get(RECORD_KEY)
         if not isinstance(text, str):
             comment = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
             text = _decode_comment(comment) if isinstance(comment, bytes) else comment
-    if isinstance(text, str) and len(text) > LONGEST:
-        raise OSError(f"the text in {path} has {len(text):,} characters; at most {LONGEST:,} are read")
-    return text if isinstance(text, str) and text.strip() else None
+    for value in (text, record):
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise OSError(f"a text in {path} has {len(value):,} characters; at most {MAX_TEXT:,} are read")
+    return text if isinstance(text, str) and text.strip() else None, _parse_record(record)
+
+
+def _parse_record(text: Any) -> dict[str, Any] | None:
+    try:
+        record = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and record.pop("format", None) == RECORD_FORMAT else None
 
 
 def _decode_comment(raw: bytes) -> str:
-    """An EXIF UserComment: 8 bytes that name its encoding, and the text (EXIF 2.3, section 4.6.5)."""
+    """An EXIF UserComment: 8 bytes that name the encoding, then the text (EXIF 2.3, section 4.6.5)."""
     kind, body = raw[:8], raw[8:]
     if kind == b"UNICODE\0":
-        # in either byte order. The settings are ASCII, so the half of their bytes that is 0 gives it away
+        # the settings are ASCII, so the half of the bytes that is 0 shows the byte order
         order = "utf-16-be" if body[::2].count(0) >= body[1::2].count(0) else "utf-16-le"
         marked = body[:2] in (b"\xff\xfe", b"\xfe\xff")
         text = body.decode("utf-16" if marked else order, "replace")
@@ -153,14 +159,22 @@ def _decode_comment(raw: bytes) -> str:
     return text.strip("\0 ")
 
 
-def save_png(picture: Image.Image, path: Path, text: str, overwrite: bool = False) -> Path:
-    """Write a picture with its parameters, whole or not at all, and return the path that it got.
+def save_png(
+    picture: Image.Image,
+    path: Path,
+    text: str,
+    overwrite: bool = False,
+    record: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a picture with its `parameters` and its record, completely or not at all, and return its path.
 
-    Without `overwrite` a name that is taken gets a number: fox.png, fox-2.png, fox-3.png. Folders are made where
-    they are missing. Raises OSError, having left nothing behind.
+    Without `overwrite` a name that is taken gets a number: fox.png, fox-2.png, fox-3.png. Missing folders are made.
+    Raises OSError, leaving nothing behind.
     """
     info = PngInfo()
-    info.add_text(KEY, text)  # Latin-1 where that is enough, else UTF-8 in an iTXt chunk
+    info.add_text(KEY, text)  # Latin-1 if that is enough, else UTF-8 in an iTXt chunk
+    if record is not None:
+        info.add_text(RECORD_KEY, json.dumps({"format": RECORD_FORMAT} | dict(record)))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{uuid.uuid4().hex}.png"
     try:
@@ -174,11 +188,11 @@ def save_png(picture: Image.Image, path: Path, text: str, overwrite: bool = Fals
 
 
 def _number(temporary: Path, path: Path) -> Path:
-    """Give a finished file this name or, where that is taken, this name and the first number that is free."""
+    """Give a finished file this name or, if it is taken, this name and the first free number."""
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
         try:
-            os.link(temporary, candidate)  # unlike renaming it spares what is there, and no empty file comes first
+            os.link(temporary, candidate)  # unlike a renaming it fails if the name is taken
         except FileExistsError:
             continue
         except OSError:  # a drive without links
@@ -201,7 +215,7 @@ def _join(prompt: str, negative: str, settings: Mapping[str, str]) -> str:
 
 
 def _parse_settings(line: str) -> dict[str, str]:
-    """`name: value, name: value …` A value may be quoted, or JSON; a comma that no name follows belongs to it."""
+    """`name: value, name: value …` A value may be quoted, or JSON; a comma that no name follows is part of it."""
     places: dict[str, tuple[int, int]] = {}
     name, at = "", 0
     while at <= len(line):
@@ -219,14 +233,14 @@ def _parse_settings(line: str) -> dict[str, str]:
 
 
 def _end_of_value(line: str, start: int, comma: int) -> int:
-    """Where a value ends that begins at `start`: at the next comma, unless it is quoted or JSON and has one inside."""
+    """Where the value that begins at `start` ends: at the next comma, unless that is inside quotes or JSON."""
     start += len(line[start:comma]) - len(line[start:comma].lstrip())
     end = comma
     if match := QUOTED.match(line, start):
         end = match.end()
     elif line[start : start + 1] in ("{", "["):
         try:
-            end = start + json.JSONDecoder().raw_decode(line[start : start + LONGEST_JSON])[1]
+            end = start + json.JSONDecoder().raw_decode(line[start : start + MAX_JSON])[1]
         except (ValueError, RecursionError):
             return comma
     rest = re.compile(r"\s*(?=,|$)").match(line, end)

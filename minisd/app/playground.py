@@ -1,55 +1,51 @@
-"""What `minisd serve` does, without the page: check settings, draw with previews, and find where words were looked for.
+"""What `minisd serve` does, without the page: check a request, draw with previews, and map the attention to words.
 
-Nothing is shared between drawings but the model, which drawing does not change.
+Requests share nothing but the model, which drawing does not change.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import Any
 
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from minisd.app.drawing import Drawing, Means, slug, unknown_words_warning
+from minisd.app.jobs import Job, model_side, slug, unknown_words_warning
 from minisd.app.metadata import save_png
-from minisd.features.prompts import ROOM, read
-from minisd.features.wordmaps import Word, WordMaps, split
-from minisd.noise import seeds
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from minisd.pipeline.stable_diffusion import StableDiffusion
+from minisd.app.provenance import Provenance
+from minisd.features.attention_maps import Word, WordMaps, split_words
+from minisd.features.prompts import TOKENS_PER_CHUNK, Chunk, read
+from minisd.pipeline.checks import resolve_seeds
+from minisd.pipeline.stable_diffusion import StableDiffusion
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What somebody asks for, as a page hands it over; None, and a seed of "", leave the choice to the model."""
+class Request:
+    """What a page asks for. A seed of "" and settings that are None or missing leave the choice to the model."""
 
     prompt: str
     negative_prompt: str = ""
     seed: str = ""
-    steps: int | None = None
-    guidance: float | None = None
-    sampler: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """The picture that the UNet predicts after one of its calls, at the latents' own small size."""
+    """The picture that the UNet predicts at one of its calls, of the latents' own small size."""
 
     picture: Image.Image
     call: int
-    calls: int
+    num_calls: int
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
-    """A finished picture. file: the bytes of the PNG that `minisd generate` would write; name: what it calls it."""
+class Result:
+    """A finished picture. file: the PNG that `minisd generate` would write, and its name."""
 
     picture: Image.Image
     seed: int
@@ -58,77 +54,70 @@ class Drawn:
     notes: list[str]
     words: list[Word]
     maps: WordMaps
-    calls: int
+    num_calls: int
     seconds: float
 
 
-def draw(sd: StableDiffusion, means: Means, wish: Wish) -> Iterator[Preview | Drawn]:
-    """Draw what was wished for: a preview after each call of the UNet, then the picture, that of `minisd generate`.
+def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Iterator[Preview | Result]:
+    """Draw a request: a preview after each call of the UNet, then the picture, the same as that of `minisd generate`.
 
-    Raises ValueError or TypeError, before any work is done, for settings that cannot be used; later what `denoise` and
-    `decode` raise.
+    Raises ValueError or TypeError for invalid settings, before any work is done; later what `denoise` and `decode` do.
     """
     started = time.perf_counter()
-    seed = _read_seed(wish.seed)
-    if not wish.prompt.strip():
+    seed = _read_seed(request.seed)
+    if not request.prompt.strip():
         raise ValueError("the prompt is empty; say in words what to draw, such as: a fox in the snow")
-    options = {
-        "prompt": wish.prompt,
-        "negative_prompt": wish.negative_prompt,
-        "num_inference_steps": wish.steps,
-        "guidance_scale": wish.guidance,
-        "sampler": wish.sampler or None,
-    }
-    drawing = Drawing.choose(options, sd.defaults)
-    _, height, width = sd.latent_shape()
-    chunks = read(wish.prompt, sd.tokenizer)
-    maps = WordMaps(sd.unet, height, width, rows=(ROOM + 2) * len(chunks))
-    steps = sd.denoise(drawing.prompt, negative_prompt=drawing.negative_prompt, seed=seed, **drawing.choices())
+    values = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": seed, **request.settings}
+    job = Job.create(values, sd.defaults, model_side(sd))
+    _, height, width = sd.latent_shape(job.settings.height, job.settings.width)
+    chunks = read(job.prompt, sd.tokenizer)
+    maps = WordMaps(sd.unet, height, width, rows=(TOKENS_PER_CHUNK + 2) * len(chunks))
+    steps = sd.denoise(job.prompt, negative_prompt=job.negative_prompt, seed=seed, **job.arguments)
     while True:
         with maps.watch():  # for one call at a time: the next one may come from another thread
             step = next(steps, None)
         if step is None:
             break
-        latents, calls = step.latents, step.calls
-        yield Preview(sd.preview(step.x0)[0], step.index + 1, calls)
+        latents, num_calls = step.latents, step.num_calls
+        yield Preview(sd.preview(step.x0)[0], step.index + 1, num_calls)
     picture = sd.decode(latents)[0]
-    text = drawing.parameters(seed, picture.size, means)
-    # at guidance 0 the negative prompt is drawn, and the words of the prompt are not read
-    words = split(wish.prompt, sd.tokenizer) if drawing.guidance_scale else []
-    name = f"{slug(wish.prompt)}-{seed}.png"
-    notes, seconds = _notes(sd, wish, chunks), time.perf_counter() - started
-    yield Drawn(picture, seed, _file(picture, text), name, notes, words, maps, calls, seconds)
+    # at guidance 0 only the negative prompt is drawn
+    words = split_words(job.prompt, sd.tokenizer) if job.settings.guidance_scale else []
+    file, name = _png(picture, job, provenance), f"{slug(job.prompt)}-{seed}.png"
+    notes, seconds = _notes(sd, job, chunks), time.perf_counter() - started
+    yield Result(picture, seed, file, name, notes, words, maps, num_calls, seconds)
 
 
 def overlay(picture: Image.Image, weights: Tensor, strength: float = 0.55) -> Image.Image:
-    """Lay a word's map (h/8, w/8) over its picture: dark blue where it is 0, yellow where it is largest.
+    """Lay a word's map (h/8, w/8) over its picture: dark blue at 0, yellow at the largest weight.
 
-    The colours are the ends and the middle of "cividis", which anybody can tell apart (Nuñez et al. 2018).
+    The colours are the ends and the middle of "cividis", which the colour-blind can tell apart (Nuñez et al. 2018).
     """
     unit = weights / weights.max().clamp(min=1e-12)
-    grey = Image.fromarray((255 * unit).round().byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
-    heat = ImageOps.colorize(grey, black="#00224e", mid="#7d7c78", white="#fee838")
+    gray = Image.fromarray((255 * unit).round().byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
+    heat = ImageOps.colorize(gray, black="#00224e", mid="#7d7c78", white="#fee838")
     return Image.blend(picture.convert("L").convert("RGB"), heat, strength)
 
 
 def _read_seed(text: str) -> int:
     try:
-        given = int(text) if text.strip() else None
+        seed = int(text) if text.strip() else None
     except ValueError:
-        raise ValueError(f"seed {text[:40]!r} is no whole number; expected one from 0 on, or none at all") from None
-    return seeds(given, 1)[0]
+        raise ValueError(f"seed {text[:40]!r} is not a whole number; expected one from 0 on, or none") from None
+    return resolve_seeds(seed, 1)[0]
 
 
-def _notes(sd: StableDiffusion, wish: Wish, chunks: list[list[tuple[int, float]]]) -> list[str]:
-    """What `minisd generate` would warn of."""
-    unknown = unknown_words_warning(sd, [wish.prompt, wish.negative_prompt])
+def _notes(sd: StableDiffusion, job: Job, chunks: list[Chunk]) -> list[str]:
+    """The warnings of `minisd generate`."""
+    unknown = unknown_words_warning(sd, [job.prompt, job.negative_prompt])
     notes = [unknown.removeprefix("warning: ")] if unknown else []
     if len(chunks) > 1:
         count = sum(map(len, chunks))
-        notes.append(f"the prompt has {count} tokens: it is read in {len(chunks)} chunks of at most {ROOM}")
+        notes.append(f"the prompt has {count} tokens: it is read in {len(chunks)} chunks of at most {TOKENS_PER_CHUNK}")
     return notes
 
 
-def _file(picture: Image.Image, text: str) -> bytes:
+def _png(picture: Image.Image, job: Job, provenance: Provenance) -> bytes:
+    text, record = job.parameters(provenance), job.record(provenance)
     with TemporaryDirectory() as folder:
-        return save_png(picture, Path(folder) / "picture.png", text).read_bytes()
+        return save_png(picture, Path(folder) / "picture.png", text, record=record).read_bytes()

@@ -7,11 +7,12 @@ import os
 import socket
 import threading
 from importlib import metadata
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
-from minisd.features.distributed import say
+from minisd.app.options import Device, Precision
+from minisd.features.distributed import log
 
 
 def serve(
@@ -20,15 +21,13 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first there is]")] = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="[default: float16 on cuda, else float32]")
-    ] = None,
+    device: Device = None,
+    dtype: Precision = None,
     browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Play with prompts in the browser: the picture as it comes, and where the model looked for each word.
+    """Try prompts in the browser: see the picture step by step, and which part of it attends to a word.
 
-    Only this machine can open it, unless --host says otherwise. There is no password: whoever reaches it can use it.
+    Only this machine can open the page, unless --host says otherwise. There is no password.
 
     \b
     Examples:
@@ -41,48 +40,34 @@ def serve(
         raise OSError('minisd serve needs gradio, which is not installed; run: pip install "minisd[web]"') from None
     _check_free(host, port)
     if not _is_loopback(host):
-        say(f"warning: --host {host} lets anyone on the network use this page and this machine's time; "
-             "there is no password. Leave --host out to keep it to this machine")
+        log(
+            f"warning: --host {host} lets anyone on the network use this page and this machine's time; "
+            "there is no password. Leave --host out to keep it to this machine"
+        )
     import torch
 
-    from minisd.app.drawing import Means
+    from minisd.app.provenance import Provenance
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
     precision = None if dtype is None else getattr(torch, dtype)
     sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision)
-    means = Means.of(sd, model)
-    say(f"{means.model} on {sd.device} in {means.precision}")
-    from minisd.app.web import CSS, build, theme
+    provenance = Provenance.of(sd, model)
+    log(f"{provenance.model} on {sd.device} in {provenance.precision}")
+    from minisd.app.web import launch
 
-    settings: dict[str, Any] = {
-        "share": False,
-        "ssr_mode": False,
-        "pwa": False,
-        "mcp_server": False,
-        "run_history": False,
-        "enable_monitoring": False,
-        "footer_links": [],
-        "max_file_size": 1,  # byte: the page takes no files
-        "quiet": True,
-        "css": CSS,
-        "theme": theme(),
-    }
-    blocks, name = build(sd, means), f"[{host}]" if ":" in host else host
-    _, address, _ = blocks.launch(
-        server_name=name, server_port=port, inbrowser=browser, prevent_thread_lock=True, **settings
-    )
+    address, server = launch(sd, provenance, host, port, browser)
     print(address, flush=True)
-    say("Ctrl-C stops it")
+    log("Ctrl-C stops it")
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        say("stopped")
+        log("stopped")
     finally:
-        blocks.close(verbose=False)
+        server.close(verbose=False)
 
 
 def _check_free(host: str, port: int) -> None:
-    """Raise OSError where nothing can listen at this address, before a model is loaded."""
+    """Raise OSError if nothing can listen at this address, before a model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -11,21 +11,22 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from minisd.bench.compare import flops as step_and_decode
 from minisd.bench.worker import PROMPT
 from minisd.config import SD15, ModelConfig
 from minisd.evaluation.metrics import Z95
-from minisd.features.presets import find
+from minisd.features.deepcache import run_full, run_last
+from minisd.features.presets import find_preset
 from minisd.images import grid
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.unet import UNet
@@ -43,37 +44,45 @@ class Settings:
     steps: int = 20
 
     def __post_init__(self) -> None:
-        find(self.preset)
+        find_preset(self.preset)
         if min(self.pictures, self.batch, self.steps) < 1:
             raise ValueError(f"{self}; expected at least 1 of each")
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of the UNet: for how many rows, and the `layers` that it kept a feature of, or (reused) ran alone."""
+    """A call of the UNet, for how many rows: full, or (feature reuse) of its last layers alone."""
 
     rows: int
-    layers: int | None = None
-    reused: bool = False
+    full: bool
 
 
 def record(sd: StableDiffusion, draw: Callable[[], Sequence[Image.Image]]) -> tuple[list[Image.Image], list[Call]]:
-    """The pictures that a function draws, and the calls of the UNet in its course."""
-    calls = []
+    """The pictures that a function draws, and the calls of the UNet while it draws them."""
+    calls: list[Call] = []
 
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        latents, _, _, layers, feature = (*inputs, None, None)[:5]
-        calls.append(Call(len(latents), layers, feature is not None))
+    def begin(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls.append(Call(len(inputs[0]), full=False))
 
-    hook = sd.unet.register_forward_pre_hook(note)
+    def reach_middle(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls[-1] = replace(calls[-1], full=True)
+
+    hooks = [
+        sd.unet.conv_in.register_forward_pre_hook(begin),
+        sd.unet.mid_block.register_forward_pre_hook(reach_middle),
+    ]
     try:
         return list(draw()), calls
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
-def flops(config: ModelConfig, calls: Sequence[Call]) -> int:
-    """Floating-point operations of these calls at the model's own size, counted on shapes alone."""
+def flops(config: ModelConfig, calls: Sequence[Call], depth: int) -> int:
+    """Floating-point operations of these calls at the model's own size, counted on shapes alone.
+
+    depth: how many of the last layers a call that is not full runs.
+    """
     side = config.unet.sample_size
     with torch.device("meta"):
         unet, t = UNet(config.unet), torch.tensor(481.0)
@@ -82,18 +91,21 @@ def flops(config: ModelConfig, calls: Sequence[Call]) -> int:
         latents = torch.empty(call.rows, config.unet.in_channels, side, side, device="meta")
         context = torch.empty(call.rows, 77, config.unet.cross_attention_dim, device="meta")
         with torch.inference_mode():
-            feature = unet(latents, t, context, call.layers)[1] if call.reused else None
+            feature = None if call.full else run_full(unet, latents, t, context, depth)[1]
             with FlopCounterMode(display=False) as counter:
-                unet(latents, t, context, call.layers, feature)
+                if feature is None:
+                    unet(latents, t, context)
+                else:
+                    run_last(unet, latents, t, context, depth, feature)
         total += times * counter.get_total_flops()
     return total
 
 
-def work(config: ModelConfig, plain: Sequence[Call], fast: Sequence[Call]) -> dict[str, Any]:
+def work(config: ModelConfig, plain: Sequence[Call], fast: Sequence[Call], depth: int) -> dict[str, Any]:
     """What one picture takes, without and with the preset, and the ratios: of the UNet, and with the decoder."""
     size = config.unet.sample_size * config.autoencoder.downscale
     decode = step_and_decode(config, size)["decode"]
-    before, after = flops(config, plain), flops(config, fast)
+    before, after = flops(config, plain, depth), flops(config, fast, depth)
     return {
         "size": size,
         "unet_gflop": [round(count / 1e9, 2) for count in (before, after)],
@@ -114,11 +126,15 @@ def run(
     ways: tuple[dict[str, Any], ...] = ({"num_inference_steps": settings.steps}, {"preset": settings.preset})
     prompts = _prompts(settings, judged)
     calls, drawn, seconds = _in_turns(sd, ways, prompts, settings.batch if judged else 1, say)
+    _, depth = find_preset(settings.preset).settings.get("feature_reuse", (1, 1))
     report: dict[str, Any] = {
         "settings": asdict(settings),
-        "preset": find(settings.preset).describe(),
+        "preset": find_preset(settings.preset).describe(),
         "calls": [len(one) for one in calls],
-        "work": {"this model": work(sd.config, *calls), "Stable Diffusion 1.5": work(SD15, *calls)},
+        "work": {
+            "this model": work(sd.config, calls[0], calls[1], depth),
+            "Stable Diffusion 1.5": work(SD15, calls[0], calls[1], depth),
+        },
         "seconds": seconds,
         "psnr": _psnr(*drawn),
     }
@@ -164,7 +180,7 @@ def _in_turns(
             started = time.perf_counter()
             drawn, made = record(sd, draw)
             times[way].append((time.perf_counter() - started) / len(some))
-            calls[way] = [Call(one.rows // len(some), one.layers, one.reused) for one in made]
+            calls[way] = [replace(call, rows=call.rows // len(some)) for call in made]
             pixels[way] += [np.asarray(picture) for picture in drawn]
     ratios = [fast / plain for plain, fast in zip(*times, strict=True)]
     seconds = {

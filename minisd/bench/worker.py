@@ -30,12 +30,8 @@ class Library(Protocol):
         """The prompt and the empty one to contexts (2, 77, width), the empty one first."""
         ...
 
-    def keep(self, context: Tensor) -> Any:
-        """What is made of the context once for all steps of a run."""
-        ...
-
-    def step(self, latents: Tensor, context: Any) -> Tensor:
-        """One guided prediction: a batch of two through the UNet, and their combination. context: as kept."""
+    def step(self, latents: Tensor, context: Tensor) -> Tensor:
+        """One guided prediction: a batch of two through the UNet, and their combination."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -60,16 +56,9 @@ class Minisd:
     def text(self) -> Tensor:
         return self.sd.encode_text(["", PROMPT])
 
-    def keep(self, context: Tensor) -> Any:
-        return context, {}
-
     @torch.inference_mode()
-    def step(self, latents: Tensor, context: Any) -> Tensor:
-        from minisd.attention import keep_projections
-
-        words, projections = context
-        with keep_projections(projections):
-            return self.sd.predict(latents, TIMESTEP, words, GUIDANCE)
+    def step(self, latents: Tensor, context: Tensor) -> Tensor:
+        return self.sd.predict(latents, TIMESTEP, context, GUIDANCE)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.sd.decode_to_tensor(latents)
@@ -106,11 +95,8 @@ class Diffusers:
         plain, empty = self.pipe.encode_prompt(PROMPT, self.pipe.device, 1, True, "")
         return torch.cat([empty, plain])
 
-    def keep(self, context: Tensor) -> Any:
-        return context
-
     @torch.no_grad()
-    def step(self, latents: Tensor, context: Any) -> Tensor:
+    def step(self, latents: Tensor, context: Tensor) -> Tensor:
         both = torch.cat([latents, latents]).to(self.pipe.unet.dtype)
         empty, plain = self.pipe.unet(both, TIMESTEP, context, return_dict=False)[0].chunk(2)
         return empty + GUIDANCE * (plain - empty)
@@ -187,7 +173,7 @@ class Worker:
         self.library.load(folder, device, getattr(torch, dtype), compiled)
         self.context = self.library.text()
         if not compiled:
-            self.library.step(noise(64, device), self.library.keep(self.context))
+            self.library.step(noise(64, device), self.context)
             self._wait()
         return {"seconds": time.perf_counter() - started}
 
@@ -195,7 +181,7 @@ class Worker:
         return self._time(lambda: self.library.text())
 
     def step(self, size: int) -> dict[str, Any]:
-        latents, context = noise(size, self.device), self.library.keep(self.context)
+        latents, context = noise(size, self.device), self.context
         return self._time(lambda: self.library.step(latents, context))
 
     def decode(self, size: int) -> dict[str, Any]:
@@ -220,7 +206,7 @@ class Worker:
 
     def profile(self, what: str, size: int) -> dict[str, Any]:
         """Seconds of each operator, by its name in torch, in one step ("step") or one decoding ("decode")."""
-        latents, context = noise(size, self.device), self.library.keep(self.context)
+        latents, context = noise(size, self.device), self.context
         calls: dict[str, Callable[[], object]] = {
             "step": lambda: self.library.step(latents, context),
             "decode": lambda: self.library.decode(latents),

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from minisd.evaluation import memory, report
 from minisd.evaluation.attributes import ATTRIBUTES, GOALS, tally
 from minisd.evaluation.metrics import Share, psnr, retrieval, ssim
+from minisd.features.validate import check_float, check_int
 from minisd.images import to_images, to_pixels
 from minisd.io.atomic import save_atomically
-from minisd.pipeline.checks import real, whole
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.training.clip import CLIP
 from minisd.training.judge import Judge, Verdict
@@ -44,10 +44,10 @@ class Settings:
     mixture: Mixture = field(default_factory=lambda: Mixture(single=0.5, relation=0.3, count=0.2))
 
     def __post_init__(self) -> None:
-        whole("count", self.count, 1, 1_000_000)
-        whole("steps", self.steps, 1, 1000)
+        check_int("count", self.count, 1, 1_000_000)
+        check_int("steps", self.steps, 1, 1000)
         if self.guidance is not None:
-            real("guidance", self.guidance)
+            check_float("guidance", self.guidance)
 
     def scenes(self) -> list[Scene]:
         """The scenes whose captions are the prompts."""

@@ -1,4 +1,4 @@
-"""Several processes at once, as `torchrun` starts them: which one this is, and what they tell each other."""
+"""Several processes at once, as `torchrun` starts them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def say(text: str) -> None:
-    """Tell whoever started this process, on standard error: standard output is for the names of files."""
+def log(text: str) -> None:
+    """Print a line on standard error; standard output is for file names."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -22,14 +22,14 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many processes torchrun started, else 1."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def own_device(device: str | None) -> str | None:
-    """The device of this process: under torchrun each has a GPU of its own, unless the caller names one by number."""
-    if processes() == 1 or device not in (None, "cuda"):
+def local_device(device: str | None) -> str | None:
+    """The device of this process: under torchrun each has a GPU of its own, unless one is named by number."""
+    if world_size() == 1 or device not in (None, "cuda"):
         return device
     import torch
 
@@ -38,8 +38,8 @@ def own_device(device: str | None) -> str | None:
 
 @contextmanager
 def process_group(device: torch.device | None = None) -> Iterator[None]:
-    """Join the other processes of torchrun, if there are any: by nccl when they compute on CUDA, else by gloo."""
-    if processes() == 1:
+    """Join torchrun's other processes, if there are any: with nccl if they compute on CUDA, else with gloo."""
+    if world_size() == 1:
         yield
         return
     import torch
@@ -55,8 +55,8 @@ def process_group(device: torch.device | None = None) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def first_alone(action: Callable[[], None]) -> None:
-    """Run `action` in process 0, while the others wait. Where it fails there, the others end without a word."""
+def rank_zero_first(action: Callable[[], None]) -> None:
+    """Run `action` in process 0 while the others wait. If it fails there, the others exit silently."""
     failed = [False]
     if rank() == 0:
         try:
@@ -72,19 +72,19 @@ def first_alone(action: Callable[[], None]) -> None:
             raise SystemExit(1)
 
 
-def total(*numbers: int) -> list[int]:
+def sum_over_ranks(*numbers: int) -> list[int]:
     """The sums of the numbers over all processes, which wait for each other here."""
-    if processes() == 1:
+    if world_size() == 1:
         return list(numbers)
     import torch.distributed as dist
 
-    shares: list[Any] = [None] * processes()
+    shares: list[Any] = [None] * world_size()
     dist.all_gather_object(shares, numbers)
-    return [sum(each) for each in zip(*shares, strict=True)]
+    return [sum(values) for values in zip(*shares, strict=True)]
 
 
 def _broadcast(values: list[bool]) -> None:
-    if processes() > 1:
+    if world_size() > 1:
         import torch.distributed as dist
 
         dist.broadcast_object_list(values, 0)

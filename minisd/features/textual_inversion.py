@@ -13,6 +13,8 @@ from minisd.features.validate import check_strings
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import END_OF_WORD, Tokenizer, normalize
 
+TABLE = "text_model.embeddings.token_embedding.weight"  # the token vectors, in the state of a TextEncoder
+
 
 def add_token(tokenizer: Tokenizer, token: str, count: int = 1) -> Tokenizer:
     """Return a tokenizer that turns one more word into `count` new tokens, which take the next free ids.

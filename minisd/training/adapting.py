@@ -19,15 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minisd.features.prompts import ROOM, read
-from minisd.features.textual_inversion import add_token, add_word
-from minisd.images import from_pil, grid, read_picture
+from minisd.features.prompts import TOKENS_PER_CHUNK, read
+from minisd.features.textual_inversion import TABLE, add_token, add_word
+from minisd.features.validate import check_int, check_strings
+from minisd.images import from_pil, grid
 from minisd.io.adapter_files import INVERSION_FILES, LORA_FILES, save_lora
 from minisd.io.atomic import save_atomically
+from minisd.io.pictures import read_picture
 from minisd.lora import LoRA, LowRank, layers_of
-from minisd.pipeline.checks import texts, whole
 from minisd.pipeline.stable_diffusion import StableDiffusion
-from minisd.text_encoder import TABLE
 from minisd.training.loop import Shuffled, channels_last, generator
 
 EXAMPLES = Path(__file__).parent.parent / "assets" / "examples"
@@ -73,7 +73,7 @@ class Adapting:
         self.latents = torch.cat([sd.encode_image(image) for image in images.split(8)]).clone()
         self.sd, self.seed = sd, seed
         for prompt in prompts:  # a sheet that cannot be drawn would end the training with an error
-            texts("prompt", prompt)
+            check_strings("prompt", prompt)
             read(prompt, sd.tokenizer)
         self.prompts = list(prompts) or self.captions[:: max(len(self.captions) // 4, 1)][:4]
         self.order = Shuffled(len(self.captions), seed)
@@ -133,7 +133,7 @@ class LoRATask(Adapting):
         found = {
             name: layer for name, layer in layers_of({"unet": sd.unet}).items() if re.fullmatch(LAYERS[layers], name)
         }
-        whole("rank", rank, 1, max(min(len(layer.weight), layer.weight[0].numel()) for layer in found.values()))
+        check_int("rank", rank, 1, max(min(len(layer.weight), layer.weight[0].numel()) for layer in found.values()))
         self.model: LoRA = LoRA({name: LowRank(layer, rank) for name, layer in found.items()}).to(sd.device)
         self.model.attach(found)
         with torch.no_grad():
@@ -186,7 +186,7 @@ class InversionTask(Adapting):
     ) -> None:
         super().__init__(sd, folder, seed, prompts)
         self.token, self.word = token, word
-        whole("vectors", vectors, 1, ROOM)
+        check_int("vectors", vectors, 1, TOKENS_PER_CHUNK)
         if not word.strip():
             raise ValueError(f"word={word!r}; expected a word of the captions, for which {token!r} is to stand")
         if lacking := [caption for caption in self.captions if self.renamed(caption) == caption]:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from minisd.blocks import Downsample, ResBlock
 from minisd.config import TextEncoderConfig
-from minisd.features.distributed import processes
+from minisd.features.distributed import world_size
+from minisd.features.textual_inversion import TABLE
 from minisd.io.atomic import save_atomically
 from minisd.io.configs import read_config, to_dict
-from minisd.text_encoder import TABLE, TextEncoder
+from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes
@@ -194,7 +195,7 @@ class CLIPTask:
         images = torch.where(flip[local].bool()[:, None, None, None], images.flip(-1), images)
         image = self.model.encode_image(images.contiguous(memory_format=torch.channels_last))
         text, lies = self.model.encode_text(torch.cat([rows[local], lie_rows[local]])).chunk(2)
-        if processes() > 1:
+        if world_size() > 1:
             text, image, lies = (torch.cat(dist.all_gather(x.contiguous())) for x in (text, image, lies))
         scale = self.model.logit_scale.clamp(max=4.6052).exp()
         loss, accuracy = contrastive_loss(text, image, scale, rows, lies, lie_rows)

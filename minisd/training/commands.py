@@ -246,12 +246,12 @@ def sheet(
     seeds: Annotated[int, typer.Option(min=1, help="How many pictures of each prompt, from seed 0 on.")] = 4,
 ) -> None:
     """Draw the sixteen fixed prompts with the first seeds, as one picture: the contact sheet of the README."""
+    from minisd.features.validate import check_writable
     from minisd.images import grid
-    from minisd.pipeline.checks import writable
     from minisd.pipeline.stable_diffusion import StableDiffusion
     from minisd.training.unet import PROMPTS
 
-    writable(output.parent)
+    check_writable(output.parent)
     if output.suffix.lower() not in (".png", ".webp", ".jpg"):
         raise typer.BadParameter(f"{output} is no picture's name; end it in .png, .webp or .jpg")
     sd = StableDiffusion.from_pretrained(model)
@@ -317,11 +317,11 @@ def _train(task: Any, output: Path, **choices: Any) -> None:
 
 def _command() -> str:
     """What was typed: `minisd train …`, or this module under torchrun."""
-    from minisd.features.distributed import processes
+    from minisd.features.distributed import world_size
 
     words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
-    together = f"torchrun --nproc-per-node {processes()} -m minisd.training.commands"
-    return " ".join(["minisd train" if processes() == 1 else together, *words])
+    together = f"torchrun --nproc-per-node {world_size()} -m minisd.training.commands"
+    return " ".join(["minisd train" if world_size() == 1 else together, *words])
 
 
 if __name__ == "__main__":

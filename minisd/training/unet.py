@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import ModelConfig
-from minisd.features.distributed import processes, rank
+from minisd.features.distributed import rank, world_size
+from minisd.features.validate import check_writable
 from minisd.images import grid
 from minisd.io.atomic import save_atomically
 from minisd.io.configs import to_dict
 from minisd.io.diffusers_folder import Defaults
-from minisd.pipeline.checks import writable
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import Sampler
 from minisd.schedule import Schedule
@@ -64,16 +64,16 @@ def cache_latents(autoencoder: Autoencoder, scenes: Scenes, path: Path, batch: i
 
     Under torchrun each process encodes its share of the scenes, and the first one writes the file.
     """
-    writable(path.parent)
+    check_writable(path.parent)
     autoencoder = channels_last(autoencoder.eval())
-    share = torch.arange(len(scenes)).tensor_split(processes())[rank()]
+    share = torch.arange(len(scenes)).tensor_split(world_size())[rank()]
     parts = [
         autoencoder.encode(scenes.images(indices.tolist()).contiguous(memory_format=torch.channels_last)).mean
         for indices in tqdm(share.split(batch), unit="batch", mininterval=10, disable=rank() > 0)
     ]
     latents = torch.cat(parts) * autoencoder.config.scaling_factor
-    shares: list[Any] = [None] * processes()
-    if processes() > 1:
+    shares: list[Any] = [None] * world_size()
+    if world_size() > 1:
         dist.gather_object(latents, shares if rank() == 0 else None)
     else:
         shares = [latents]

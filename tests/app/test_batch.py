@@ -22,14 +22,15 @@ import torch
 from PIL import Image
 
 from minisd import Sampler, StableDiffusion
-from minisd.app import batch
-from minisd.app.batch import Line, make_plan, read_prompts, read_seeds, settle
-from minisd.app.drawing import Means
+from minisd.app.jobs import batches
+from minisd.app.manifest import read_manifest, write_manifest
 from minisd.app.metadata import parse_parameters, read_parameters
+from minisd.app.prompts_file import Prompt, plan_jobs, read_prompts
+from minisd.app.provenance import Provenance
 from minisd.io.diffusers_folder import Defaults
 
 KILLS = int(os.environ.get("MINISD_KILLS", "3"))
-MEANS = Means("small", "float32", "cpu", "epsilon", "0123456789")
+PROVENANCE = Provenance("small", "float32", "cpu", "epsilon", "0123456789")
 PROMPTS = [
     {"prompt": "red fox", "seed": 1},
     {"prompt": "snow", "seed": 2, "negative_prompt": "fox"},
@@ -191,7 +192,7 @@ def test_drawn_seeds_are_kept(run: Run) -> None:
         ({"seed": 9}, [], ["line 1", "seed is 1", "and now 9"]),
         ({"guidance_scale": 4.5}, [], ["guidance_scale is 4.0", "4.5"]),
         ({"name": "fox"}, [], ["file is '0001-red-fox.png'"]),
-        ({"images": 2}, [], ["for 7 pictures, this is for 8"]),
+        ({"images": 2}, [], ["for 7 pictures, not for 8"]),
         ({}, ["--batch", "3"], ["batch_size is 2, and now 3"]),
         ({}, ["--steps", "2"], ["num_inference_steps is 3, and now 2"]),
         ({}, ["--dtype", "bfloat16"], ["precision is 'float32', and now 'bfloat16'"]),
@@ -245,12 +246,12 @@ def test_pictures_of_somebody_else_are_left_alone(run: Run) -> None:
     ("line", "words"),
     [
         ('{"prompt": "fox"', ["not JSON", '{"prompt": "a fox"}']),
-        ('["fox"]', ["no object"]),
+        ('["fox"]', ["not an object"]),
         ('{"negative_prompt": "fox"}', ["has no prompt"]),
         ('{"prompt": 5}', ["prompt is 5", "a string"]),
         ('{"prompt": null}', ["prompt is null", "a string"]),
         ('{"prompt": "fox", "prompt": "snow"}', ["twice"]),
-        ('{"prompt": "fox", "steps": 5}', ["'steps' is not known", "num_inference_steps"]),
+        ('{"prompt": "fox", "steps": 5}', ["'steps' is not a setting", "num_inference_steps"]),
         ('{"prompt": "fox", "seed": "5"}', ['seed is "5"', "a whole number"]),
         ('{"prompt": "fox", "seed": 5.0}', ["seed is 5.0", "a whole number"]),
         ('{"prompt": "fox", "seed": true}', ["seed is true", "a whole number"]),
@@ -262,13 +263,13 @@ def test_pictures_of_somebody_else_are_left_alone(run: Run) -> None:
         (f'{{"prompt": "fox", "guidance_scale": 1{"0" * 400}}}', ["finite number"]),
         ('{"prompt": "fox", "num_inference_steps": 0}', ["num_inference_steps=0", "from 1 to 1000"]),
         ('{"prompt": "fox", "sampler": "magic"}', ["'magic'", "dpmpp_2m"]),
-        ('{"prompt": "fox", "sampler": "ddim", "karras": true}', ["'ddim' has no Karras"]),
+        ('{"prompt": "fox", "sampler": "ddim", "karras": true}', ["'ddim' takes no karras"]),
         ('{"prompt": "fox", "spacing": "odd"}', ["'odd'", "trailing"]),
         ('{"prompt": "fox", "width": 30}', ["width=30", "multiple of 8"]),
         ('{"prompt": "fox", "clip_skip": 2}', ["clip_skip=2"]),
         ('{"prompt": "fox", "guidance_rescale": 2}', ["guidance_rescale=2"]),
         ('{"prompt": "fox", "images": 0}', ["images is 0", "1 or more"]),
-        ('{"prompt": "fox", "name": "same"}', ["same.png", "line 1", "name it anew"]),
+        ('{"prompt": "fox", "name": "same"}', ["same.png", "line 1", "another name"]),
         ('{"prompt": "fox", "name": "SAME.png"}', ["SAME.png", "line 1"]),
         ('{"prompt": "fox", "name": "../fox"}', ["name is '../fox'", "no path"]),
         ('{"prompt": "fox", "name": "/fox"}', ["name is '/fox'"]),
@@ -280,8 +281,8 @@ def test_pictures_of_somebody_else_are_left_alone(run: Run) -> None:
         ('{"prompt": "fox", "name": "fox\\n"}', ["name is"]),
         ('{"prompt": "fox", "name": "nul"}', ["name is 'nul'"]),
         (f'{{"prompt": "fox", "name": "{"狐" * 70}"}}', ["at most 200"]),
-        ('{"prompt": "fox\\ud800"}', ["no text"]),
-        ('{"prompt": "fox\\u0000"}', ["no text"]),
+        ('{"prompt": "fox\\ud800"}', ["not text"]),
+        ('{"prompt": "fox\\u0000"}', ["not text"]),
         ("[" * 100000, ["not JSON"]),
         (f'{{"prompt": "{"fox " * 10_000}"}}', ["10000 tokens", "at most 8"]),
         ('{"prompt": "fox", "negative_prompt": "(red:99)"}', ["weight 99"]),
@@ -302,7 +303,7 @@ def test_a_bad_line_is_named_before_anything_is_drawn(
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("prompts.csv", b"fox", ["prompts.csv is no .txt file"]),
+        ("prompts.csv", b"fox", ["prompts.csv is neither a .txt file"]),
         ("prompts.txt", b"\n# fox\n", ["has no prompt"]),
         ("prompts.txt", b"fox\nsn\xf6w\n", ["prompts.txt, line 2 is not UTF-8"]),
         ("prompts.txt", "fox\n".encode("utf-16"), ["line 1 is not UTF-8", "save the file as UTF-8"]),
@@ -371,20 +372,20 @@ def test_a_failed_write_keeps_what_is_finished(
 def test_a_hundred_thousand_lines(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     write(path, [{"prompt": f"fox {i}\u2028{i}"} for i in range(100_000)])
-    plan = make_plan(read_prompts(path), {}, 4, Defaults(), 32)
+    plan = plan_jobs(read_prompts(path), {}, 4, Defaults(), 32)
     assert len(plan) == 100_000 and plan[-1].file == "100000-fox-99999-99999.png"
     plan = plan[:10_000]
-    settle(plan, MEANS, tmp_path / "out", overwrite=False)
-    seeds = [one.seed for one in read_seeds(plan, MEANS, tmp_path / "out")]
+    write_manifest(plan, PROVENANCE, tmp_path / "out", overwrite=False)
+    seeds = [one.seed for one in read_manifest(plan, PROVENANCE, tmp_path / "out")]
     assert seeds == [json.loads(line)["seed"] for line in (tmp_path / "out/manifest.jsonl").open(encoding="utf-8")]
     assert len(set(seeds)) > 9_990
 
 
 def test_batches_are_neighbours_of_equal_settings() -> None:
     steps = [1, 1, 1, 2, 1, 1, 1, 1, 1]
-    lines = [Line("", {"prompt": str(at), "num_inference_steps": n, "seed": at}) for at, n in enumerate(steps)]
-    plan = make_plan(lines, {}, 3, Defaults(), 32)
-    assert [[one.seed for one in some] for some in batch.batches(plan)] == [[0, 1, 2], [3], [4, 5, 6], [7, 8]]
+    lines = [Prompt("", {"prompt": str(at), "num_inference_steps": n, "seed": at}) for at, n in enumerate(steps)]
+    plan = plan_jobs(lines, {}, 3, Defaults(), 32)
+    assert [[one.seed for one in some] for some in batches(plan)] == [[0, 1, 2], [3], [4, 5, 6], [7, 8]]
 
 
 # Processes that are killed, and several of them

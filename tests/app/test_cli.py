@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import struct
@@ -11,7 +12,6 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,19 +22,19 @@ from safetensors.torch import load_file
 
 from minisd import StableDiffusion, __version__
 from minisd.app import cli
-from minisd.app.metadata import Parameters, parameters_text, parse_parameters, read_parameters, sampler_label, save_png
-from minisd.samplers import SAMPLERS
+from minisd.app.metadata import Parameters, parameters_text, parse_parameters, read_parameters, save_png
 from minisd.unet import UNet
 
 
-def chunks(path: Path) -> dict[bytes, bytes]:
+def chunks(path: Path) -> dict[bytes, list[bytes]]:
     """The chunks of a PNG file, by the specification: length, type, data, checksum."""
     data, at, found = path.read_bytes(), 8, {}
     while at < len(data):
         length, kind = struct.unpack(">I4s", data[at : at + 8])
         body, (crc,) = data[at + 8 : at + 8 + length], struct.unpack(">I", data[at + 8 + length : at + 12 + length])
         assert zlib.crc32(kind + body) == crc
-        found[kind], at = body, at + 12 + length
+        found.setdefault(kind, []).append(body)
+        at += 12 + length
     return found
 
 
@@ -48,7 +48,7 @@ def test_generate_draws_what_python_draws(run, small_model):
         "red fox", seed=7, num_inference_steps=2, guidance_scale=3.0, sampler="ddim"
     )
     assert np.array_equal(np.asarray(Image.open("red-fox-7.png")), np.asarray(expected))
-    for fact in (str(small_model), "cpu", "float32", "seed 7", "2 steps of ddim"):
+    for fact in (str(small_model), "cpu", "float32", "seed 7", "2 steps of DDIM"):
         assert fact in err
 
 
@@ -173,7 +173,13 @@ def test_the_png_carries_the_communitys_parameters(run, small_model):
         f"Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 4, Seed: 7, Size: 32x32, Model: {small_model.name}, "
         f"Weights: {weights_by_hand(small_model)}, Prediction type: v_prediction, Version: minisd {__version__}"
     )
-    assert chunks(Path("fox.png"))[b"tEXt"] == b"parameters\0" + text.encode("latin-1")
+    written, record = chunks(Path("fox.png"))[b"tEXt"]
+    assert written == b"parameters\0" + text.encode("latin-1")
+    assert record.startswith(b"minisd\0")
+    expected = {"format": 1, "prompt": "red fox", "negative_prompt": "snow", "seed": 7, "num_inference_steps": 2}
+    expected |= {"sampler": "dpmpp_2m", "karras": True, "guidance_scale": 4.0, "width": 32, "height": 32}
+    expected |= {"weights": weights_by_hand(small_model), "device": "cpu", "precision": "float32", "version": __version__}
+    assert expected.items() <= json.loads(record.removeprefix(b"minisd\0")).items()
     assert run("info", "fox.png", "--raw") == (0, text.splitlines(), "")
     assert run("info", "fox.png")[1][:4] == [
         "Prompt           red fox",
@@ -186,7 +192,7 @@ def test_the_png_carries_the_communitys_parameters(run, small_model):
 def test_a_prompt_beyond_latin_is_stored_as_utf8(run):
     _, lines, _ = run("generate", "狐 in the snow", "--seed", "1")
     assert lines == ["狐-in-the-snow-1.png"]
-    assert chunks(Path(lines[0]))[b"iTXt"].startswith(b"parameters\0\0\0\0\0" + "狐 in".encode())
+    assert chunks(Path(lines[0]))[b"iTXt"][0].startswith(b"parameters\0\0\0\0\0" + "狐 in".encode())
     assert run("info", lines[0])[1][0].split(maxsplit=1) == ["Prompt", "狐 in the snow"]
 
 
@@ -223,13 +229,6 @@ def test_parameters_survive_the_round_trip(prompt, negative, model):
     assert {key: value.strip() for key, value in parsed.settings.items()} == expected.settings
 
 
-def test_every_sampler_can_be_chosen_and_has_a_community_name():
-    assert get_args(cli.SamplerName) == tuple(SAMPLERS)
-    labels = [sampler_label(name) for name in SAMPLERS]
-    assert labels == ["DDPM", "DDIM", "PLMS", "Euler", "Euler a", "Heun", "DPM++ 2M", "LCM"]
-    assert sampler_label("euler", karras=True) == "Euler Karras"
-
-
 # What is refused
 
 
@@ -248,7 +247,7 @@ def test_every_sampler_can_be_chosen_and_has_a_community_name():
         (["generate", "fox", "--images", "0"], 2, ["--images"]),
         (["generate", "fox", "--sampler", "magic"], 2, ["'magic'", "dpmpp_2m"]),
         (["generate", "fox", "--spacing", "odd"], 2, ["'odd'", "trailing"]),
-        (["generate", "fox", "--sampler", "ddim", "--karras"], 2, ["'ddim' has no Karras", "euler"]),
+        (["generate", "fox", "--sampler", "ddim", "--karras"], 2, ["'ddim' takes no karras", "euler"]),
         (["generate", "fox", "--dtype", "int8"], 2, ["'int8'", "float16"]),
         (["generate", "fox", "--device", "toaster"], 2, ["--device toaster", "take cpu"]),
         (["generate", "fox", "--output", "fox.jpg"], 2, ["fox.jpg", ".png"]),
@@ -378,7 +377,7 @@ def test_save_png_leaves_nothing_when_writing_fails(tmp_path, monkeypatch):
 def test_help_shows_examples_and_every_option(run):
     code, lines, _ = run("generate", "--help", model=None)
     text = "\n".join(lines)
-    assert code == 0 and 'minisd generate "a fox in the snow"' in text
+    assert code == 0 and 'minisd generate "a castle at night"' in text
     for option in ("--seed", "--images", "--grid", "--steps", "--guidance", "--sampler", "--width", "--negative",
                    "--model", "--device", "--dtype"):
         assert option in text

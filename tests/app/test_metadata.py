@@ -293,4 +293,4 @@ def test_info_prints_a_table(run: Run) -> None:
 
 def test_a_sampler_that_is_not_known_is_called_so() -> None:
     lines = describe(parse_parameters("a\nSteps: 5, Sampler: DPM++ SDE Karras, Seed: 1")).splitlines()
-    assert lines == ["Prompt   a", "Steps    5", "Sampler  DPM++ SDE Karras  (not known here)", "Seed     1"]
+    assert lines == ["Prompt   a", "Steps    5", "Sampler  DPM++ SDE Karras  (unknown here)", "Seed     1"]

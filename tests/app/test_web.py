@@ -28,11 +28,11 @@ from PIL import Image
 
 from minisd import StableDiffusion, record_attention
 from minisd.app import cli
-from minisd.app.drawing import Means
 from minisd.app.metadata import parse_parameters
-from minisd.app.playground import Drawn, Preview, Wish, draw, overlay
-from minisd.app.web import Page, Session
-from minisd.features.wordmaps import Word, WordMaps, split
+from minisd.app.playground import Preview, Request, Result, draw, overlay
+from minisd.app.provenance import Provenance
+from minisd.app.web import SHOWN, Page, Session
+from minisd.features.attention_maps import Word, WordMaps, split_words
 
 PROMPT = "a red car on the beach"
 
@@ -47,9 +47,21 @@ def small(small_model: Path) -> StableDiffusion:
     return StableDiffusion.from_pretrained(small_model, device="cpu")
 
 
-def finish(sd: StableDiffusion, wish: Wish, model: str | None = None) -> Drawn:
-    *_, last = draw(sd, Means.of(sd, model), wish)
-    assert isinstance(last, Drawn)
+def ask(
+    prompt: str,
+    negative_prompt: str = "",
+    seed: str = "",
+    steps: float | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+) -> Request:
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+    return Request(prompt, negative_prompt, seed, settings)
+
+
+def finish(sd: StableDiffusion, request: Request, model: str | None = None) -> Result:
+    *_, last = draw(sd, Provenance.of(sd, model), request)
+    assert isinstance(last, Result)
     return last
 
 
@@ -57,52 +69,52 @@ def finish(sd: StableDiffusion, wish: Wish, model: str | None = None) -> Drawn:
 
 
 def test_previews_and_picture_are_those_of_denoise(sd: StableDiffusion) -> None:
-    *previews, last = draw(sd, Means.of(sd, None), Wish(PROMPT, "snow", "7", 6, 5.0, "heun"))
+    *previews, last = draw(sd, Provenance.of(sd, None), ask(PROMPT, "snow", "7", 6, 5.0, "heun"))
     steps = list(sd.denoise(PROMPT, negative_prompt="snow", seed=7, num_inference_steps=6, guidance_scale=5.0,
                             sampler="heun"))
     assert len(previews) == len(steps) == 11
     for number, (preview, step) in enumerate(zip(previews, steps, strict=True), 1):
-        assert isinstance(preview, Preview) and (preview.call, preview.calls) == (number, 11)
+        assert isinstance(preview, Preview) and (preview.call, preview.num_calls) == (number, 11)
         assert preview.picture.tobytes() == sd.preview(step.x0)[0].tobytes()
-    assert isinstance(last, Drawn) and last.picture.tobytes() == sd.decode(steps[-1].latents)[0].tobytes()
+    assert isinstance(last, Result) and last.picture.tobytes() == sd.decode(steps[-1].latents)[0].tobytes()
 
 
 @pytest.mark.parametrize(
-    "wish, options",
+    "wanted, options",
     [
-        (Wish("red fox", seed="3"), ["--seed", "3"]),
-        (Wish("a (fox:1.3), snow", "red", "9223372036854775807", 2, 7.5, "euler_a"),
+        (ask("red fox", seed="3"), ["--seed", "3"]),
+        (ask("a (fox:1.3), snow", "red", "9223372036854775807", 2, 7.5, "euler_a"),
          ["--negative", "red", "--seed", "9223372036854775807", "--steps", "2", "--guidance", "7.5", "--sampler",
           "euler_a"]),
-        (Wish("fox " * 100, seed=" 0 ", guidance=1), ["--seed", "0", "--guidance", "1"]),
+        (ask("fox " * 100, seed=" 0 ", guidance=1), ["--seed", "0", "--guidance", "1"]),
     ],
 )  # fmt: skip
-def test_the_file_is_the_one_that_generate_writes(run: Any, small: Any, small_model: Path, wish: Wish, options: Any):
-    code, lines, err = run("generate", wish.prompt, *options)
+def test_the_file_is_the_one_that_generate_writes(run: Any, small: Any, small_model: Path, wanted: Request, options: Any):
+    code, lines, err = run("generate", wanted.prompt, *options)
     assert code == 0, err
     (path,) = map(Path, lines)
-    drawn = finish(small, wish, str(small_model))
+    drawn = finish(small, wanted, str(small_model))
     assert drawn.name == path.name
     assert drawn.file == path.read_bytes()
 
 
 def test_a_seed_of_its_own_draws_the_picture_again(small: StableDiffusion) -> None:
-    first, other = finish(small, Wish("fox")), finish(small, Wish("fox"))
+    first, other = finish(small, ask("fox")), finish(small, ask("fox"))
     assert first.seed != other.seed
-    assert finish(small, Wish("fox", seed=str(first.seed))).file == first.file
+    assert finish(small, ask("fox", seed=str(first.seed))).file == first.file
 
 
 def test_drawings_that_take_turns_between_threads_are_those_drawn_alone(sd: StableDiffusion) -> None:
-    wishes = [Wish(PROMPT, seed="1", steps=4), Wish("a cat in space", "night", "2", 4, 7.0, "ddim")]
-    running = [draw(sd, Means.of(sd, None), wish) for wish in wishes]
+    requests = [ask(PROMPT, seed="1", steps=4), ask("a cat in space", "night", "2", 4, 7.0, "ddim")]
+    running = [draw(sd, Provenance.of(sd, None), request) for request in requests]
     with ThreadPoolExecutor(3) as threads:
         for _ in range(4):
             for steps in running:
                 assert isinstance(threads.submit(next, steps).result(), Preview)
         together = list(threads.map(next, running))
-    for wish, drawn in zip(wishes, together, strict=True):
-        alone = finish(sd, wish)
-        assert isinstance(drawn, Drawn) and drawn.file == alone.file
+    for request, drawn in zip(requests, together, strict=True):
+        alone = finish(sd, request)
+        assert isinstance(drawn, Result) and drawn.file == alone.file
         for word in alone.words:
             assert torch.equal(drawn.maps.of(word), alone.maps.of(word))
 
@@ -133,7 +145,7 @@ def maps_by_hand(sd: StableDiffusion, size: tuple[int, int], **choices: Any) -> 
 
 
 def test_word_maps_are_the_mean_of_what_is_recorded(sd: StableDiffusion) -> None:
-    drawn = finish(sd, Wish(PROMPT, "snow", "7", 3, 5.0))
+    drawn = finish(sd, ask(PROMPT, "snow", "7", 3, 5.0))
     choices = {"negative_prompt": "snow", "seed": 7, "num_inference_steps": 3, "guidance_scale": 5.0}
     mine = maps_by_hand(sd, (16, 16), prompt=PROMPT, **choices)
     assert [word.text for word in drawn.words] == PROMPT.split()
@@ -161,23 +173,23 @@ def test_word_maps_need_a_call(sd: StableDiffusion) -> None:
 
 
 def test_words_are_cut_as_the_tokenizer_cuts_them(sd: StableDiffusion) -> None:
-    words = split("A (red:1.3) Fox, [un-believable] zzyzxq!", sd.tokenizer)
+    words = split_words("A (red:1.3) Fox, [un-believable] zzyzxq!", sd.tokenizer)
     ids = sd.tokenizer("A red Fox, un-believable zzyzxq!")[0]  # start, then the words
     assert [word.text for word in words] == ["a", "red", "fox", "un", "believable", "zzyzxq"]
     for word in words:
         assert sd.tokenizer.decode(ids[list(word.rows)]) == word.text
     assert len(words[-1].rows) > 1 and words[3].rows == (5,)  # a comma stands at 4
-    assert split(", ! --", sd.tokenizer) == []
+    assert split_words(", ! --", sd.tokenizer) == []
 
 
 def test_words_of_the_second_chunk_stand_after_its_start(sd: StableDiffusion) -> None:
-    words = split("fox " * 76 + "(snow:1.1)", sd.tokenizer)
+    words = split_words("fox " * 76 + "(snow:1.1)", sd.tokenizer)
     assert [word.rows for word in words[74:]] == [(75,), (78,), (79,)]
 
 
 def test_guidance_zero_reads_no_words(small: StableDiffusion) -> None:
-    assert finish(small, Wish("red fox", guidance=0)).words == []
-    assert len(finish(small, Wish("red fox", guidance=1)).words) == 2
+    assert finish(small, ask("red fox", guidance=0)).words == []
+    assert len(finish(small, ask("red fox", guidance=1)).words) == 2
 
 
 def test_overlay_is_dark_where_the_word_is_not_and_bright_where_it_is() -> None:
@@ -192,45 +204,45 @@ def test_overlay_is_dark_where_the_word_is_not_and_bright_where_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "wish, message",
+    "wanted, message",
     [
-        (Wish("  "), "the prompt is empty"),
-        (Wish("a (fox:99)"), "expected a number from -10 to 10"),
-        (Wish("fox " * 700), "expected at most 8"),
-        (Wish("fox", seed="seven"), "seed 'seven' is no whole number"),
-        (Wish("fox", seed="1.5"), "seed '1.5' is no whole number"),
-        (Wish("fox", seed="-1"), "-1"),
-        (Wish("fox", seed=str(2**63)), str(2**63)),
-        (Wish("fox", steps=0), "steps=0; expected a whole number from 1 to 1000"),
-        (Wish("fox", steps=2.5), "steps"),
-        (Wish("fox", guidance=float("nan")), "guidance"),
-        (Wish("fox", sampler="magic"), "magic"),
+        (ask("  "), "the prompt is empty"),
+        (ask("a (fox:99)"), "expected a number from -10 to 10"),
+        (ask("fox " * 700), "expected at most 8"),
+        (ask("fox", seed="seven"), "seed 'seven' is not a whole number"),
+        (ask("fox", seed="1.5"), "seed '1.5' is not a whole number"),
+        (ask("fox", seed="-1"), "-1"),
+        (ask("fox", seed=str(2**63)), str(2**63)),
+        (ask("fox", steps=0), "steps=0; expected a whole number from 1 to 1000"),
+        (ask("fox", steps=2.5), "steps"),
+        (ask("fox", guidance=float("nan")), "guidance"),
+        (ask("fox", sampler="magic"), "magic"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_drawn_is_said_on_the_page(small: StableDiffusion, wish: Wish, message: str) -> None:
-    page, session = Page(small, Means.of(small, None)), Session()
+def test_what_cannot_be_drawn_is_said_on_the_page(small: StableDiffusion, wanted: Request, message: str) -> None:
+    page, session = Page(small, Provenance.of(small, None)), Session()
     run, *_ = page.begin(session)
     (only,) = page.draw(
-        session, run, wish.prompt, wish.negative_prompt, wish.seed, wish.steps, wish.guidance, wish.sampler
+        session, run, wanted.prompt, wanted.negative_prompt, wanted.seed, *map(wanted.settings.get, SHOWN)
     )
     alert = re.search(r'role="alert">(.+?)</div>', only[1])
     assert alert and message in alert[1].replace("&#x27;", "'")
-    assert "num_inference_steps" not in only[1] and session.drawn is None
+    assert "num_inference_steps" not in only[1] and session.result is None
 
 
 def test_unknown_words_and_long_prompts_are_notes(small: StableDiffusion) -> None:
-    drawn = finish(small, Wish("zebra " + "snow " * 75, "blurry"))
+    drawn = finish(small, ask("zebra " + "snow " * 75, "blurry"))
     assert 'never learned "zebra", "blurry"' in drawn.notes[0] and "2 chunks" in drawn.notes[1]
-    assert finish(small, Wish("red fox")).notes == []
+    assert finish(small, ask("red fox")).notes == []
 
 
 def test_text_of_a_prompt_is_no_html(small: StableDiffusion) -> None:
-    page, session = Page(small, Means.of(small, None)), Session()
+    page, session = Page(small, Provenance.of(small, None)), Session()
     run, *_ = page.begin(session)
     hostile = '<b onclick="x">fox" \'<&amp;'
-    frames = list(page.draw(session, run, hostile, '<b>"', "1", 1, None, ""))
-    assert session.drawn
-    looks = [page.look(session, place) for place in range(len(session.drawn.words))]
+    frames = list(page.draw(session, run, hostile, '<b>"', "1", *page_values(1)))
+    assert session.result
+    looks = [page.look(session, place) for place in range(len(session.result.words))]
     views = [*frames[0][:2], *frames[-1][:2], *(html for look in looks for html in look)]
     found = Elements()
     for html in views:
@@ -258,26 +270,31 @@ class Elements(HTMLParser):
 # Runs of a session
 
 
+def page_values(steps: int) -> list[Any]:
+    """What the page sends of its settings: "" for a menu that leaves the choice to the model."""
+    return [{"num_inference_steps": steps, "sampler": ""}.get(name) for name in SHOWN]
+
+
 def draws(page: Page, session: Session, run: int, steps: int = 5) -> Iterator[tuple[Any, ...]]:
-    return page.draw(session, run, "fox", "", "1", steps, None, "")
+    return page.draw(session, run, "fox", "", "1", *page_values(steps))
 
 
 def test_a_new_run_stops_the_one_before_of_its_own_page_only(small: StableDiffusion) -> None:
-    page, mine, other = Page(small, Means.of(small, None)), Session(), Session()
+    page, mine, other = Page(small, Provenance.of(small, None)), Session(), Session()
     first, beside = draws(page, mine, page.begin(mine)[0]), draws(page, other, page.begin(other)[0])
     assert "Step 1 of 5" in next(first)[1] and "Step 1 of 5" in next(beside)[1]
     second = draws(page, mine, page.begin(mine)[0], steps=2)
     assert ["Stopped after step 2 of 5" in frame[1] for frame in first] == [True]
     assert len(list(second)) == 3 and len(list(beside)) == 5
-    assert mine.drawn and other.drawn and (mine.drawn.calls, other.drawn.calls) == (2, 5)
+    assert mine.result and other.result and (mine.result.num_calls, other.result.num_calls) == (2, 5)
 
 
 def test_a_run_stopped_while_it_waits_never_begins(small: StableDiffusion) -> None:
-    page, session = Page(small, Means.of(small, None)), Session()
+    page, session = Page(small, Provenance.of(small, None)), Session()
     waiting = draws(page, session, page.begin(session)[0])
     page.stop(session)
     assert ["before it began" in frame[1] for frame in waiting] == [True]
-    assert session.drawn is None
+    assert session.result is None
 
 
 # The command

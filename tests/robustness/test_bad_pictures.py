@@ -17,7 +17,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 
 from minisd.app.metadata import read_parameters
-from minisd.images import read_picture
+from minisd.io.pictures import read_picture
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -5,7 +5,7 @@ of the scenes. It is never in the snow and never under the sea, so that prompts 
 
     npm install --prefix /tmp/npm @iconify-json/fluent-emoji@1.2.7
     pip install resvg-py
-    python -m minisd.training.build_examples /tmp/npm/node_modules/@iconify-json/fluent-emoji/icons.json
+    python tools/build_examples.py /tmp/npm/node_modules/@iconify-json/fluent-emoji/icons.json
 """
 
 import argparse
@@ -14,13 +14,13 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from build_atlas import rasterise
 from PIL import Image, ImageOps
 
 from minisd.training.backgrounds import HORIZON, PLAIN, SIZE, background, disc
-from minisd.training.build_atlas import rasterise
 from minisd.training.captions import PLACE_PHRASES, TIME_PHRASES, article
 
-EXAMPLES = Path(__file__).parent.parent / "assets" / "examples"
+EXAMPLES = Path(__file__).parents[1] / "minisd/assets/examples"
 NOUN = "unicorn"
 LAND = ("meadow", "desert", "beach", "mountains")
 TIMES = ("day", "sunset", "night")

@@ -1,4 +1,4 @@
-"""README's picture of the page of `minisd serve`: python tests/serve_picture.py docs/serve.png [WIDTH HEIGHT]"""
+"""README's picture of the page of `minisd serve`: python tools/serve_picture.py docs/serve.png [WIDTH HEIGHT]"""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from browsers import chromium
 from PIL import Image
-from test_web import Opened, started
+
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/app")]
+from browsers import chromium  # noqa: E402
+from test_web import Opened, started  # noqa: E402
 
 
 def main(path: Path, width: int = 1080, height: int = 740) -> None:

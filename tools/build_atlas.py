@@ -5,7 +5,7 @@ Only this script needs the package and `resvg-py`; training needs neither.
 
     npm install --prefix /tmp/npm @iconify-json/fluent-emoji@1.2.7
     pip install resvg-py
-    python -m minisd.training.build_atlas /tmp/npm/node_modules/@iconify-json/fluent-emoji/icons.json
+    python tools/build_atlas.py /tmp/npm/node_modules/@iconify-json/fluent-emoji/icons.json
 """
 
 import argparse
