@@ -69,13 +69,15 @@ class ImageSettings:
         names = {Path(split_lora(argument)[0]).stem for argument in loras}
         for name, weight in self.lora_weights.items():
             if name not in names:
-                more = "" if self.ours else ", or a prompt without it"
+                advice = f"--lora {name}.safetensors" + ("" if self.ours else ", or a prompt without it")
                 raise typer.BadParameter(
-                    f"{path} was drawn with the LoRA {name!r} at {weight:g}; give its file: --lora {name}.safetensors{more}"
+                    f"{path} was drawn with the LoRA {name!r} at {weight:g}; give its file: {advice}"
                 )
         for option, file in (("image", image), ("mask", mask)):
             if record.get(option) and file is None:
-                raise typer.BadParameter(f"{path} was drawn with the {option} {record[option]}; give it with --{option}")
+                raise typer.BadParameter(
+                    f"{path} was drawn with the {option} {record[option]}; give it with --{option}"
+                )
             if file and record.get(f"{option}_hash") not in (None, "", file_hash(file)):
                 warn(f"{file} is not the file that {path} was drawn from; the picture will be another one")
 
@@ -146,9 +148,7 @@ def _check_record(record: Mapping[str, Any]) -> dict[str, Any] | None:
     return checked
 
 
-def _record_from_parameters(
-    path: Path, parameters: Parameters, ours: bool, given: Mapping[str, Any]
-) -> dict[str, Any]:
+def _record_from_parameters(path: Path, parameters: Parameters, ours: bool, given: Mapping[str, Any]) -> dict[str, Any]:
     """A record from a `parameters` text, without the settings that are given."""
     texts, prompt = parameters.settings, parameters.prompt
     record: dict[str, Any] = {"negative_prompt": parameters.negative_prompt}
@@ -181,7 +181,9 @@ def _read(path: Path, texts: Mapping[str, str], kind: Setting) -> Any:
     try:
         return kind.from_text(texts[kind.png])
     except ValueError as error:
-        raise typer.BadParameter(f"{path} says {kind.png}: {texts[kind.png]!r}, which is invalid; give {kind.option}") from error
+        raise typer.BadParameter(
+            f"{path} says {kind.png}: {texts[kind.png]!r}, which is invalid; give {kind.option}"
+        ) from error
 
 
 def _read_size(path: Path, texts: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, int]:
@@ -191,7 +193,9 @@ def _read_size(path: Path, texts: Mapping[str, str], given: Mapping[str, Any]) -
     left, right, top, bottom = _margins(texts) or (0, 0, 0, 0)
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", texts.get("Size", ""))
     if not match:
-        raise typer.BadParameter(f"{path} says Size: {texts.get('Size')!r}, which is invalid; give --width and --height")
+        raise typer.BadParameter(
+            f"{path} says Size: {texts.get('Size')!r}, which is invalid; give --width and --height"
+        )
     return {"width": int(match[1]) - left - right, "height": int(match[2]) - top - bottom}
 
 

@@ -1,4 +1,4 @@
-"""Options of the commands, in groups: a dataclass in a command's signature stands for its fields, which become options."""
+"""Options of the commands, in groups: a dataclass in a command's signature stands for its fields."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ Output = Annotated[
     str | None, typer.Option("--output", "-o", help="A .png file or a folder. [default: named after the prompt]")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files instead of numbering them.")]
+
+
 def existing(help: str) -> Any:
     """An option that takes the path of an existing file."""
     return typer.Option(help=help, exists=True, dir_okay=False)
@@ -70,7 +72,9 @@ class RequestOptions:
 
     def values(self) -> dict[str, Any]:
         """What was given of it, by the names of Python's arguments and of a prompts file's keys."""
-        names = {"negative_prompt": "negative"} | {name: name for name in ("prompt", "seed", "images", "preset", "outpaint")}
+        names = {"negative_prompt": "negative"} | {
+            name: name for name in ("prompt", "seed", "images", "preset", "outpaint")
+        }
         values = {name: getattr(self, field) for name, field in names.items()}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -88,7 +92,8 @@ class LoadOptions:
         bool, typer.Option("--offload", help="Keep each part on the GPU only while it computes, to save memory.")
     ] = False
     lora: Annotated[
-        list[str] | None, typer.Option(help="Load this LoRA with this weight. May be repeated.", metavar="FILE[:WEIGHT]")
+        list[str] | None,
+        typer.Option(help="Load this LoRA with this weight. May be repeated.", metavar="FILE[:WEIGHT]"),
     ] = None
     inversion: Annotated[
         list[Path] | None,
@@ -168,7 +173,10 @@ def option_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def flat(**values: Any) -> None:
-        made = {name: group(**{item.name: values.pop(item.name) for item in fields(group)}) for name, group in groups.items()}
+        made = {
+            name: group(**{item.name: values.pop(item.name) for item in fields(group)})
+            for name, group in groups.items()
+        }
         command(**values, **made)
 
     flat.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -152,7 +152,9 @@ def build(sd: StableDiffusion, provenance: Provenance) -> gr.Blocks:
                     stop = gr.Button("Stop", interactive=False, scale=1, min_width=80, elem_id="stop")
             with gr.Column(scale=5, min_width=300):
                 view = gr.HTML(_frame('<span class="hint">Your picture appears here.</span>'), elem_id="view")
-                words = gr.Radio([], label="Which part of the picture attends to a word?", visible=False, elem_id="words")
+                words = gr.Radio(
+                    [], label="Which part of the picture attends to a word?", visible=False, elem_id="words"
+                )
                 status = gr.HTML(_status(""), elem_id="status")
         fields = [prompt, negative, seed, *settings]
         quiet: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "multiple", "api_visibility": "private"}

@@ -202,7 +202,9 @@ class Settings:
     def arguments(self) -> dict[str, Any]:
         """The settings as arguments of `StableDiffusion.denoise`; what the model decides is left out."""
         arguments = {name: value for name, value in vars(self).items() if name not in SAMPLER_PARTS}
-        return {name: value for name, value in arguments.items() if value is not None} | {"sampler": self.sampler_object}
+        return {name: value for name, value in arguments.items() if value is not None} | {
+            "sampler": self.sampler_object
+        }
 
     def record(self) -> dict[str, Any]:
         """All settings as JSON has them: 4 and 4.0 are the same guidance scale."""
@@ -213,7 +215,9 @@ class Settings:
     def texts(self) -> dict[str, str]:
         """The changed settings as a PNG's `parameters` have them, by their names there."""
         values = self.changed() | {"sampler": sampler_label(self.sampler_name, self.karras)}
-        return {known.png: known.to_text(values[name]) for name, known in SETTINGS.items() if known.png and name in values}
+        return {
+            known.png: known.to_text(values[name]) for name, known in SETTINGS.items() if known.png and name in values
+        }
 
     def changed(self) -> dict[str, Any]:
         """The values that differ from the fields' own defaults; those without a default are always there."""
