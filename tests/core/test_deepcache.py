@@ -8,6 +8,7 @@ from models import SMALL_UNET, SMALL_UNET_2, last, lively_model, noise, random_w
 from minisd import Sampler, StableDiffusion, UNet
 from minisd.config import UNetConfig
 from minisd.features.deepcache import DeepCache, count_up_layers
+from minisd.io.configs import read_config
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def drawn(sd, **settings) -> torch.Tensor:
 @pytest.mark.parametrize("values", [SMALL_UNET, SMALL_UNET_2], ids=["SD 1", "SD 2"])
 @torch.no_grad()
 def test_cached_call_equals_the_plain_network_with_the_old_feature(values):
-    config = UNetConfig.from_dict(values)
+    config = read_config(UNetConfig, values)
     unet = UNet(config).double()
     unet.load_state_dict(random_weights(unet, torch.float64))
     resnets = [resnet for block in unet.up_blocks for resnet in block.resnets]
