@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minisd.features.adapters import layers_of
 from minisd.features.validate import check_float, check_path
 from minisd.io.atomic import save_atomically
 from minisd.io.configs import read_json
@@ -30,7 +31,7 @@ from minisd.io.tensors import (
     read_tensors,
     same_shape,
 )
-from minisd.lora import Layer, LoRA, LowRank, layers_of
+from minisd.lora import Layer, LoRA, LowRank
 
 LORA_FILES = ("pytorch_lora_weights", "adapter_model")
 INVERSION_FILES = ("learned_embeds",)

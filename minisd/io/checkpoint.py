@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, SD21_BASE, ModelConfig
 from minisd.features.validate import check_path
 from minisd.io.configs import check_config
-from minisd.io.diffusers_folder import STEMS, Defaults, pick_weights, read_configs, read_index, save
+from minisd.io.diffusers_folder import STEMS, Defaults, Loaded, pick_weights, read_configs, read_index, save
 from minisd.io.key_names import (
     IGNORED_IN_FOLDER,
     IGNORED_IN_SINGLE_FILE,
@@ -46,20 +47,8 @@ SHIPPED = Path(str(resources.files("minisd") / "assets/tiny"))
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model in memory: its parts in evaluation mode and without gradients, and how to sample it."""
-
-    config: ModelConfig
-    tokenizer: Tokenizer
-    text_encoder: TextEncoder
-    autoencoder: Autoencoder
-    unet: UNet
-    defaults: Defaults
-
-
 class WeightFile(NamedTuple):
-    """A file of weights and its header; `prefix` goes before its keys, such as "unet." in a folder."""
+    """A file of weights, what goes before its keys, such as "unet." in a folder, and its header."""
 
     path: Path
     prefix: str
@@ -94,29 +83,27 @@ class Checkpoint:
             needed = {key: info for key, info in header.items() if prefix + key in targets}
             for key, tensor in read_tensors(path, needed, device, dtype):
                 for name in targets[prefix + key]:
-                    index = self.sources[name].qkv_index
+                    index, (part, _, rest) = self.sources[name].qkv_index, name.partition(".")
                     value = tensor if index is None else tensor.chunk(3)[index]
-                    part, _, key_in_part = name.partition(".")
-                    states[part][key_in_part] = value.reshape(shapes[name])
+                    states[part][rest] = value.reshape(shapes[name])
         for part, module in modules.items():
             module.load_state_dict(states[part], strict=True, assign=True)
             module.eval().requires_grad_(False)
-        parts: Any = modules  # of three classes
-        return Loaded(self.config, self.tokenizer, parts["text_encoder"], parts["vae"], parts["unet"], self.defaults)
+        text_encoder, vae, unet = modules.values()
+        return Loaded(self.config, self.tokenizer, text_encoder, unet, vae, self.defaults)
 
     def describe(self) -> str:
         """Parts, parameters, layout, dtype and size, for `minisd info`; the weights stay on disk."""
         infos = {prefix + key: (path, info) for path, prefix, header in self.files for key, info in header.items()}
         size = sum(path.stat().st_size for path, _, _ in self.files)
-        pixels = self.config.unet.sample_size * self.config.autoencoder.downscale
-        defaults = self.defaults
+        pixels, defaults = self.config.unet.sample_size * self.config.autoencoder.downscale, self.defaults
+        steps, guidance = f"{defaults.num_inference_steps} steps", f"guidance {defaults.guidance_scale:g}"
         rows = {
             "layout": self.layout,
             "size on disk": f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB",
             "prediction": self.config.schedule.prediction_type,
             "picture": f"{pixels}×{pixels} pixels",
-            "sampler": f"{defaults.sampler.name}, {defaults.num_inference_steps} steps, "
-            f"guidance {defaults.guidance_scale:g}",
+            "sampler": f"{defaults.sampler.name}, {steps}, {guidance}",
         }
         lines = [str(self.path), *(f"  {name:<13}{value}" for name, value in rows.items())]
         total = 0
@@ -248,13 +235,9 @@ def _open_single_file(path: Path, prediction_type: str | None, config: ModelConf
     tokenizer = Tokenizer.from_pretrained()
     if any(key.startswith("cond_stage_model.model.") for key in header):  # OpenCLIP's text encoder pads with "!"
         tokenizer = Tokenizer(tokenizer.vocabulary, list(tokenizer.ranks), pad_token="!")
-
-    def sources(part: str, name: str) -> tuple[Source, ...]:
-        return single_file_sources(part, name, config)
-
     files = (WeightFile(path, "", header),)
-    found = _match(config, files, sources, IGNORED_IN_SINGLE_FILE, path)
-    return Checkpoint(path, "single file, CompVis layout", config, tokenizer, Defaults(), files, found)
+    sources = _match(config, files, partial(single_file_sources, config=config), IGNORED_IN_SINGLE_FILE, path)
+    return Checkpoint(path, "single file, CompVis layout", config, tokenizer, Defaults(), files, sources)
 
 
 def _infer_config(path: Path, header: Mapping[str, TensorInfo], prediction_type: str | None) -> ModelConfig:
@@ -289,7 +272,7 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **values)
 
 
-def _meta_modules(config: ModelConfig) -> dict[str, nn.Module]:
+def _meta_modules(config: ModelConfig) -> dict[str, Any]:
     """The parts without memory for their weights, under the names of a diffusers folder."""
     with torch.device("meta"), _NoInit():
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minisd.io.pickles import INERT, PickleError, check_pickle
+from minisd.io.pickles import INERT, PickleError, check_pickle, record_sizes
 
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -175,11 +176,22 @@ def _check_pickle(path: Path) -> None:
 
 
 def _unpickle(path: Path) -> Any:
+    zipped, sizes = zipfile.is_zipfile(path), Counter[int]()
+
+    def on_cpu(storage: Any, location: str) -> Any:
+        sizes[storage.nbytes()] += 1
+        if sum(size * count for size, count in sizes.items()) > path.stat().st_size:
+            raise ValueError("its tensors need more bytes than it has")
+        return storage
+
     try:
         with torch.serialization.safe_globals([(_Inert, name) for name in INERT]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location=on_cpu, weights_only=True, mmap=zipped)
+        if zipped and (missing := sizes - Counter(record_sizes(path))):
+            raise ValueError(f"no storage has the {min(missing):,} bytes that a tensor needs")
     except Exception as error:  # a hostile or damaged pickle can raise anything
         raise CheckpointError(f"{path} is damaged or incomplete ({error}); {ADVICE}") from error
+    return content
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:

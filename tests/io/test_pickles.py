@@ -203,9 +203,9 @@ def test_archives_that_lie(tmp_path: Path, tally: Counter[str]) -> None:
     assert dict(read_tensors(path, header, "cpu", torch.float32))["a"].tolist() == [1, 2, 3, 4]
     lies: dict[str, tuple[bytes, str]] = {
         "compressed": (archive(tensor(4), zipfile.ZIP_DEFLATED), "holds 'model/data.pkl' compressed"),
-        "too few bytes": (archive(tensor(4), **{"data/0": numbers[:8]}), "data/0 has 8 bytes, not 16"),
-        "too many bytes": (archive(tensor(4), **{"data/0": numbers * 9}), "data/0 has 144 bytes, not 16"),
-        "no bytes": (archive(tensor(4).replace(text("0"), text("1"))), "data/1 has None bytes, not 16"),
+        "too few bytes": (archive(tensor(4), **{"data/0": numbers[:8]}), "no storage has the 16 bytes"),
+        "too many bytes": (archive(tensor(4), **{"data/0": numbers * 9}), "no storage has the 16 bytes"),
+        "no bytes": (archive(tensor(4).replace(text("0"), text("1"))), "damaged or incomplete"),
         "larger than its storage": (archive(tensor(4, b"K\xff\x85")), "damaged or incomplete"),
         "one number as a million": (
             archive(tensor(4, b"M\xff\xffM\xff\xff\x86", b"K\x00K\x00\x86")),
@@ -236,7 +236,7 @@ def test_old_files_that_claim_more_than_they_hold(tmp_path: Path) -> None:
     good = (tmp_path / "x.pt").read_bytes()
     assert good.count(b"K@") >= 2 and read_header(tmp_path / "x.pt") == {"a": ((64,), "float32")}
     (tmp_path / "x.pt").write_bytes(good.replace(b"K@", b"J\xff\xff\xff\x7f"))
-    with pytest.raises(CheckpointError, match=r"need 8,589,934,588 bytes, more than it has"):
+    with pytest.raises(CheckpointError, match="need more bytes than it has|allocate"):
         read_header(tmp_path / "x.pt")
 
 
