@@ -18,16 +18,10 @@ from torch.overrides import TorchFunctionMode
 from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, SD21_BASE, ModelConfig
 from minisd.features.validate import check_path
+from minisd.io import key_names
 from minisd.io.configs import check_config
 from minisd.io.diffusers_folder import STEMS, Defaults, Loaded, pick_weights, read_configs, read_index, save
-from minisd.io.key_names import (
-    IGNORED_IN_FOLDER,
-    IGNORED_IN_SINGLE_FILE,
-    Source,
-    folder_sources,
-    looks_like,
-    single_file_sources,
-)
+from minisd.io.key_names import Source
 from minisd.io.tensors import (
     FLOAT_DTYPES,
     CheckpointError,
@@ -185,7 +179,7 @@ def _open_folder(folder: Path, variant: str | None) -> Checkpoint:
     config, defaults = read_configs(folder)
     files = [file for part in STEMS for file in _weight_files(folder / part, part, variant)]
     tokenizer = _read_tokenizer(folder / "tokenizer", config.text_encoder.vocab_size)
-    sources = _match(config, files, folder_sources, IGNORED_IN_FOLDER, folder)
+    sources = _match(config, files, key_names.folder_sources, key_names.IGNORED_IN_FOLDER, folder)
     return Checkpoint(folder, "diffusers folder", config, tokenizer, defaults, tuple(files), sources)
 
 
@@ -193,10 +187,8 @@ def _weight_files(folder: Path, part: str, variant: str | None) -> list[WeightFi
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     chosen = pick_weights(names, STEMS[part], variant)
     if not chosen:
-        raise CheckpointError(
-            f"{folder} holds no {STEMS[part]}.safetensors or .bin; there is: {_list(sorted(names))}. "
-            "Fetch the whole folder"
-        )
+        content = _list(sorted(names))
+        raise CheckpointError(f"{folder} holds no {STEMS[part]}.safetensors or .bin, but {content}; fetch all of it")
     first = folder / chosen[0]
     if first.suffix != ".json":
         return [WeightFile(first, f"{part}.", read_header(first))]
@@ -204,11 +196,8 @@ def _weight_files(folder: Path, part: str, variant: str | None) -> list[WeightFi
     files = [WeightFile(path, f"{part}.", read_header(path)) for path in sorted({folder / n for n in index.values()})]
     # each tensor must be in one shard only, the one that the index names
     found = {(key, file.path.name) for file in files for key in file.header}
-    if wrong := {key for key, _ in found ^ set(index.items())}:
-        raise CheckpointError(
-            f"{first} and its shards disagree on {_list(sorted(wrong))}; they are of different versions. Fetch "
-            "all of them again"
-        )
+    if wrong := _list(sorted({key for key, _ in found ^ set(index.items())}), empty=""):
+        raise CheckpointError(f"{first} and its shards disagree on {wrong}; they are of different versions")
     return files
 
 
@@ -219,9 +208,8 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         raise CheckpointError(str(error)) from error
     count = len(tokenizer.vocabulary)
     if count > vocab_size or (count < vocab_size and not (folder / "added_tokens.json").is_file()):
-        raise CheckpointError(
-            f"{folder} has {count} tokens and the text encoder a table of {vocab_size}; they are of different models"
-        )
+        table = f"the text encoder a table of {vocab_size}"
+        raise CheckpointError(f"{folder} has {count} tokens and {table}; they are of different models")
     return tokenizer
 
 
@@ -236,7 +224,8 @@ def _open_single_file(path: Path, prediction_type: str | None, config: ModelConf
     if any(key.startswith("cond_stage_model.model.") for key in header):  # OpenCLIP's text encoder pads with "!"
         tokenizer = Tokenizer(tokenizer.vocabulary, list(tokenizer.ranks), pad_token="!")
     files = (WeightFile(path, "", header),)
-    sources = _match(config, files, partial(single_file_sources, config=config), IGNORED_IN_SINGLE_FILE, path)
+    candidates = partial(key_names.single_file_sources, config=config)
+    sources = _match(config, files, candidates, key_names.IGNORED_IN_SINGLE_FILE, path)
     return Checkpoint(path, "single file, CompVis layout", config, tokenizer, Defaults(), files, sources)
 
 
@@ -245,7 +234,7 @@ def _infer_config(path: Path, header: Mapping[str, TensorInfo], prediction_type:
     cross = header.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
     width = cross.shape[-1] if cross else None
     if first is None or width not in (768, 1024) or first.shape[1:2] not in ((4,), (9,)):
-        kind = looks_like(header)
+        kind = key_names.looks_like(header)
         raise CheckpointError(
             f"{path} is not Stable Diffusion 1 or 2 in CompVis layout; expected model.diffusion_model.* of context "
             f"width 768 or 1024 and 4 or 9 input channels, found {_list(list(header))}. "
@@ -323,6 +312,6 @@ def _match(
     return found
 
 
-def _list(names: list[str], limit: int = 4) -> str:
-    listed = ", ".join(map(printable, names[:limit])) or "nothing"
+def _list(names: list[str], limit: int = 4, empty: str = "nothing") -> str:
+    listed = ", ".join(map(printable, names[:limit])) or empty
     return listed + (f" and {len(names) - limit} more" if len(names) > limit else "")
