@@ -134,7 +134,7 @@ def draw_missing(
     quiet: bool,
     log: Callable[[str], None],
 ) -> None:
-    """Draw the jobs whose pictures are missing, in as many processes as torchrun started; print the new files' names."""
+    """Draw the jobs whose pictures are missing, in as many processes as torchrun started; print the new file names."""
     if world_size() > 1:  # torchrun ends the others when one fails: let them clean up
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with process_group(sd.device):
