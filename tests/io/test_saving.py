@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+from hostile_pickles import archive, call
 from hunt_files import Hunt
 from killed_training import counted
 from PIL import Image
 from safetensors.torch import load_file
-from test_pickles import archive, call
 from torch import nn
 
 from minisd import StableDiffusion
