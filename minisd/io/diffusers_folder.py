@@ -108,21 +108,16 @@ def read_index(index: Path) -> dict[str, str]:
 
 def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
     """Read the JSON files of a folder; CheckpointError where one is missing, damaged, or of another model."""
-    if not (folder / "model_index.json").exists():
-        raise CheckpointError(f"{folder / 'model_index.json'} is missing; {_suggestion(folder)}")
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") not in PIPELINES:
-        raise CheckpointError(
-            f"{folder} is a {printable(str(index.get('_class_name')))}; expected {', '.join(PIPELINES)} "
-            "(Stable Diffusion 1 or 2)"
-        )
+    path, scheduler = folder / "model_index.json", folder / "scheduler/scheduler_config.json"
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; {_suggestion(folder)}")
+    index = read_json(path)
+    if (kind := index.get("_class_name")) not in PIPELINES:
+        raise CheckpointError(f"{folder} is a {printable(str(kind))}; expected a {' or '.join(PIPELINES)}")
     for part, name in CLASSES.items():
         entry = index.get(part)
         if not isinstance(entry, list) or entry[-1:] != [name]:
-            raise CheckpointError(
-                f"{folder / 'model_index.json'} has {part}={printable(repr(entry))}; expected a {name}"
-            )
-    scheduler = folder / "scheduler/scheduler_config.json"
+            raise CheckpointError(f"{path} has {part}={printable(repr(entry))}; expected a {name}")
     config = ModelConfig(
         read_part_config(TextEncoderConfig, folder / "text_encoder/config.json"),
         read_part_config(AutoencoderConfig, folder / "vae/config.json"),
@@ -218,12 +213,11 @@ def _files_in(folder: Path) -> set[Path]:
 def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
     """The JSON files of a model, by their paths in the folder."""
     config, sampler = model.config, model.defaults.sampler
-    text_encoder = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     # without "dtype", diffusers would load float16 files in float16 here and in float32 elsewhere
-    text_encoder |= {"dtype": "float32"}
+    clip = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
     ends = {"bos_token_id": model.tokenizer.bos_token_id, "eos_token_id": model.tokenizer.eos_token_id}
     return {
-        "text_encoder/config.json": to_dict(config.text_encoder) | text_encoder | ends,
+        "text_encoder/config.json": to_dict(config.text_encoder) | clip | ends,
         "vae/config.json": {"_class_name": CLASSES["vae"]} | to_dict(config.autoencoder),
         "unet/config.json": {"_class_name": CLASSES["unet"]} | to_dict(config.unet),
         "scheduler/scheduler_config.json": _scheduler(config.schedule, sampler),
