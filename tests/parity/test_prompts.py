@@ -17,7 +17,7 @@ from compel.embeddings_provider import SplitLongTextMode
 from diffusers import StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import TOLERANCE, difference, noise
+from models import TOLERANCE, difference, noise
 from torch import Tensor
 from transformers import CLIPTokenizer
 
