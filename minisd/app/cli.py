@@ -272,7 +272,8 @@ def evaluate(
     result = evaluate_model(model, output, Settings(count=count, steps=steps, guidance=guidance))
     for name, shares in result["attributes"].items():
         drawn, real = ("{share} [{low}, {high}] of {of}".format(**shares[kind]) for kind in ("drawn", "real"))
-        distributed.log(f"{name:<12} drawn {drawn:<32} real scenes {real}" + ("" if shares["quoted"] else "  (judge below 97%)"))
+        line = f"{name:<12} drawn {drawn:<32} real scenes {real}"
+        distributed.log(line + ("" if shares["quoted"] else "  (judge below 97%)"))
     print(output / "evaluation.json")
 
 

@@ -11,6 +11,7 @@ import typer
 
 from minisd.features.distributed import log
 
+CORES = os.cpu_count() or 1
 Model = Annotated[
     str | None, typer.Option(help='A model folder, "tiny", or "full": SD 1.5 with random weights. [default: full]')
 ]
@@ -48,7 +49,7 @@ def bench(
     repeats: Repeats = 5,
     device: Device = None,
     dtype: DType = None,
-    threads: Threads = os.cpu_count() or 1,
+    threads: Threads = CORES,
     compiled: Compile = False,
     alone: Alone = False,
     loading: Loading = True,
