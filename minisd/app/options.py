@@ -118,7 +118,7 @@ class LoadOptions:
         from minisd.pipeline.stable_diffusion import StableDiffusion
 
         device, dtype = self.find_device(), self.dtype or dtype
-        names = {"variant": self.variant, "prediction_type": self.prediction_type, "offload": self.offload}
+        names: dict[str, Any] = {"variant": self.variant, "prediction_type": self.prediction_type, "offload": self.offload}
         precision = None if dtype is None else getattr(torch, dtype)
         return StableDiffusion.from_pretrained(self.model, device=device, dtype=precision, **names)
 
