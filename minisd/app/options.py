@@ -118,9 +118,9 @@ class LoadOptions:
         from minisd.pipeline.stable_diffusion import StableDiffusion
 
         device, dtype = self.find_device(), self.dtype or dtype
-        names: dict[str, Any] = {"variant": self.variant, "prediction_type": self.prediction_type, "offload": self.offload}
+        more: dict[str, Any] = {"variant": self.variant, "prediction_type": self.prediction_type}
         precision = None if dtype is None else getattr(torch, dtype)
-        return StableDiffusion.from_pretrained(self.model, device=device, dtype=precision, **names)
+        return StableDiffusion.from_pretrained(self.model, device=device, dtype=precision, offload=self.offload, **more)
 
     def load(self, dtype: str | None = None, lora_weights: Mapping[str, float] | None = None) -> StableDiffusion:
         """Load the model with its LoRAs and textual inversions. dtype, lora_weights: if no option names them."""

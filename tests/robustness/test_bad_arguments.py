@@ -547,7 +547,8 @@ def typed(options: dict[str, str]) -> list[str]:
 
 
 WORK = (  # what costs time, and must not have begun where something is refused
-    "minisd.pipeline.stable_diffusion.StableDiffusion._contexts", "minisd.training.loop.Trainer.advance", "minisd.training.data.render",
+    "minisd.pipeline.stable_diffusion.StableDiffusion._contexts",
+    "minisd.training.loop.Trainer.advance", "minisd.training.data.render",
     "minisd.evaluation.measure.evaluate", "minisd.bench.compare._import_seconds",
 )  # fmt: skip
 
