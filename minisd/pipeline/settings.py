@@ -192,7 +192,7 @@ class Settings:
         if not isinstance(self.karras, bool):
             raise TypeError(f"karras={self.karras!r}; expected True or False")
         base = self.sampler if isinstance(self.sampler, Sampler) else Sampler(self.sampler)
-        return replace(base, spacing=self.spacing, karras=self.karras)
+        return replace(base, **{name: getattr(self, name) for name in SAMPLER_PARTS})
 
     @property
     def sampler_name(self) -> str:
