@@ -13,7 +13,6 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -263,11 +262,12 @@ def _word_tree(steps: list[list[str]]) -> list[tuple[float, int, str, tuple[int,
     """The nodes of a word's tree, each (place, level, symbol, numbers of its two children)."""
     nodes: list[tuple[float, int, str, tuple[int, ...]]] = [(x, 0, symbol, ()) for x, symbol in enumerate(steps[0])]
     row = list(range(len(nodes)))
-    for before, after in pairwise(steps):
-        at = next(i for i, symbol in enumerate(after) if symbol != before[i])
-        (left, low, *_), (right, high, *_) = nodes[row[at]], nodes[row[at + 1]]
-        nodes.append(((left + right) / 2, max(low, high) + 1, after[at], (row[at], row[at + 1])))
-        row[at : at + 2] = [len(nodes) - 1]
+    for after in steps[1:]:
+        for at, symbol in enumerate(after):  # a step may merge one pair in several places
+            if symbol != nodes[row[at]][2]:
+                (left, low, *_), (right, high, *_) = nodes[row[at]], nodes[row[at + 1]]
+                nodes.append(((left + right) / 2, max(low, high) + 1, symbol, (row[at], row[at + 1])))
+                row[at : at + 2] = [len(nodes) - 1]
     return nodes
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
@@ -27,50 +27,8 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def from_pil(picture: Image.Image) -> Tensor:
-    """A PIL picture to an image (1, 3, h, w) in [-1, 1].
-
-    The camera's rotation (EXIF) is applied, and transparency is laid over white. White is 65535 in mode I;16, and in
-    mode I where a number exceeds 255; in mode F it is the largest number, but at least 1. Raises TypeError for what is
-    no PIL picture, ValueError for a mode that PIL cannot turn into RGB, and FloatingPointError for NaN.
-    """
-    picture = upright(picture)
-    if {"A", "a"} & {*picture.getbands()} or "transparency" in picture.info:
-        picture = picture.convert("LA" if picture.mode == "La" else "RGBA").convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return to_images(np.array(_eight_bits(picture, "RGB"))[None])
-
-
-def upright(picture: Image.Image) -> Image.Image:
-    """A PIL picture as the camera's rotation (EXIF) wants it; TypeError for anything else."""
-    if not isinstance(picture, Image.Image):
-        raise TypeError(f"expected a PIL picture, got {type(picture).__name__}; open files with PIL.Image.open(path)")
-    if not picture.width or not picture.height:
-        raise ValueError(f"the picture is {picture.width}×{picture.height}; expected at least one pixel")
-    return ImageOps.exif_transpose(picture)
-
-
-def gray(picture: Image.Image) -> np.ndarray:
-    """The brightness of a PIL picture of any mode, (h, w) in [0, 1], read as by `from_pil`; alpha is ignored."""
-    picture = upright(picture)
-    if "a" in picture.getbands():
-        picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
-    return np.asarray(_eight_bits(picture, "L"), dtype=np.float32) / 255
-
-
-def _eight_bits(picture: Image.Image, mode: str) -> Image.Image:
-    """A picture in mode L or RGB."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture, dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise FloatingPointError("the picture holds NaN or infinity; expected finite numbers")
-        eight = picture.mode == "I" and values.max() <= 255
-        scale = max(float(values.max()), 1.0) if picture.mode == "F" else 255 if eight else 65535
-        picture = Image.fromarray((values / scale * 255).clip(0, 255).round().astype(np.uint8))
-    try:
-        return picture.convert(mode)
-    except ValueError as error:
-        raise ValueError(f"a picture of mode {picture.mode} cannot be used ({error}); convert it to RGB") from error
+    """An RGB picture to an image (1, 3, h, w) in [-1, 1]; other modes are converted as Pillow does."""
+    return to_images(np.array(picture.convert("RGB"))[None])
 
 
 def grid(

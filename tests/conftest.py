@@ -72,15 +72,14 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dataclasses import replace
 
     import torch
+    from models import SMALL
 
-    from minisd import TINY, Autoencoder, Sampler, StableDiffusion, TextEncoder, Tokenizer, UNet
+    from minisd import Autoencoder, Sampler, StableDiffusion, TextEncoder, Tokenizer, UNet
     from minisd.io.diffusers_folder import Defaults
 
-    text = replace(TINY.text_encoder, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    vae = replace(TINY.autoencoder, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, sample_size=32)
-    widths = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "attention_head_dim": 2}
-    unet = replace(TINY.unet, sample_size=4, cross_attention_dim=16, **widths)
-    config = replace(TINY, text_encoder=text, autoencoder=vae, unet=unet)
+    text = replace(SMALL.text_encoder, num_hidden_layers=1)
+    vae, unet = replace(SMALL.autoencoder, sample_size=32), replace(SMALL.unet, sample_size=4)
+    config = replace(SMALL, text_encoder=text, autoencoder=vae, unet=unet)
     torch.manual_seed(0)
     tokenizer, encoder = Tokenizer.from_pretrained(), TextEncoder(text)
     known = [tokenizer.bos_token_id, tokenizer.eos_token_id, *tokenizer.encode("fox snow red")]

@@ -306,11 +306,11 @@ class Hunt:
         self.strange += [path.read_bytes() for path in sorted({self.folder / name for name, _ in self.cases})]
 
     def _cases(self) -> list[tuple[str, Callable[[Path], Any]]]:
-        from minisd import Tokenizer
         from minisd.app.metadata import read_parameters
-        from minisd.features.adapters import read_lora, read_textual_inversion
         from minisd.io import checkpoint
+        from minisd.io.adapter_files import read_lora, read_textual_inversion
         from minisd.io.pictures import read_picture
+        from minisd.io.tokenizer_files import read_tokenizer
 
         def model(path: Path) -> Any:
             loaded = checkpoint.load(path, config=self.config) if path.is_file() else checkpoint.load(path)
@@ -328,7 +328,7 @@ class Hunt:
             return read_picture(path, 16, 16).tobytes()
 
         def tokens(path: Path) -> Any:
-            return Tokenizer.from_pretrained(path.parent).vocabulary
+            return read_tokenizer(path.parent).vocabulary
 
         inside = {"model": [], "shards": []}
         for name, files in inside.items():

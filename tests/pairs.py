@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from minisd.io.configs import read_config
 from minisd.text_encoder import TextEncoder
 from minisd.unet import UNet
 
@@ -39,17 +40,17 @@ def clip_config(values: Values) -> CLIPTextConfig:
 
 def meta_text_encoders(values: Values) -> Pair:
     with torch.device("meta"):
-        return Pair(TextEncoder(TextEncoderConfig.from_dict(values)), CLIPTextModel(clip_config(values)))
+        return Pair(TextEncoder(read_config(TextEncoderConfig, values)), CLIPTextModel(clip_config(values)))
 
 
 def meta_autoencoders(values: Values) -> Pair:
     with torch.device("meta"):
-        return Pair(Autoencoder(AutoencoderConfig.from_dict(values)), AutoencoderKL.from_config(dict(values)))
+        return Pair(Autoencoder(read_config(AutoencoderConfig, values)), AutoencoderKL.from_config(dict(values)))
 
 
 def meta_unets(values: Values) -> Pair:
     with torch.device("meta"):
-        return Pair(UNet(UNetConfig.from_dict(values)), UNet2DConditionModel.from_config(dict(values)))
+        return Pair(UNet(read_config(UNetConfig, values)), UNet2DConditionModel.from_config(dict(values)))
 
 
 def text_encoders(values: Values, dtype: torch.dtype = torch.float64) -> Pair:

@@ -581,7 +581,9 @@ class Cases:
                 folder = self.place / name.replace(" ", "-")
                 folder.mkdir()
                 command = [sys.executable, "-m", "minisd", *arguments, "--model", str(self.model)]
-                subprocess.run(command, cwd=folder, check=True, capture_output=True)
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
                 return [np.asarray(Image.open(path)) for path in sorted(folder.rglob("*.png"))]
 
             return case

@@ -38,6 +38,8 @@ from minisd.training.commands import app as training
 if TYPE_CHECKING:
     from minisd.app.from_image import ImageSettings
     from minisd.app.prompts_file import Prompt
+    from minisd.io.diffusers_folder import Defaults
+    from minisd.pipeline.settings import Settings
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
 JOB_KEYS = ("prompt", "negative_prompt", "seed", "images", "outpaint")  # of a picture's record, beside its settings
@@ -149,7 +151,8 @@ def _draw(
     target = Target.parse(output, values.get("prompt", ""), images > 1 and not grid, request.overwrite)
     log = _ignore if request.quiet or rank() else distributed.log
     sd = _load(loading, image, log)
-    provenance, defaults = Provenance.of(sd, loading.model), sd.defaults
+    provenance = Provenance.of(sd, loading.model)
+    defaults: Defaults | Settings = sd.defaults
     if image is not None:
         image.check_model(provenance)
         defaults = Settings.choose(image.settings, sd.defaults)
@@ -160,7 +163,7 @@ def _draw(
         draw_missing(sd, jobs, target.folder, overwrite=request.overwrite, **common)
         return
     job = Job.create(values, defaults, model_side(sd), source)
-    if drawn_before and request.batch is None:  # the size of a batch decides the last digits
+    if image is not None and drawn_before and request.batch is None:  # the size of a batch decides the last digits
         batch, job = image.batch[0], replace(job, batch=image.batch if images == 1 else (1, 0))
     draw_images(sd, job, target, images=images, batch=batch, grid=grid, **common)
 
@@ -168,10 +171,7 @@ def _draw(
 def _load(loading: LoadOptions, image: ImageSettings | None, log: Callable[[str], None]) -> StableDiffusion:
     """Load the model, by default with the precision and the LoRA weights of the picture that is drawn again."""
     started = time.perf_counter()
-    if image is None:
-        sd = loading.load()
-    else:
-        sd = loading.load(image.record.get("precision"), image.lora_weights)
+    sd = loading.load() if image is None else loading.load(image.record.get("precision"), image.lora_weights)
     name, dtype = loading.model or "tiny", str(sd.dtype).removeprefix("torch.")
     log(f"{name} on {sd.device} in {dtype}, loaded in {time.perf_counter() - started:.1f} s")
     return sd
@@ -184,7 +184,7 @@ def _log_notices(sd: StableDiffusion, values: Sequence[Mapping[str, Any]], log: 
     texts = [item.get(name) or "" for item in values for name in ("prompt", "negative_prompt")]
     if not rank() and (warning := unknown_words_warning(sd, texts)):
         log(warning)
-    for name in dict.fromkeys(item.get("preset") for item in values):
+    for name in dict.fromkeys(item.get("preset", "") for item in values):
         if name in PRESETS:
             log(PRESETS[name].describe())
 
@@ -272,7 +272,8 @@ def evaluate(
     result = evaluate_model(model, output, Settings(count=count, steps=steps, guidance=guidance))
     for name, shares in result["attributes"].items():
         drawn, real = ("{share} [{low}, {high}] of {of}".format(**shares[kind]) for kind in ("drawn", "real"))
-        distributed.log(f"{name:<12} drawn {drawn:<32} real scenes {real}" + ("" if shares["quoted"] else "  (judge below 97%)"))
+        line = f"{name:<12} drawn {drawn:<32} real scenes {real}"
+        distributed.log(line + ("" if shares["quoted"] else "  (judge below 97%)"))
     print(output / "evaluation.json")
 
 

@@ -69,9 +69,9 @@ class ImageSettings:
         names = {Path(split_lora(argument)[0]).stem for argument in loras}
         for name, weight in self.lora_weights.items():
             if name not in names:
-                more = "" if self.ours else ", or a prompt without it"
+                advice = f"--lora {name}.safetensors" + ("" if self.ours else ", or a prompt without it")
                 raise typer.BadParameter(
-                    f"{path} was drawn with the LoRA {name!r} at {weight:g}; give its file: --lora {name}.safetensors{more}"
+                    f"{path} was drawn with the LoRA {name!r} at {weight:g}; give its file: {advice}"
                 )
         for option, file in (("image", image), ("mask", mask)):
             if record.get(option) and file is None:

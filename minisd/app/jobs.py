@@ -109,7 +109,7 @@ class Job:
         """A job from values by the names of Python's arguments. side: width and height where they are not given."""
         changes = {name: values.get(name) for name in (*SETTINGS, "preset")}
         settings = Settings.choose(changes, defaults)
-        sizes = {name: side for name in ("width", "height") if getattr(settings, name) is None}
+        sizes: dict[str, Any] = {name: side for name in ("width", "height") if getattr(settings, name) is None}
         negative_prompt, seed = values.get("negative_prompt") or "", values.get("seed")
         return cls(values["prompt"], negative_prompt, seed, replace(settings, **sizes), source or Source())
 

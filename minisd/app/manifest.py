@@ -23,7 +23,7 @@ from minisd.app.metadata import KEY, save_png
 from minisd.app.provenance import Provenance
 from minisd.features.distributed import process_group, rank, rank_zero_first, sum_over_ranks, world_size
 from minisd.features.prompts import read
-from minisd.io.tensors import save_atomically
+from minisd.io.atomic import save_atomically
 from minisd.pipeline.checks import resolve_seeds
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
@@ -134,7 +134,7 @@ def draw_missing(
     quiet: bool,
     log: Callable[[str], None],
 ) -> None:
-    """Draw the jobs whose pictures are missing, in as many processes as torchrun started; print the new files' names."""
+    """Draw the jobs whose pictures are missing, in as many processes as torchrun started; print the new file names."""
     if world_size() > 1:  # torchrun ends the others when one fails: let them clean up
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with process_group(sd.device):

@@ -116,7 +116,7 @@ def describe(parameters: Parameters) -> str:
 
 
 def read_parameters(path: str | os.PathLike[str]) -> str | None:
-    """The `parameters` of a picture file, or None if it has none. Raises OSError if it is no picture or is too large."""
+    """The `parameters` of a picture file, or None. Raises OSError if it is not a picture, or is too large."""
     return read_texts(path)[0]
 
 

@@ -1,4 +1,4 @@
-"""Options of the commands, in groups: a dataclass in a command's signature stands for its fields, which become options."""
+"""Options of the commands, in groups: a dataclass in a command's signature stands for its fields."""
 
 from __future__ import annotations
 

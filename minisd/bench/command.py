@@ -11,6 +11,7 @@ import typer
 
 from minisd.features.distributed import log
 
+CORES = os.cpu_count() or 1
 Model = Annotated[
     str | None, typer.Option(help='A model folder, "tiny", or "full": SD 1.5 with random weights. [default: full]')
 ]
@@ -48,7 +49,7 @@ def bench(
     repeats: Repeats = 5,
     device: Device = None,
     dtype: DType = None,
-    threads: Threads = os.cpu_count() or 1,
+    threads: Threads = CORES,
     compiled: Compile = False,
     alone: Alone = False,
     loading: Loading = True,
@@ -126,7 +127,7 @@ def _preset(
 
     from minisd.bench import compare
     from minisd.bench import preset as presets
-    from minisd.io.tensors import save_atomically
+    from minisd.io.atomic import save_atomically
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
     torch.set_num_threads(threads)

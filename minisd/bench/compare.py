@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from minisd.config import SD15, ModelConfig
-from minisd.io.tensors import save_atomically
+from minisd.io.atomic import save_atomically
 
 CEILING_SIDE = 4096
 LIBRARIES = ("minisd", "diffusers")

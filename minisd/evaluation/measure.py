@@ -19,7 +19,7 @@ from minisd.evaluation.attributes import ATTRIBUTES, GOALS, tally
 from minisd.evaluation.metrics import Share, psnr, retrieval, ssim
 from minisd.features.validate import check_float, check_int
 from minisd.images import to_images, to_pixels
-from minisd.io.tensors import save_atomically
+from minisd.io.atomic import save_atomically
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.training.clip import CLIP
 from minisd.training.judge import Judge, Verdict

@@ -26,6 +26,7 @@ MAX_WEIGHT = 10.0  # of either sign
 TOKENS_PER_CHUNK = 75  # without start and end
 MAX_CHUNKS = 8  # of one prompt
 MAX_CONTEXT_CHUNKS = 64  # of a batch; 56 is the least common multiple of 7 and 8
+MAX_CHARACTERS, MAX_WORD = 50_000, 2_000  # far beyond 8 chunks; the tokenizer takes quadratic time for a long word
 
 BRACKET = re.compile(r"[()\[\]]")
 NUMBER = r"[+-]?(?:[0-9.]+(?:e[+-]?[0-9]+)?|nan|inf|infinity)"
@@ -61,12 +62,12 @@ def parse(prompt: str) -> list[tuple[str, float]]:
 
     Raises:
         TypeError: the prompt is not a string.
-        ValueError: a weight is not a number, or is beyond ±10.
+        ValueError: a weight is not a number, or is beyond ±10, or the text is absurdly long.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"expected the prompt as a str, got {type(prompt).__name__}: {prompt!r:.80}")
     if not BRACKET.search(prompt):
-        return [(prompt, 1.0)]
+        return [(_check_length(prompt), 1.0)]
     texts, weights = [], _Weights()
     for match in SYNTAX.finditer(prompt):
         token, number = match[0], match["number"]
@@ -83,7 +84,9 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     # rounded, so that 1.1 · 1/1.1 is 1 in any order
     groups = groupby(zip(texts, weights.values, strict=True), key=lambda piece: round(piece[1], 9))
     pieces = [("".join(text for text, _ in group), weight) for weight, group in groups]
-    return [(text, _check_weight(weight, text, prompt)) for text, weight in pieces] or [("", 1.0)]
+    weighted = [(text, _check_weight(weight, text, prompt)) for text, weight in pieces]
+    _check_length("".join(texts))
+    return weighted or [("", 1.0)]
 
 
 def escape(text: str) -> str:
@@ -94,7 +97,7 @@ def escape(text: str) -> str:
 def read(prompt: str, tokenizer: Tokenizer) -> list[Chunk]:
     """Turn a prompt into token ids with weights, in one chunk of at most 75 or more.
 
-    The tokens of a learned word (see `Tokenizer.with_token`) stay in one chunk. Raises ValueError for more than 8
+    The tokens of a learned word (see `textual_inversion.py`) stay in one chunk. Raises ValueError for more than 8
     chunks, and where `parse` does.
     """
     chunks: list[Chunk] = [[]]
@@ -193,6 +196,16 @@ def common_length(*contexts: Tensor) -> list[Tensor]:
             f"would be {common} chunks, expected at most {MAX_CONTEXT_CHUNKS}. Draw them one by one, or shorten one"
         )
     return [context.repeat(1, common // count, 1) for context, count in zip(contexts, counts, strict=True)]
+
+
+def _check_length(text: str) -> str:
+    longest = max(map(len, text.split()), default=0)
+    if len(text) > MAX_CHARACTERS or longest > MAX_WORD:
+        raise ValueError(
+            f"the prompt has {len(text)} characters, {longest} of them in one word; expected at most {MAX_CHARACTERS} "
+            f"and {MAX_WORD}: shorten it"
+        )
+    return text
 
 
 def _check_weight(weight: float | str, where: str, prompt: str) -> float:

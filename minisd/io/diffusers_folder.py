@@ -1,14 +1,11 @@
-"""The diffusers folder: what its files are called, what its JSON files say, and how it is written."""
+"""The diffusers folder: the names of its files, the content of its JSON files, and how it is written."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,18 +17,21 @@ from torch import nn
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
-from minisd.features import validate as checks
-from minisd.io.tensors import CheckpointError, read_json, save_atomically, shown
+from minisd.features.validate import check_path
+from minisd.io.atomic import replaced_folder, save_atomically
+from minisd.io.configs import ConfigT, read_config, read_json, to_dict, write_json
+from minisd.io.tensors import CheckpointError, printable
+from minisd.io.tokenizer_files import write_tokenizer
 from minisd.preview import SD1, Factors
 from minisd.samplers import Sampler
 from minisd.text_encoder import TextEncoder
-from minisd.tokenizer import BOS, EOS, Tokenizer
+from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
 PIPELINES = tuple(f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint"))
-# For each sampler diffusers' class, and what that class is told beyond the schedule.
+# For each sampler, diffusers' class and its settings beyond the schedule.
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
@@ -45,23 +45,18 @@ SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "lcm": ("LCMScheduler", {}),
 }
-SCHEDULE_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "prediction_type",
-    "steps_offset",
-)
+SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset")
 
 
 @dataclass(frozen=True)
 class Defaults:
     """How a model is sampled unless the caller says otherwise.
 
-    A folder's `minisd.json` says it. Without one the folder's scheduler names the sampler: 25 steps for DPM++ 2M,
-    50 for the others, guidance 7.5; but 4 steps without guidance for LCM. A single file, which has neither, gets the
-    values below. preview: the linear map from its latents to colours.
+    A folder's `minisd.json` has them. In other folders the scheduler names the sampler: 25 steps for DPM++ 2M, 50 for
+    others, guidance 7.5; but 4 steps without guidance for LCM. A single file gets the values below.
+
+    Attributes:
+        preview: the linear map from the model's latents to colours.
     """
 
     sampler: Sampler = Sampler("dpmpp_2m", karras=True)
@@ -71,7 +66,7 @@ class Defaults:
 
 
 class Model(Protocol):
-    """What can be saved: a loaded checkpoint or a pipeline."""
+    """Anything with the parts of a model, such as a loaded checkpoint or a pipeline."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -87,229 +82,185 @@ class Model(Protocol):
     def defaults(self) -> Any: ...
 
 
+def pick_weights(names: Collection[str], stem: str, variant: str | None = None) -> list[str]:
+    """Choose the weights of a part among the names of its files: one file, or an index of shards and the shards.
+
+    Args:
+        names: all files in the part's folder.
+        stem: "model" for the text encoder, "diffusion_pytorch_model" for the others.
+        variant: is preferred to plain files, which are preferred to fp16; safetensors are preferred to pickles.
+
+    Returns:
+        The names of the files; empty if there are no weights.
+    """
+    for wanted in (f".{variant}" if variant else "", "", ".fp16"):
+        for first, suffix in ((stem, ".safetensors"), ("pytorch_model" if stem == "model" else stem, ".bin")):
+            if (name := f"{first}{wanted}{suffix}") in names:
+                return [name]
+            index = f"{first}{suffix}.index{wanted}.json"
+            if index in names:
+                shard = re.compile(rf"{first}({re.escape(wanted)})?-\d+-of-\d+({re.escape(wanted)})?{suffix}")
+                return [index, *sorted(filter(shard.fullmatch, names))]
+    return []
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Read an index of shards, from tensors to files; CheckpointError unless the files lie beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files; fetch it again")
+    for name in sorted(set(weight_map.values())):
+        if re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name) is None:
+            raise CheckpointError(
+                f"{index} names the file {name!r}; shards must lie beside their index. Do not trust it"
+            )
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is missing; fetch it")
+    return weight_map
+
+
 def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
     """Read the JSON files of a folder; CheckpointError where one is missing, damaged, or of another model."""
     if not (folder / "model_index.json").exists():
-        raise CheckpointError(f"{folder / 'model_index.json'} is missing; {_instead(folder)}")
+        raise CheckpointError(f"{folder / 'model_index.json'} is missing; {_suggestion(folder)}")
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") not in PIPELINES:
         raise CheckpointError(
-            f"{folder} is a {shown(str(index.get('_class_name')))}; expected {', '.join(PIPELINES)} "
+            f"{folder} is a {printable(str(index.get('_class_name')))}; expected {', '.join(PIPELINES)} "
             "(Stable Diffusion 1 or 2)"
         )
     for part, name in CLASSES.items():
-        given = index.get(part)
-        if not isinstance(given, list) or given[-1:] != [name]:
-            raise CheckpointError(f"{folder / 'model_index.json'} has {part}={shown(repr(given))}; expected a {name}")
+        entry = index.get(part)
+        if not isinstance(entry, list) or entry[-1:] != [name]:
+            raise CheckpointError(
+                f"{folder / 'model_index.json'} has {part}={printable(repr(entry))}; expected a {name}"
+            )
     scheduler = folder / "scheduler/scheduler_config.json"
     config = ModelConfig(
-        _read_config(TextEncoderConfig, folder / "text_encoder/config.json"),
-        _read_config(AutoencoderConfig, folder / "vae/config.json"),
-        _read_config(UNetConfig, folder / "unet/config.json"),
-        _read_config(ScheduleConfig, scheduler, clip_sample=False),  # diffusers' pipeline turns it off as well
+        read_part_config(TextEncoderConfig, folder / "text_encoder/config.json"),
+        read_part_config(AutoencoderConfig, folder / "vae/config.json"),
+        read_part_config(UNetConfig, folder / "unet/config.json"),
+        read_part_config(ScheduleConfig, scheduler, clip_sample=False),  # diffusers' pipeline turns it off as well
     )
-    return config, _read_defaults(folder, read_json(scheduler))
+    path = folder / "minisd.json"
+    return config, _read_defaults(path) if path.is_file() else _scheduler_defaults(read_json(scheduler))
 
 
-def _instead(folder: Path) -> str:
-    """What a folder that is no model holds, and what to do."""
+def read_part_config(kind: type[ConfigT], path: Path, **changes: Any) -> ConfigT:
+    """Read the configuration of one part from its file, some of the values being changed."""
+    values = read_json(path)
+    try:
+        return read_config(kind, values | changes)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} describes a model that minisd does not build: {error}") from error
+
+
+def _suggestion(folder: Path) -> str:
+    """What to do with a folder that is not a model."""
     if (folder / "config.json").is_file():
         values = read_json(folder / "config.json")
         kind = str(values.get("_class_name") or values.get("architectures") or values.get("model_type"))[:80]
-        return f"there is only a part, {kind}; give the folder that holds all parts"
+        return f"the folder is only a part, {kind}; give the folder that holds all parts"
     for path in folder.glob("*.safetensors"):
         return f"to read the single file {path.name}, or to load it as an adapter, give its own path"
     return "fetch the whole folder"
 
 
-def _read_config(kind: Any, path: Path, **changes: Any) -> Any:
+def _read_defaults(path: Path) -> Defaults:
     values = read_json(path)
     try:
-        return kind.from_dict(values | changes)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} describes no model that minisd builds: {error}") from error
+        preview = tuple((float(r), float(g), float(b)) for r, g, b in values.get("preview", SD1))
+        defaults = Defaults(**values | {"sampler": Sampler(**values["sampler"]), "preview": preview})
+        steps, guidance = defaults.num_inference_steps, defaults.guidance_scale
+        if type(steps) is not int or not 1 <= steps <= 1000 or not math.isfinite(guidance):
+            raise ValueError(f"num_inference_steps={steps!r}, guidance_scale={guidance!r}")
+        if not all(math.isfinite(number) for row in preview for number in row):
+            raise ValueError("preview has numbers that are not finite")
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"{path} has no valid generation defaults ({error!r}); fetch it again") from error
+    return defaults
 
 
-def _read_defaults(folder: Path, scheduler: Mapping[str, Any]) -> Defaults:
-    path = folder / "minisd.json"
-    if path.is_file():
-        values = read_json(path)
-        try:
-            preview = tuple((float(r), float(g), float(b)) for r, g, b in values.get("preview", SD1))
-            defaults = Defaults(**values | {"sampler": Sampler(**values["sampler"]), "preview": preview})
-            steps, guidance = defaults.num_inference_steps, defaults.guidance_scale
-            if type(steps) is not int or not 1 <= steps <= 1000 or not math.isfinite(guidance):
-                raise ValueError(f"num_inference_steps={steps!r}, guidance_scale={guidance!r}")
-            if not all(math.isfinite(number) for row in preview for number in row):
-                raise ValueError("preview has numbers that are not finite")
-            return defaults
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise CheckpointError(f"{path} has no valid generation defaults ({error!r}); fetch it again") from error
+def _scheduler_defaults(scheduler: Mapping[str, Any]) -> Defaults:
     names = {name: sampler for sampler, (name, _) in SCHEDULERS.items()}
     sampler = names.get(str(scheduler.get("_class_name")), "ddim")
-    karras = "use_karras_sigmas" in SCHEDULERS[sampler][1] and bool(scheduler.get("use_karras_sigmas"))
     if sampler == "lcm":
         return Defaults(Sampler(sampler), num_inference_steps=4, guidance_scale=1.0)
+    karras = "use_karras_sigmas" in SCHEDULERS[sampler][1] and bool(scheduler.get("use_karras_sigmas"))
     return Defaults(Sampler(sampler, karras=karras), 25 if sampler == "dpmpp_2m" else 50)
 
 
 def save(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-    """Write a folder that minisd, diffusers and transformers load. dtype: by default the weights' own.
+    """Write a folder that minisd, diffusers and transformers load.
 
-    Everything is written into a folder beside it first, which then takes the name: whoever reads sees the old model or
-    the new one, never a mixture, and a model that maps the old files keeps them. What else the folder holds stays. A
-    kill may leave a folder .NAME.….tmp, whole or not, beside it; it can be deleted. Raises FileExistsError where the
-    folder holds anything but a model with the same files.
+    The complete folder replaces the old one at once (see `replaced_folder`); other files in it are kept.
+
+    Args:
+        model: the parts.
+        folder: where; a new folder, an empty one, or a model with the same files.
+        dtype: of the files; by default that of the weights.
+
+    Raises:
+        FileExistsError: the folder holds something else.
     """
-    target = checks.check_path("folder", folder)
-    with _moved_into(target) as new:
-        parts: dict[str, nn.Module] = {
-            "text_encoder": model.text_encoder,
-            "vae": model.autoencoder,
-            "unet": model.unet,
-        }
-        configs = {
-            "text_encoder": model.config.text_encoder.to_dict()
-            # without "dtype", diffusers would load float16 files in float16 here and in float32 elsewhere
-            | {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
-            | {"bos_token_id": model.tokenizer.bos_token_id, "eos_token_id": model.tokenizer.eos_token_id},
-            "vae": {"_class_name": CLASSES["vae"]} | model.config.autoencoder.to_dict(),
-            "unet": {"_class_name": CLASSES["unet"]} | model.config.unet.to_dict(),
-        }
+    target = check_path("folder", folder).resolve()
+    existing = _files_in(target) if target.is_dir() else set()
+    if target.exists() and (not target.is_dir() or (existing and Path("model_index.json") not in existing)):
+        raise FileExistsError(f"{target} exists and is not a model; choose a new folder, or empty it first")
+    parts: dict[str, nn.Module] = {"text_encoder": model.text_encoder, "vae": model.autoencoder, "unet": model.unet}
+    with replaced_folder(target) as new:
+        for part, content in _contents(model).items():
+            write_json(new / part, content)
+        write_tokenizer(new / "tokenizer", model.tokenizer)
         for part, module in parts.items():
-            _write_json(new / part / "config.json", configs[part])
             weights = {name: value.to("cpu", dtype).contiguous() for name, value in module.state_dict().items()}
             write = partial(save_file, weights, metadata={"format": "pt"})
             save_atomically(write, new / part / f"{STEMS[part]}.safetensors")
-        _write_json(new / "scheduler/scheduler_config.json", _scheduler(model.config.schedule, model.defaults.sampler))
-        _write_tokenizer(new / "tokenizer", model.tokenizer)
-        _write_json(new / "minisd.json", asdict(model.defaults))
-        _write_json(new / "model_index.json", _index(model))
-
-
-@contextmanager
-def _moved_into(target: Path) -> Iterator[Path]:
-    """A new folder beside the target; on success it takes the target's place, on failure it is removed."""
-    target = target.resolve()
-    existing = {path.relative_to(target) for path in target.rglob("*") if path.is_file()} if target.is_dir() else set()
-    if target.exists() and (not target.is_dir() or (existing and Path("model_index.json") not in existing)):
-        raise FileExistsError(f"{target} exists and is not a model; choose a new folder, or empty it first")
-    checks.check_writable(target.parent)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    new.mkdir()
-    try:
-        yield new
-        files = sorted(path.relative_to(new) for path in new.rglob("*") if path.is_file())
-        stale = {path for path in existing - set(files) if str(path.parent) in STEMS and path.name != "config.json"}
-        if stale:
-            names = ", ".join(sorted(map(str, stale)))
+        left = {path for path in existing - _files_in(new) if str(path.parent) in STEMS and path.name != "config.json"}
+        if left:
+            names = ", ".join(sorted(map(str, left)))
             raise FileExistsError(
                 f"{target} holds weights of another model ({names}); choose a new folder, or empty it"
             )
-        with _alone(target.parent):
-            _take_place(new, target, files)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Within this block no other process that comes here as well moves anything in the folder."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network drives have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _files_in(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
-def _take_place(new: Path, target: Path, files: Iterable[Path]) -> None:
-    """Give the folder `new` the name of the target, which is removed; what only the target holds goes along."""
-    if not target.exists():
-        new.rename(target)
-    elif os.path.ismount(target):  # which cannot be renamed
-        for path in files:
-            (target / path.parent).mkdir(parents=True, exist_ok=True)
-            os.replace(new / path, target / path)
-    else:
-        _carry(target, new)
-        old = new.with_suffix(".old.tmp")
-        target.rename(old)
-        try:
-            new.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        _carry(old, target)  # what came in between
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _carry(source: Path, target: Path) -> None:
-    """Link into the target what is missing there."""
-    for path in source.rglob("*"):
-        place = target / path.relative_to(source)
-        if path.is_dir() and not path.is_symlink():
-            place.mkdir(parents=True, exist_ok=True)
-        elif not os.path.lexists(place):
-            try:
-                os.link(path, place, follow_symlinks=False)
-            except OSError:
-                shutil.copy2(path, place, follow_symlinks=False)
-
-
-def _index(model: Model) -> dict[str, Any]:
-    task = "Inpaint" if model.config.unet.in_channels == 9 else ""
+def _contents(model: Model) -> dict[str, dict[str, Any]]:
+    """The JSON files of a model, by their paths in the folder."""
+    config, sampler = model.config, model.defaults.sampler
+    text_encoder = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    # without "dtype", diffusers would load float16 files in float16 here and in float32 elsewhere
+    text_encoder |= {"dtype": "float32"}
+    ends = {"bos_token_id": model.tokenizer.bos_token_id, "eos_token_id": model.tokenizer.eos_token_id}
     return {
-        "_class_name": f"StableDiffusion{task}Pipeline",
-        "_diffusers_version": "0.38.0",  # of the layout; its inpainting pipeline refuses a folder that names none
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", SCHEDULERS[model.defaults.sampler.name][0]],
-        "text_encoder": ["transformers", CLASSES["text_encoder"]],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", CLASSES["unet"]],
-        "vae": ["diffusers", CLASSES["vae"]],
+        "text_encoder/config.json": to_dict(config.text_encoder) | text_encoder | ends,
+        "vae/config.json": {"_class_name": CLASSES["vae"]} | to_dict(config.autoencoder),
+        "unet/config.json": {"_class_name": CLASSES["unet"]} | to_dict(config.unet),
+        "scheduler/scheduler_config.json": _scheduler(config.schedule, sampler),
+        "minisd.json": asdict(model.defaults),
+        "model_index.json": {
+            "_class_name": f"StableDiffusion{'Inpaint' if config.unet.in_channels == 9 else ''}Pipeline",
+            "_diffusers_version": "0.38.0",  # of the layout; diffusers' inpainting pipeline needs one
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", SCHEDULERS[sampler.name][0]],
+            "text_encoder": ["transformers", CLASSES["text_encoder"]],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", CLASSES["unet"]],
+            "vae": ["diffusers", CLASSES["vae"]],
+        },
     }
 
 
 def _scheduler(schedule: ScheduleConfig, sampler: Sampler) -> dict[str, Any]:
     name, extra = SCHEDULERS[sampler.name]
-    values = schedule.to_dict()
-    told = {key: values.get(key, value) for key, value in extra.items()}
-    if "use_karras_sigmas" in told:
-        told["use_karras_sigmas"] = sampler.karras
+    values = to_dict(schedule) | {"use_karras_sigmas": sampler.karras}
     return (
         {"_class_name": name, "timestep_spacing": sampler.spacing or schedule.timestep_spacing}
         | {key: values[key] for key in SCHEDULE_KEYS}
-        | told
+        | {key: values.get(key, value) for key, value in extra.items()}
     )
-
-
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    def token(content: str) -> dict[str, Any]:
-        # "normalized": looked for after lowering the case, so that <|ENDOFTEXT|> is one too
-        return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-
-    special = {"bos_token": token(BOS), "eos_token": token(EOS), "unk_token": token(EOS)}
-    pad = {"pad_token": tokenizer.pad_token}
-    typed = {name: {"__type": "AddedToken"} | value for name, value in special.items()}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace"}
-    _write_json(folder / "vocab.json", tokenizer.vocabulary, indent=None)
-    _write_json(folder / "special_tokens_map.json", special | pad)
-    _write_json(folder / "tokenizer_config.json", config | pad | typed)
-    merges = "".join(f"{left} {right}\n" for left, right in tokenizer.ranks)
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8", newline="\n")
-
-
-def _write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=None if indent else (",", ":"))
-    path.write_text(text + ("\n" if indent else ""), encoding="utf-8", newline="\n")

@@ -14,8 +14,8 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import HfApi, constants, errors
 
-from minisd.io.diffusers_folder import STEMS
-from minisd.io.tensors import CheckpointError, pick_weights
+from minisd.io.diffusers_folder import STEMS, pick_weights
+from minisd.io.tensors import CheckpointError
 
 SMALL_FILES = (
     "model_index.json",

@@ -16,10 +16,10 @@ from minisd.config import ModelConfig, UNetConfig
 
 
 class Source(NamedTuple):
-    """A tensor in a file: its key and, where query, key and value are stored as one, which third of the rows."""
+    """A tensor in a file: its key and, where query, key and value are stacked in one tensor, which of them it is."""
 
     key: str
-    third: int | None = None
+    qkv_index: int | None = None
 
 
 # What a file of another kind is, by the first key that fits.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from minisd.images import from_pil, to_pil
+from minisd.features.pictures import to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -37,5 +37,5 @@ def opened_picture(path: str | PathLike[str]) -> Iterator[Image.Image]:
 def read_picture(path: Path, width: int, height: int) -> Image.Image:
     """Read a picture file as RGB, scaled and cropped to a size. Raises OSError, naming the file, for anything else."""
     with opened_picture(path) as opened:
-        picture = to_pil(from_pil(opened))[0]
+        picture = to_rgb(opened)
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)

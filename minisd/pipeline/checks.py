@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.features.deepcache import count_up_layers
+from minisd.features.pictures import to_brightness, to_rgb
 from minisd.features.prompts import read
 from minisd.features.validate import (
     check_finite_input,
@@ -23,7 +24,7 @@ from minisd.features.validate import (
     free_memory,
 )
 from minisd.guidance import Guidance
-from minisd.images import from_pil, gray
+from minisd.images import from_pil
 from minisd.pipeline.memory import ADVICE
 from minisd.pipeline.settings import Settings
 from minisd.samplers import Plan
@@ -131,7 +132,7 @@ def check_image(sd: StableDiffusion, image: Any) -> Tensor:
         check_memory(sd, len(image), image.shape[-2], image.shape[-1], encoding=True)
         images = check_unit_range("image", check_finite_input("image", image))
     else:
-        images = from_pil(image)
+        images = from_pil(to_rgb(image))
     height, width = images.shape[-2:]
     if height % sd.downscale or width % sd.downscale:
         raise ValueError(f"image is {width}×{height}; both sides must be multiples of {sd.downscale}; resize it first")
@@ -199,7 +200,7 @@ def check_mask(mask: Any, size: tuple[int, int]) -> Tensor:
         size: (width, height) of the picture.
     """
     if isinstance(mask, Image.Image):
-        values = torch.from_numpy(gray(mask))
+        values = torch.from_numpy(to_brightness(mask))
     elif isinstance(mask, Tensor) and not mask.is_complex():
         values = mask.detach().float().cpu()
     else:

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.editing import extend_canvas, paste, slerp
+from minisd.features.pictures import to_rgb
 from minisd.features.validate import check_int, check_strings
 from minisd.generate import gaussian_noise
-from minisd.images import from_pil, to_pil
 from minisd.pipeline.checks import Request, check_margins, check_mask, check_request, check_size, resolve_seeds
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class ImageEditing:
 
         Works with any UNet, and as it was trained with one of 9 input channels.
         """
-        image = to_pil(from_pil(image))[0]
+        image = to_rgb(image)
         mask = check_mask(mask_image, image.size)
         request = self._request(prompt, image, mask, strength=strength, **options)
         result = paste(self._draw(request, progress)[0], image, mask)
@@ -71,7 +71,7 @@ class ImageEditing:
         **options: Any,
     ) -> Image.Image:
         """Draw beyond the edges of a picture, by so many pixels on each side (multiples of 8); `inpaint` does it."""
-        picture = to_pil(from_pil(image))[0]
+        picture = to_rgb(image)
         check_margins(left, right, top, bottom)
         check_size(self, picture.height + top + bottom, picture.width + left + right, 1)
         canvas, mask = extend_canvas(picture, left, right, top, bottom)

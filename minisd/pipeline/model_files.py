@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from minisd.features import adapters
-from minisd.features.validate import check_dtype
+from minisd.features.textual_inversion import add_word
+from minisd.features.validate import check_dtype, check_path
 from minisd.io import checkpoint
+from minisd.io.adapter_files import read_lora, read_textual_inversion
+from minisd.lora import layers_of
 from minisd.pipeline import memory
 
 if TYPE_CHECKING:
@@ -81,7 +83,10 @@ class ModelFiles:
         path: a .safetensors, .bin or .pt file in the layouts of diffusers, peft or kohya, or a folder with one. Raises
         CheckpointError, naming keys and shapes, if it does not fit, and ValueError if the name is taken.
         """
-        return self.adapters.load(path, {"unet": self.unet, "text_encoder": self.text_encoder}, name, weight)
+        name = check_path("path", path).stem if name is None else name
+        parts = {"unet": self.unet, "text_encoder": self.text_encoder}
+        self.adapters.add(name, read_lora(path, parts), layers_of(parts), weight)
+        return name
 
     def set_adapters(self: StableDiffusion, weights: Mapping[str, float]) -> None:
         """Let the named LoRAs act with these weights, and the others not at all. ValueError for an unknown name."""
@@ -104,8 +109,8 @@ class ModelFiles:
 
         Raises CheckpointError for other files, ValueError for a word that is known already or vectors that do not fit.
         """
-        word, vectors = adapters.read_textual_inversion(path, token)
-        self.tokenizer = adapters.add_word(self.tokenizer, self.text_encoder, word, vectors)
+        word, vectors = read_textual_inversion(path, token)
+        self.tokenizer = add_word(self.tokenizer, self.text_encoder, word, vectors)
         return word
 
     def compile(self: StableDiffusion, **options: Any) -> None:

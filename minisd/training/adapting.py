@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minisd.features.adapters import INVERSION_FILES, LORA_FILES, LoRA, LowRank, add_word, layers_of
 from minisd.features.prompts import TOKENS_PER_CHUNK, read
-from minisd.features.textual_inversion import TABLE
+from minisd.features.textual_inversion import TABLE, add_token, add_word
 from minisd.features.validate import check_int, check_strings
 from minisd.images import from_pil, grid
+from minisd.io.adapter_files import INVERSION_FILES, LORA_FILES, save_lora
+from minisd.io.atomic import save_atomically
 from minisd.io.pictures import read_picture
-from minisd.io.tensors import save_atomically
+from minisd.lora import LoRA, LowRank, layers_of
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.training.loop import Shuffled, channels_last, generator
 
@@ -153,7 +154,7 @@ class LoRATask(Adapting):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write pytorch_lora_weights.safetensors, which diffusers loads as well."""
-        save_atomically(self.model.save, folder / f"{LORA_FILES[0]}.safetensors")
+        save_lora(self.model, folder / f"{LORA_FILES[0]}.safetensors")
 
 
 class Word(nn.Module):
@@ -192,7 +193,7 @@ class InversionTask(Adapting):
             raise ValueError(f"the caption {lacking[0]!r} lacks the word {word!r}, for which {token!r} is to stand")
         if sd.unknown_words(initial) or not sd.tokenizer.encode(initial):
             raise ValueError(f"the model does not know {initial!r}; begin with a word that it has learned")
-        self.tokenizer = sd.tokenizer.with_token(token, vectors)
+        self.tokenizer = add_token(sd.tokenizer, token, vectors)
         for prompt in self.prompts:
             read(self.renamed(prompt), self.tokenizer)
         ids = sd.tokenizer.encode(initial)

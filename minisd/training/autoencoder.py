@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig
 from minisd.images import to_images, to_pixels
-from minisd.io.tensors import save_atomically
+from minisd.io.atomic import save_atomically
+from minisd.io.configs import to_dict
 from minisd.training.data import Scenes
 from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.training.scenes import render, scene
@@ -187,7 +188,7 @@ def normalised(model: Autoencoder, scenes: Scenes, count: int = 512) -> Autoenco
 
 def save_autoencoder(model: Autoencoder, folder: Path) -> None:
     """Write config.json and the weights, float32, under diffusers' names."""
-    config = {"_class_name": "AutoencoderKL", **model.config.to_dict()}
+    config = {"_class_name": "AutoencoderKL", **to_dict(model.config)}
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_atomically(lambda path: save_file(weights, path), folder / "diffusion_pytorch_model.safetensors")
     save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), folder / "config.json")

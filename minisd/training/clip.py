@@ -24,7 +24,8 @@ from minisd.blocks import Downsample, ResBlock
 from minisd.config import TextEncoderConfig
 from minisd.features.distributed import world_size
 from minisd.features.textual_inversion import TABLE
-from minisd.io.tensors import save_atomically
+from minisd.io.atomic import save_atomically
+from minisd.io.configs import read_config, to_dict
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.captions import mirrored
@@ -96,7 +97,7 @@ class CLIP(nn.Module):
         """Write the image tower, the text projection and the temperature; the text tower is saved as text_encoder/."""
         keep = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("text_encoder.")}
         config = {
-            "text": self.text_encoder.config.to_dict(),
+            "text": to_dict(self.text_encoder.config),
             "image": asdict(self.image_encoder.config),
             "eos": self.eos,
         }
@@ -109,7 +110,7 @@ class CLIP(nn.Module):
         config = json.loads((folder / "config.json").read_text())
         image = ImageEncoderConfig(**config["image"] | {"widths": tuple(config["image"]["widths"])})
         with torch.device("meta"):
-            model = cls(TextEncoderConfig.from_dict(config["text"]), image, config["eos"])
+            model = cls(read_config(TextEncoderConfig, config["text"]), image, config["eos"])
         model.text_encoder = text_encoder
         weights = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
@@ -210,7 +211,7 @@ class CLIPTask:
         table = torch.zeros(self.full.vocab_size, self.full.hidden_size)
         table[self.known] = weights[TABLE].float()
         weights[TABLE] = table
-        config = {"architectures": ["CLIPTextModel"], **self.full.to_dict()}
+        config = {"architectures": ["CLIPTextModel"], **to_dict(self.full)}
         target = folder / "text_encoder"
         save_atomically(lambda path: save_file(weights, path), target / "model.safetensors")
         save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), target / "config.json")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from minisd.features.validate import check_int
 from minisd.images import to_images
-from minisd.io.tensors import save_atomically
+from minisd.io.atomic import save_atomically
 from minisd.training.scenes import SIZE, render, scene
 
 

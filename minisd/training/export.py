@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from minisd.config import TINY
 from minisd.images import to_images
+from minisd.io.atomic import save_atomically
 from minisd.io.diffusers_folder import Defaults
-from minisd.io.tensors import save_atomically
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.preview import fit_preview
 from minisd.tokenizer import Tokenizer

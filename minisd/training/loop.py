@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from minisd.features.distributed import process_group, rank, world_size
 from minisd.features.validate import check_float, check_int, check_writable
-from minisd.io.tensors import CheckpointError, read_pickle, save_atomically
+from minisd.io.atomic import save_atomically
+from minisd.io.tensors import CheckpointError, read_pickle
 
 CHECKPOINT = "checkpoint.pt"  # of a training, in its folder
 

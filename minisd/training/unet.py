@@ -23,8 +23,9 @@ from minisd.config import ModelConfig
 from minisd.features.distributed import rank, world_size
 from minisd.features.validate import check_writable
 from minisd.images import grid
+from minisd.io.atomic import save_atomically
+from minisd.io.configs import to_dict
 from minisd.io.diffusers_folder import Defaults
-from minisd.io.tensors import save_atomically
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import Sampler
 from minisd.schedule import Schedule
@@ -152,7 +153,7 @@ class UNetTask:
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write `unet/` as diffusers does."""
         model = _unet(model)
-        config = {"_class_name": "UNet2DConditionModel", **model.config.to_dict()}
+        config = {"_class_name": "UNet2DConditionModel", **to_dict(model.config)}
         weights = {key: value.contiguous() for key, value in model.state_dict().items()}
         target = folder / "unet"
         save_atomically(lambda path: save_file(weights, path), target / "diffusion_pytorch_model.safetensors")

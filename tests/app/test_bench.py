@@ -15,6 +15,7 @@ from minisd.bench import compare as bench
 from minisd.bench import operators, training
 from minisd.config import SD15, TINY
 from minisd.io.checkpoint import SHIPPED
+from minisd.io.configs import to_dict
 from tests.parity import SD1_AUTOENCODER, SD1_TIME_FLOPS, SD1_UNET
 
 
@@ -140,7 +141,7 @@ def test_the_command_measures_the_trainings(
     assert next(iter(row["profile"])) == "convolution"
     # forward, by diffusers' network; backward takes about twice as much; one step in four decodes a quarter once more
     with torch.device("meta"):
-        vae, images = AutoencoderKL.from_config(TINY.autoencoder.to_dict()), torch.empty(1, 3, 128, 128)
+        vae, images = AutoencoderKL.from_config(to_dict(TINY.autoencoder)), torch.empty(1, 3, 128, 128)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vae(images)
     with torch.no_grad(), FlopCounterMode(display=False) as decoder:

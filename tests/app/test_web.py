@@ -89,7 +89,9 @@ def test_previews_and_picture_are_those_of_denoise(sd: StableDiffusion) -> None:
         (ask("fox " * 100, seed=" 0 ", guidance=1), ["--seed", "0", "--guidance", "1"]),
     ],
 )  # fmt: skip
-def test_the_file_is_the_one_that_generate_writes(run: Any, small: Any, small_model: Path, wanted: Request, options: Any):
+def test_the_file_is_the_one_that_generate_writes(
+    run: Any, small: Any, small_model: Path, wanted: Request, options: Any
+) -> None:
     code, lines, err = run("generate", wanted.prompt, *options)
     assert code == 0, err
     (path,) = map(Path, lines)

@@ -5,14 +5,15 @@ import pytest
 import torch
 from models import SMALL_UNET, SMALL_UNET_2, last, lively_model, noise, random_weights
 
-from minisd import TINY, Sampler, StableDiffusion, UNet
+from minisd import Sampler, StableDiffusion, UNet
 from minisd.config import UNetConfig
 from minisd.features.deepcache import DeepCache, count_up_layers
+from minisd.io.configs import read_config
 
 
 @pytest.fixture(scope="module")
 def sd() -> StableDiffusion:
-    return lively_model(TINY)
+    return lively_model()
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def drawn(sd, **settings) -> torch.Tensor:
 @pytest.mark.parametrize("values", [SMALL_UNET, SMALL_UNET_2], ids=["SD 1", "SD 2"])
 @torch.no_grad()
 def test_cached_call_equals_the_plain_network_with_the_old_feature(values):
-    config = UNetConfig.from_dict(values)
+    config = read_config(UNetConfig, values)
     unet = UNet(config).double()
     unet.load_state_dict(random_weights(unet, torch.float64))
     resnets = [resnet for block in unet.up_blocks for resnet in block.resnets]
@@ -64,7 +65,7 @@ def test_cached_call_equals_the_plain_network_with_the_old_feature(values):
 
 @torch.no_grad()
 def test_cached_call_runs_only_the_layers_it_needs(sd):
-    """The tiny UNet has two layers a level: with one, one map of the way down is needed, and no deeper block."""
+    """This UNet has two layers a level: with one, one map of the way down is needed, and no deeper block."""
     ran: list[str] = []
     hooks = [
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
@@ -74,7 +75,7 @@ def test_cached_call_runs_only_the_layers_it_needs(sd):
     down, up = "down_blocks.0.{}s.0.{}", "up_blocks.2.{}s.0.{}"
     second = [way.format(*layer) for way in (down, up) for layer in (("resnet", "conv1"), ("attention", "proj_in"))]
     last_layer = ["up_blocks.2.resnets.1.conv1", "up_blocks.2.attentions.1.proj_in"]
-    inputs = torch.randn(1, 4, 16, 16), torch.tensor(300.0), torch.randn(1, 77, 128)
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor(300.0), torch.randn(1, 77, 16)
     for depth, expected in ((1, []), (2, second)):
         cached = DeepCache(sd.unet, 2, depth)
         cached(*inputs)
@@ -104,7 +105,7 @@ def test_interval_of_full_calls(sd, calls):
 def test_prompts_half_of_the_feature_serves_after_guidance(sd):
     """The same walk by hand: full calls cache both features, and a call without guidance takes the second."""
     plan = Sampler("euler").plan(sd.schedule, 3)
-    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     settings = {"num_inference_steps": 3, "sampler": "euler", "guidance_scale": 3.0, "negative_prompt": "night"}
     found = drawn(sd, latents=latents, guidance_interval=(0.0, 0.5), feature_reuse=(3, 2), **settings)
     context = sd.encode_text(["night", "a fox in the snow"])

@@ -5,18 +5,18 @@ import pytest
 import torch
 from PIL import Image
 
+from minisd.features.pictures import to_rgb
 from minisd.images import from_pil, grid, to_images, to_pixels
 
 
-def test_pictures_of_every_mode_become_images():
-    red = Image.new("RGB", (8, 8), (255, 0, 0))
+def test_to_rgb_reads_every_mode():
+    red, white = Image.new("RGB", (8, 8), (255, 0, 0)), torch.ones(1, 3, 8, 8)
     expected = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
     assert torch.equal(from_pil(red), expected)
-    assert torch.equal(from_pil(red.convert("RGBA")), expected)
-    white = torch.ones(1, 3, 8, 8)
-    assert torch.equal(from_pil(Image.new("RGBA", (8, 8), (255, 0, 0, 0))), white)  # transparent
-    assert torch.equal(from_pil(Image.new("L", (8, 8), 255)), white)
-    assert torch.equal(from_pil(Image.fromarray(np.full((8, 8), 65535, dtype=np.uint16))), white)
+    assert torch.equal(from_pil(to_rgb(red.convert("RGBA"))), expected)
+    assert torch.equal(from_pil(to_rgb(Image.new("RGBA", (8, 8), (255, 0, 0, 0)))), white)  # transparent
+    assert torch.equal(from_pil(to_rgb(Image.new("L", (8, 8), 255))), white)
+    assert torch.equal(from_pil(to_rgb(Image.fromarray(np.full((8, 8), 65535, dtype=np.uint16)))), white)
 
 
 def test_pixels_survive_the_way_to_images_and_back():

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minisd import StableDiffusion
-from minisd.features.adapters import LoRA, LowRank, layers_of
+from minisd.io.adapter_files import save_lora
+from minisd.lora import LoRA, LowRank, layers_of
 from minisd.samplers import SAMPLERS
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
@@ -104,7 +105,7 @@ def test_a_bad_number_ends_the_work_at_once(sd: StableDiffusion, monkeypatch: py
 def test_a_bad_number_in_a_lora_names_the_lora(small_model: Path, tmp_path: Path, part: str, layer: str) -> None:
     sd = StableDiffusion.from_pretrained(small_model, device="cpu")
     layers = layers_of({"unet": sd.unet, "text_encoder": sd.text_encoder})
-    LoRA({layer: LowRank(layers[layer], 2)}).save(tmp_path / "style.safetensors")
+    save_lora(LoRA({layer: LowRank(layers[layer], 2)}), tmp_path / "style.safetensors")
     sd.load_lora(tmp_path / "style.safetensors")
     sd("fox", seed=0, num_inference_steps=1)
     with torch.no_grad():

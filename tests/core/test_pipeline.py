@@ -5,17 +5,17 @@ import threading
 import numpy as np
 import pytest
 import torch
-from models import last, lively_model
+from models import SMALL, last, lively_model
 from PIL import Image
 
-from minisd import TINY, Autoencoder, Sampler, StableDiffusion, TextEncoder, Tokenizer, UNet
+from minisd import Autoencoder, Sampler, StableDiffusion, TextEncoder, Tokenizer, UNet
 
 PROMPTS = ["a fox in the snow", "a red car on the beach", "two penguins", "a castle at night"]
 
 
 @pytest.fixture(scope="module")
 def sd() -> StableDiffusion:
-    return lively_model(TINY)
+    return lively_model()
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_first_noise_is_that_of_torchs_generator(sd):
     sigma = Sampler("ddim").plan(sd.schedule, 4).sigmas[0]
     # x = (x0 + σ ε) / √(σ²+1), so a step tells with what noise it began
     begun = (step.x0 + sigma * step.noise) / np.sqrt(sigma**2 + 1)
-    assert torch.allclose(begun, noise(7, 1, 4, 16, 16), atol=1e-5)
+    assert torch.allclose(begun, noise(7, 1, 4, 8, 8), atol=1e-5)
 
 
 def test_seed_determines_the_picture(sd):
@@ -81,7 +81,7 @@ def test_runs_interleave_and_threads_share_a_model(sd):
 
 
 def test_guidance_scale_one_is_the_prompt_and_zero_the_negative_prompt(sd):
-    latents, t, context = noise(0, 1, 4, 16, 16), 500.0, sd.encode_text(["blurry", "a fox"])
+    latents, t, context = noise(0, 1, 4, 8, 8), 500.0, sd.encode_text(["blurry", "a fox"])
     with torch.inference_mode():
         negative, positive = (sd.unet(latents, torch.tensor(t), c[None]) for c in context)
         for scale in (0.0, 1.0, 7.5):
@@ -108,7 +108,7 @@ def test_leaving_the_loop_stops_the_work(sd, monkeypatch):
         if step.index == 2:
             break
     assert len(calls) == 3
-    assert sd.decode(step.x0)[0].size == (128, 128)
+    assert sd.decode(step.x0)[0].size == (64, 64)
 
 
 def test_image_to_image_runs_a_share_of_the_steps(sd):
@@ -137,13 +137,13 @@ def test_scaling_factor_each_way(sd):
 
 def test_decoder_that_overflows_in_float16_decodes_in_float32():
     torch.manual_seed(0)
-    parts = TextEncoder(TINY.text_encoder), UNet(TINY.unet), Autoencoder(TINY.autoencoder)
+    parts = TextEncoder(SMALL.text_encoder), UNet(SMALL.unet), Autoencoder(SMALL.autoencoder)
     with torch.no_grad():  # the norm behind it brings the numbers back, so only their size in between is at fault
         parts[2].decoder.up_blocks[-1].resnets[-1].conv2.weight.mul_(2e5)
-    full = StableDiffusion(TINY, Tokenizer.from_pretrained(), *(part.eval() for part in parts))
+    full = StableDiffusion(SMALL, Tokenizer.from_pretrained(), *(part.eval() for part in parts))
     latents = noise(0, 1, 4, 4, 4)
     expected = full.decode_to_tensor(latents)
-    half = StableDiffusion(TINY, full.tokenizer, *(part.half() for part in parts))
+    half = StableDiffusion(SMALL, full.tokenizer, *(part.half() for part in parts))
     with pytest.warns(UserWarning, match="overflows in float16"):
         found = half.decode_to_tensor(latents)
     assert torch.allclose(found, expected, atol=0.02 * float(expected.abs().max()))
@@ -180,4 +180,4 @@ def test_float16_is_near_float32(sd, tmp_path):
     ours, exact = (drawn(model, seed=0, num_inference_steps=3, sampler="euler") for model in (half, sd))
     assert ours.dtype == torch.float32
     assert float((ours - exact).abs().max()) < 0.2 * float(exact.abs().max())
-    assert half.decode(ours)[0].size == (128, 128)
+    assert half.decode(ours)[0].size == (64, 64)

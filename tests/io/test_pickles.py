@@ -20,7 +20,7 @@ import torch
 from hunt_files import infect
 from torch import nn
 
-from minisd.features.adapters import read_textual_inversion
+from minisd.io.adapter_files import read_textual_inversion
 from minisd.io.checkpoint import CheckpointError, load
 from minisd.io.tensors import read_header, read_pickle, read_tensors
 
@@ -165,7 +165,7 @@ def test_no_pickle_runs(tmp_path: Path, container: str, tally: Counter[str]) -> 
             tally["refused"] += 1
             reason = str(caught.value)
             if name in programs(canary) and container in ("zip", "old") and "04" not in repr(program[:2]):
-                assert re.search(r"asks for code and was refused|no checkpoint of torch \(instruction", reason), name
+                assert re.search(r"asks for code and was refused|not a checkpoint of torch \(instruction", reason), name
             assert "from a source you trust" in reason, name
         tally["executed"] += canary.exists()
         assert not canary.exists(), name
@@ -213,7 +213,7 @@ def test_archives_that_lie(tmp_path: Path, tally: Counter[str]) -> None:
         ),
         "TorchScript": (archive(tensor(4), **{"constants.pkl": b"."}), "TorchScript"),
         "17 MB of lists": (archive(b"\x80\x02" + b"]" * 17_000_000 + b"."), "lists 17,000,003 bytes of objects"),
-        "another archive": (archive(tensor(4)).replace(b"data.pkl", b"data.txt"), "no archive as torch.save writes it"),
+        "another archive": (archive(tensor(4)).replace(b"data.pkl", b"data.txt"), "not an archive as torch.save"),
         "without its beginning": (archive(tensor(4))[5:], "without its beginning or its end"),
         "without its end": (archive(tensor(4))[:-30], "without its beginning or its end"),
     }

@@ -29,9 +29,11 @@ from torch import nn
 from minisd import StableDiffusion
 from minisd.app.cli import main
 from minisd.app.metadata import read_parameters, save_png
-from minisd.features.adapters import LoRA, LowRank, layers_of
+from minisd.io.adapter_files import save_lora
+from minisd.io.atomic import save_atomically
 from minisd.io.checkpoint import CheckpointError, load
-from minisd.io.tensors import read_pickle, save_atomically
+from minisd.io.tensors import read_pickle
+from minisd.lora import LoRA, LowRank, layers_of
 from minisd.training.adapting import EXAMPLES
 from minisd.training.loop import Options, Trainer
 
@@ -46,9 +48,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from minisd import StableDiffusion
-from minisd.features.adapters import LoRA, LowRank, layers_of
+from minisd.lora import LoRA, LowRank, layers_of
 from minisd.app.metadata import save_png
-from minisd.io.tensors import save_atomically
+from minisd.io.adapter_files import save_lora
+from minisd.io.atomic import save_atomically
 
 torch.set_num_threads(1)
 source, place, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -63,7 +66,7 @@ def fill(value):
 def save(value):
     fill(float(value))
     sd.save_pretrained(place / "model")
-    lora.save(place / "style.safetensors")
+    save_lora(lora, place / "style.safetensors")
     save_atomically(lambda path: torch.save({"x": torch.full((50_000,), float(value))}, path), place / "checkpoint.pt")
     save_png(Image.effect_noise((200, 200), 50), place / "fox.png", str(value), overwrite=True)
     save_png(Image.effect_noise((200, 200), 50), place / "cat.png", str(value))
@@ -255,7 +258,7 @@ def savers(small_model: Path) -> dict[str, Callable[[Path], Any]]:
     picture, numbers = Image.effect_noise((200, 200), 50), torch.rand(50_000)
     return {
         "model": sd.save_pretrained,
-        "style.safetensors": lora.save,
+        "style.safetensors": lambda path: save_lora(lora, path),
         "checkpoint.pt": lambda path: save_atomically(lambda temporary: torch.save(numbers, temporary), path),
         "fox.png": lambda path: save_png(picture, path, "text", overwrite=True),
         "cat.png": lambda path: save_png(picture, path, "text"),

@@ -27,11 +27,12 @@ from torch.distributions import Normal, kl_divergence
 
 from minisd.autoencoder import Gaussian
 from minisd.config import SD15, SD21, AutoencoderConfig
+from minisd.io.configs import check_config, read_config
 
 
 def test_published_configurations() -> None:
-    assert SD15.autoencoder == AutoencoderConfig.from_dict(SD1_AUTOENCODER)
-    assert SD21.autoencoder == AutoencoderConfig.from_dict({**SD1_AUTOENCODER, "sample_size": 768})
+    assert SD15.autoencoder == read_config(AutoencoderConfig, SD1_AUTOENCODER)
+    assert SD21.autoencoder == read_config(AutoencoderConfig, {**SD1_AUTOENCODER, "sample_size": 768})
     assert SD15.autoencoder.downscale == 8
     assert SD15.autoencoder.scaling_factor == 0.18215
 
@@ -138,6 +139,6 @@ def test_sides_that_do_not_divide(height: int, width: int) -> None:
 
 def test_bad_configurations() -> None:
     with pytest.raises(ValueError, match="has 100, which norm_num_groups=32 does not divide"):
-        AutoencoderConfig(block_out_channels=(100,))
+        check_config(AutoencoderConfig(block_out_channels=(100,)))
     with pytest.raises(ValueError, match="use_quant_conv=False; minisd builds only use_quant_conv=True"):
-        AutoencoderConfig.from_dict({**SD1_AUTOENCODER, "use_quant_conv": False})
+        read_config(AutoencoderConfig, {**SD1_AUTOENCODER, "use_quant_conv": False})

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from minisd.app import cli
-from minisd.features.adapters import add_word
 from minisd.features.prompts import common_length, escape, parse, read, rows, weigh
+from minisd.features.textual_inversion import add_token, add_word
 from minisd.guidance import Guidance
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.tokenizer import Tokenizer
@@ -175,6 +175,12 @@ def test_brackets_without_end_are_read_or_refused_soon() -> None:
     assert parse("[" * 100_000 + "fox") == [("fox", 0.0)]
     with pytest.raises(TypeError, match="expected the prompt as a str, got int: 7"):
         parse(7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", ["x" * 2001, "(" + "漢" * 2001 + ")", "fox " * 12_501])
+def test_prompts_of_absurd_length_are_refused_before_they_are_split(prompt: str) -> None:
+    with pytest.raises(ValueError, match="characters"):
+        parse(prompt)
 
 
 # Contexts
@@ -362,7 +368,7 @@ def test_added_words_in_weights_and_at_the_ends_of_chunks(ours: StableDiffusion,
 
 
 def test_a_word_longer_than_a_chunk_is_cut() -> None:
-    tokenizer = Tokenizer.from_pretrained().with_token("<crowd>", 80)
+    tokenizer = add_token(Tokenizer.from_pretrained(), "<crowd>", 80)
     chunks = read("fox <crowd> fox", tokenizer)
     assert [len(chunk) for chunk in chunks] == [75, 7]
     assert [number for chunk in chunks for number, _ in chunk][1:-1] == [*range(49408, 49488)]

@@ -26,14 +26,15 @@ from parity import (
 from torch import Tensor
 
 from minisd.config import SD15, SD21, SD21_BASE, TextEncoderConfig
+from minisd.io.configs import check_config, read_config
 from minisd.text_encoder import quick_gelu
 
 IDS = torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407] + [49407] * 70])
 
 
 def test_published_configurations() -> None:
-    assert SD15.text_encoder == TextEncoderConfig.from_dict(SD1_TEXT)
-    assert SD21.text_encoder == SD21_BASE.text_encoder == TextEncoderConfig.from_dict(SD2_TEXT)
+    assert SD15.text_encoder == read_config(TextEncoderConfig, SD1_TEXT)
+    assert SD21.text_encoder == SD21_BASE.text_encoder == read_config(TextEncoderConfig, SD2_TEXT)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +120,8 @@ def test_clip_skip_out_of_range(clip_skip: int) -> None:
 
 def test_bad_configurations() -> None:
     with pytest.raises(ValueError, match="hidden_act='relu'; expected 'quick_gelu'"):
-        TextEncoderConfig(hidden_act="relu")
+        check_config(TextEncoderConfig(hidden_act="relu"))
     with pytest.raises(ValueError, match="hidden_size has 768, which num_attention_heads=5 does not divide"):
-        TextEncoderConfig(num_attention_heads=5)
+        check_config(TextEncoderConfig(num_attention_heads=5))
     with pytest.raises(ValueError, match="model_type='bert'; minisd builds only"):
-        TextEncoderConfig.from_dict({"model_type": "bert"})
+        read_config(TextEncoderConfig, {"model_type": "bert"})

@@ -32,16 +32,17 @@ from parity import (
 )
 
 from minisd.config import SD15, SD15_INPAINT, SD21, SD21_BASE, UNetConfig
+from minisd.io.configs import check_config, read_config
 from minisd.unet import timestep_embedding
 
 SMALL = {"SD 1": SMALL_UNET, "SD 2": SMALL_UNET_2}
 
 
 def test_published_configurations() -> None:
-    assert SD15.unet == UNetConfig.from_dict(SD1_UNET)
-    assert SD15_INPAINT.unet == UNetConfig.from_dict(SD1_INPAINT_UNET)
-    assert SD21_BASE.unet == UNetConfig.from_dict(SD2_UNET)
-    assert SD21.unet == UNetConfig.from_dict({**SD2_UNET, "sample_size": 96, "upcast_attention": True})
+    assert SD15.unet == read_config(UNetConfig, SD1_UNET)
+    assert SD15_INPAINT.unet == read_config(UNetConfig, SD1_INPAINT_UNET)
+    assert SD21_BASE.unet == read_config(UNetConfig, SD2_UNET)
+    assert SD21.unet == read_config(UNetConfig, {**SD2_UNET, "sample_size": 96, "upcast_attention": True})
     assert SD15.unet.heads == (8, 8, 8, 8)
 
 
@@ -132,12 +133,15 @@ def test_timestep_embedding_against_diffusers() -> None:
         ({"attention_head_dim": (8, 8)}, "heads has 2 entries; expected 4, one per level"),
         ({"attention_head_dim": 7}, r"attention_head_dim \(the number of heads\)=7 does not divide"),
         ({"norm_num_groups": 48}, "block_out_channels has 320, which norm_num_groups=48 does not divide"),
-        ({"up_block_types": ("AttnUpBlock2D",) * 4}, "block type 'AttnUpBlock2D' is not one of"),
+        (
+            {"up_block_types": ("AttnUpBlock2D",) * 4},
+            "up_block_types='AttnUpBlock2D'; expected 'CrossAttnDownBlock2D' or",
+        ),
     ],
 )
 def test_bad_configurations(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        UNetConfig(**wrong)
+        check_config(UNetConfig(**wrong))
 
 
 @pytest.mark.parametrize(
@@ -145,4 +149,4 @@ def test_bad_configurations(wrong: dict[str, Any], message: str) -> None:
 )
 def test_a_network_of_another_kind_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=f"config has {key}='other'; minisd builds only {key}="):
-        UNetConfig.from_dict({**SD1_UNET, key: "other"})
+        read_config(UNetConfig, {**SD1_UNET, key: "other"})

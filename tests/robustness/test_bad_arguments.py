@@ -35,8 +35,9 @@ from safetensors.torch import save_file
 import minisd
 from minisd import Sampler, Schedule, StableDiffusion
 from minisd.app import cli
-from minisd.features.adapters import LoRA, LowRank, layers_of
 from minisd.guidance import Guidance
+from minisd.io.adapter_files import save_lora
+from minisd.lora import LoRA, LowRank, layers_of
 from minisd.samplers import SAMPLERS
 
 HUNT = int(os.environ.get("MINISD_HUNT", 0))
@@ -327,9 +328,7 @@ def test_mixed_values_draw_or_are_refused(
     given = list(dict.fromkeys(given))
     wrong = data.draw(st.lists(st.sampled_from(given), unique=True, max_size=2), label="wrong")
     wrong = [name for name in wrong if fitting(function, name)[1]]
-    values = {
-        name: data.draw(st.sampled_from(fitting(function, name)[name in wrong]), label=name) for name in given
-    }
+    values = {name: data.draw(st.sampled_from(fitting(function, name)[name in wrong]), label=name) for name in given}
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
@@ -501,8 +500,10 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "--mask": (["mask.png"], ["none.png", "black.png", "text.txt"]),
     "--outpaint": (["8 0 0 0"], ["3 0 0 0", "0 0 0 0", "-8 0 0 0", "1000000 0 0 0", "a b c d", "8 8"]),
 }
-PROMPTS = ["fox", "", "fox\0snow", "שלום", "🦊 " * 50, "a" * 300,
-    "../../etc/passwd", "fox/snow", "%s {0} \\n"], ["\udcff"]
+PROMPTS = (
+    ["fox", "", "fox\0snow", "שלום", "🦊 " * 50, "a" * 300, "../../etc/passwd", "fox/snow", "%s {0} \\n"],
+    ["\udcff"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -516,14 +517,15 @@ def desk(tmp_path_factory: pytest.TempPathFactory, sd: StableDiffusion) -> Itera
     Image.new("L", (32, 32)).save(folder / "black.png")
     sd.save_pretrained(folder / "model")
     layers = layers_of({"unet": sd.unet})
-    LoRA({name: LowRank(layers[name], 2) for name in list(layers)[:3]}).save(folder / "style.safetensors")
+    save_lora(LoRA({name: LowRank(layers[name], 2) for name in list(layers)[:3]}), folder / "style.safetensors")
     save_file({"<word>": torch.randn(2, 16, generator=GENERATOR)}, folder / "word.safetensors")
     (folder / "text.txt").write_text("no picture")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.delenv("MINISD_DEBUG", raising=False)
         patch.setattr(cli, "app", typer.main.get_command(cli.app))  # built once, which takes most of a call's time
-        patch.setattr(cli, "_load", lambda model, device, dtype, **_:
-            (device is None or cli._usable_device(device), sd)[1])
+        patch.setattr(
+            cli, "_load", lambda model, device, dtype, **_: (device is None or cli._usable_device(device), sd)[1]
+        )
         yield folder
 
 
@@ -538,8 +540,11 @@ def run(arguments: list[str]) -> tuple[int, str, str]:
 
 
 def typed(options: dict[str, str]) -> list[str]:
-    return [word for name, value in options.items() for word in (name,
-            *(value.split() if name == "--outpaint" else [value]))]
+    return [
+        word
+        for name, value in options.items()
+        for word in (name, *(value.split() if name == "--outpaint" else [value]))
+    ]
 
 
 WORK = (  # what costs time, and must not have begun where something is refused

@@ -20,9 +20,11 @@ from hunt_files import NO_WEIGHTS, hunt
 from safetensors.torch import load_file, save_file
 
 from minisd import StableDiffusion, TextEncoder, UNet
-from minisd.features.adapters import layers_of, read_lora, read_textual_inversion
+from minisd.io.adapter_files import read_lora, read_textual_inversion
 from minisd.io.checkpoint import CheckpointError, load, open_checkpoint
-from minisd.io.tensors import read_header, read_json, read_tensors
+from minisd.io.configs import read_json
+from minisd.io.tensors import read_header, read_tensors
+from minisd.lora import layers_of
 
 
 @pytest.fixture
@@ -141,9 +143,7 @@ def test_a_file_cut_anywhere(tmp_path: Path, tally: Counter[str]) -> None:
     [("empty", "is empty"), ("web page", "is a web page"), ("git-lfs", "git lfs pull"), ("git-annex", "git annex get")],
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_what_is_no_weights_at_all(
-    tmp_path: Path, kind: str, message: str, suffix: str, tally: Counter[str]
-) -> None:
+def test_what_is_no_weights_at_all(tmp_path: Path, kind: str, message: str, suffix: str, tally: Counter[str]) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_bytes(NO_WEIGHTS[kind])
     for read in (load, read_textual_inversion, lambda path: read_lora(path, {})):

@@ -16,8 +16,8 @@ from small_training import assert_same_run, small_task
 
 from minisd.app.cli import main
 from minisd.config import TINY
+from minisd.io.atomic import save_atomically
 from minisd.io.checkpoint import SHIPPED
-from minisd.io.tensors import save_atomically
 from minisd.training.captions import mirrored
 from minisd.training.clip import CLIPTask
 from minisd.training.data import Scenes, render_scenes
