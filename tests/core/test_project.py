@@ -64,10 +64,11 @@ def test_the_package_imports_only_what_it_declares():
     """Core files use core requirements only, some others those of an extra; diffusers only to be measured beside."""
     import_names = {"pillow": "PIL", "huggingface-hub": "huggingface_hub", "resvg-py": "resvg_py", "ipython": "IPython"}
     extra_of = {"training": "train", "evaluation": "train", "figures.py": "notebooks", "bench": "notebooks",
-                "web.py": "web"}
+                "app/web.py": "web"}
     core = {import_names.get(name, name) for name in requirements(PROJECT["dependencies"])}
     for path in (ROOT / "minisd").rglob("*.py"):
-        extra = extra_of.get(path.relative_to(ROOT / "minisd").parts[0])
+        file = path.relative_to(ROOT / "minisd")
+        extra = extra_of.get(file.as_posix(), extra_of.get(file.parts[0]))
         allowed = core | {"minisd"} | {import_names.get(name, name) for name in requirements(EXTRAS.get(extra, []))}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
