@@ -105,6 +105,8 @@ SMALL_UNET_2: Values = SMALL_UNET | {
     "upcast_attention": True,
 }
 
+WORDS = ("fox", "cat", "dog", "tree", "house", "snow", "castle", "moon", "river", "stone", "cloud", "bird", "hill")
+
 # A model with everything that the tiny one has, in a thousandth of the work.
 SMALL = replace(
     TINY,
@@ -135,6 +137,11 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of two outputs, in standard deviations of the second."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     return float((ours - theirs).detach().abs().max() / theirs.detach().std())
+
+
+def long_prompt(tokens: int, first: int = 0) -> str:
+    """So many words that are one token each."""
+    return " ".join(WORDS[(first + i * i) % len(WORDS)] for i in range(tokens))
 
 
 def last(steps: Iterable[Any]) -> Tensor:

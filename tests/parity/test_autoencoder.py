@@ -6,18 +6,14 @@ import time
 
 import pytest
 import torch
-from parity import (
+from models import SD1_AUTOENCODER, SMALL_AUTOENCODER, TOLERANCE, difference, noise
+from pairs import (
     KERNEL_TOLERANCE,
     LAYOUT_TOLERANCE,
-    SD1_AUTOENCODER,
-    SMALL_AUTOENCODER,
-    TOLERANCE,
     autoencoders,
     decode_difference,
-    difference,
     encode_difference,
     meta_autoencoders,
-    noise,
     norm_epsilons,
     norms_in_float64,
     parameters,
@@ -128,13 +124,6 @@ def test_what_channels_last_costs() -> None:
         for layout in (torch.contiguous_format, torch.channels_last)
     ]
     assert off[0] < 2e-6 and 10 * off[0] < off[1] < LAYOUT_TOLERANCE
-
-
-@pytest.mark.parametrize(("height", "width"), [(30, 32), (32, 33)])
-def test_sides_that_do_not_divide(height: int, width: int) -> None:
-    ours, _ = autoencoders(SMALL_AUTOENCODER)
-    with pytest.raises(ValueError, match=f"image is {width}×{height}; both sides must be multiples of 4"):
-        ours.encode(torch.zeros(1, 3, height, width))
 
 
 def test_bad_configurations() -> None:

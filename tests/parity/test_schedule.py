@@ -53,7 +53,7 @@ def test_timesteps_are_those_of_diffusers(spacing: str) -> None:
         whole.set_timesteps(n)
         fractional.set_timesteps(n)
         assert Schedule().timesteps(n, spacing) == tuple(whole.timesteps.tolist())
-        ours = Schedule().timesteps(n, spacing, whole=False)
+        ours = Schedule().timesteps(n, spacing, rounded=False)
         assert np.allclose(ours, fractional.timesteps.numpy(), rtol=1e-6, atol=1e-6)
 
 

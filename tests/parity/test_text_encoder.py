@@ -7,15 +7,9 @@ import time
 
 import pytest
 import torch
-from parity import (
+from models import SD1_TEXT, SD2_TEXT, SMALL_TEXT, SMALL_TEXT_2, TOLERANCE, Values, difference
+from pairs import (
     FULL_SIZE_TOLERANCE,
-    SD1_TEXT,
-    SD2_TEXT,
-    SMALL_TEXT,
-    SMALL_TEXT_2,
-    TOLERANCE,
-    Values,
-    difference,
     meta_text_encoders,
     norm_epsilons,
     parameters,
@@ -103,19 +97,6 @@ def test_full_size() -> None:
     took = time.perf_counter() - start
     print(f"text encoder: {found:.2e} of the output's standard deviation, {took:.0f} s")
     assert found <= FULL_SIZE_TOLERANCE
-
-
-def test_too_many_tokens() -> None:
-    ours, _ = text_encoders(SMALL_TEXT)
-    with pytest.raises(ValueError, match="78 tokens; the text encoder has 77 positions"):
-        ours(torch.zeros(1, 78, dtype=torch.long))
-
-
-@pytest.mark.parametrize("clip_skip", [0, 4, -1])
-def test_clip_skip_out_of_range(clip_skip: int) -> None:
-    ours, _ = text_encoders(SMALL_TEXT)
-    with pytest.raises(ValueError, match=rf"clip_skip={clip_skip}; expected 1 \(every layer\) to 3"):
-        ours(IDS, clip_skip)
 
 
 def test_bad_configurations() -> None:

@@ -9,20 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
-from parity import (
+from models import SD1_INPAINT_UNET, SD1_UNET, SD2_UNET, SMALL_UNET, SMALL_UNET_2, TOLERANCE, Values, difference, noise
+from pairs import (
     KERNEL_TOLERANCE,
     LAYOUT_TOLERANCE,
-    SD1_INPAINT_UNET,
-    SD1_UNET,
-    SD2_UNET,
-    SMALL_UNET,
-    SMALL_UNET_2,
-    TOLERANCE,
     Pair,
-    Values,
-    difference,
     meta_unets,
-    noise,
     norm_epsilons,
     norms_in_float64,
     parameters,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import difference, noise, random_weights
+from models import difference, noise, random_weights
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import TINY

@@ -14,19 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import (
-    SMALL_AUTOENCODER,
-    SMALL_TEXT,
-    SMALL_TEXT_2,
-    SMALL_UNET,
-    SMALL_UNET_2,
-    TOLERANCE,
+from models import SMALL_AUTOENCODER, SMALL_TEXT, SMALL_TEXT_2, SMALL_UNET, SMALL_UNET_2, TOLERANCE, difference, noise
+from pairs import (
     Pair,
     autoencoders,
     decode_difference,
-    difference,
     encode_difference,
-    noise,
     norm_epsilons,
     text_difference,
     text_encoders,
@@ -165,9 +158,7 @@ def twice_the_heads_in_text(network: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def no_causal_mask(network: Any, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        minisd.text_encoder, "attend", lambda *inputs, causal: minisd.attention.attend(*inputs)
-    )
+    patch.setattr(minisd.text_encoder, "attend", lambda *inputs, causal: minisd.attention.attend(*inputs))
 
 
 def no_final_norm(network: Any, patch: pytest.MonkeyPatch) -> None:
@@ -217,7 +208,8 @@ def test_mistake(case: Case, mistake: Callable[[Any, pytest.MonkeyPatch], None],
 def pipeline_around(autoencoder: Any) -> StableDiffusion:
     unet: Any = nn.ModuleDict({"conv_in": nn.Linear(1, 1, dtype=torch.float64)})  # tells device and dtype, no more
     nothing: Any = None
-    return StableDiffusion(ModelConfig(), nothing, nothing, unet, autoencoder)
+    config = replace(ModelConfig(), autoencoder=autoencoder.config)
+    return StableDiffusion(config, nothing, nothing, unet, autoencoder)
 
 
 def scaled_encode_difference(pair: Pair) -> float:
@@ -239,4 +231,3 @@ def test_scale_factor(compare: Callable[[Pair], float], wrong: float) -> None:
     assert compare(pair) <= TOLERANCE
     pair.ours.config = replace(pair.ours.config, scaling_factor=wrong)
     assert compare(pair) > CLEAR
-
