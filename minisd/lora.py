@@ -63,13 +63,3 @@ class LoRA(nn.Module):
     def _add(self, update: LowRank, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         # y = W x + w · (α/r) B A x
         return output + self.weight * update(*inputs) if self.weight else output
-
-
-def layers_of(parts: Mapping[str, nn.Module]) -> dict[str, Layer]:
-    """The linear layers and convolutions of the parts, by part and name: "unet.conv_in" and so on."""
-    return {
-        f"{part}.{name}": module
-        for part, root in parts.items()
-        for name, module in root.named_modules()
-        if isinstance(module, Layer)
-    }

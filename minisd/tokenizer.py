@@ -1,9 +1,8 @@
 """CLIP's byte-pair encoding: a prompt becomes 77 token ids.
 
 The text is normalised and split into words; each word is spelled in symbols that stand for its UTF-8 bytes; then
-neighbouring symbols are merged, always the pair that ranks first in a list of merges learned from captions.
-The merges determine the vocabulary: 256 byte symbols, the same at the end of a word, a token per merge, start and end.
-
+neighbouring symbols are merged, always the pair that ranks first in a list of merges learned from captions. The merges
+determine the vocabulary: 256 byte symbols, the same at the end of a word, one token per merge, start and end.
 Sources: Sennrich et al. 2016 (arXiv 1508.07909); Radford et al. 2021 (arXiv 2103.00020), whose merges are shipped (MIT,
 assets/licenses/CLIP-MIT.txt): lines 2 to 48,895 of bpe_simple_vocab_16e6.txt in the PyPI package clip-anytorch.
 """
@@ -26,7 +25,6 @@ BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
 # A word, in the alphabet of `_kind`: an English contraction, a run of letters, one digit, a run of anything else.
 WORD = re.compile(r"'(?:[stmd]|re|ve|ll)|[a-zL]+|N|[^a-zLN ]+")
-KEPT = frozenset(string.ascii_lowercase + "' ")
 
 
 def byte_symbols() -> list[str]:
@@ -44,7 +42,7 @@ def normalize(text: str) -> str:
 
 def _kind(character: str) -> str:
     """L for a letter, N for a number, P for the rest; a to z, apostrophe and space stand for themselves."""
-    if character in KEPT:
+    if character in string.ascii_lowercase + "' ":
         return character
     category = unicodedata.category(character)[0]
     return category if category in "LN" else "P"
@@ -77,8 +75,7 @@ class Tokenizer:
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (vocabulary[t] for t in (BOS, EOS, pad_token))
         self._symbols = byte_symbols()
         self._bytes = {symbol: byte for byte, symbol in enumerate(self._symbols)}
-        self._tokens = {i: token for token, i in vocabulary.items()}
-        self._tokens |= {vocabulary[token]: "".join(self._spell(token)) for token in self.added}
+        self._tokens = {i: "".join(self._spell(t)) if t in self.added else t for t, i in vocabulary.items()}
         # As in transformers, the pad token counts only as typed, other special tokens in either case.
         self._pad = _finder([pad_token])
         self._special = _finder({BOS, EOS, *self.added} - {pad_token})
@@ -119,7 +116,7 @@ class Tokenizer:
                     tokens += self.added.get(piece, (piece,))
                     continue
                 for word in split_words(piece):
-                    tokens += deque(self._merge(word), maxlen=1).pop()  # the last ones
+                    tokens += deque(self._merge(word), maxlen=1).pop()
         return tokens
 
     def encode(self, text: str) -> list[int]:
@@ -128,9 +125,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int] | torch.Tensor, skip_special_tokens: bool = False) -> str:
         """The text that ids stand for: lower case, a space after each word, � for invalid UTF-8."""
-        special = {BOS, EOS, self.pad_token} if skip_special_tokens else set()
-        symbols = "".join(token for token in (self._tokens[int(i)] for i in ids) if token not in special)
-        text = bytes(self._bytes[symbol] for symbol in symbols).decode(errors="replace")
+        skipped = {BOS, EOS, self.pad_token} if skip_special_tokens else set()
+        tokens = [token for token in (self._tokens[int(i)] for i in ids) if token not in skipped]
+        text = bytes(self._bytes[symbol] for symbol in "".join(tokens)).decode(errors="replace")
         return text.replace(END_OF_WORD, " ").strip()
 
     def __call__(self, texts: str | Sequence[str], max_length: int = 77) -> torch.Tensor:
@@ -148,15 +145,12 @@ class Tokenizer:
 
 def _join(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     """Merge a pair wherever it occurs, from left to right."""
-    joined: list[str] = []
-    previous = ""
-    for symbol in symbols:
-        if (previous, symbol) == pair:
+    joined = symbols[:1]
+    for symbol in symbols[1:]:
+        if (joined[-1], symbol) == pair:
             joined[-1] += symbol
-            previous = ""
         else:
             joined.append(symbol)
-            previous = symbol
     return joined
 
 

@@ -34,7 +34,8 @@ import minisd.unet
 from minisd.attention import record_attention
 from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, TINY, ModelConfig
-from minisd.lora import LoRA, LowRank, layers_of
+from minisd.features.adapters import layers_of
+from minisd.lora import LoRA, LowRank
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import SAMPLERS
 from minisd.text_encoder import TextEncoder

@@ -299,7 +299,7 @@ class Hunt:
 
     def _gather_strangers(self) -> None:
         """What is put in the place of a file, and into pickles."""
-        from test_pickles import REFUSED, programs
+        from hostile_pickles import REFUSED, programs
 
         self.hostile = [*programs(self.canary).values()] * 3 + [each for each in REFUSED.values() if len(each) < 10_000]
         self.strange = [*NO_WEIGHTS.values(), *self.hostile]

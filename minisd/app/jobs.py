@@ -200,7 +200,12 @@ class Target:
         """Write a job's picture and print its name."""
         name = f"{self.stem}-{job.seed}.png" if self.seeded else f"{self.stem}.png"
         text, record = job.parameters(provenance), job.record(provenance)
-        print(save_png(picture, self.folder / name, text, self.overwrite, record), flush=True)
+        report(save_png(picture, self.folder / name, text, self.overwrite, record))
+
+
+def report(path: Path) -> None:
+    """Print the name of a file in one write, so that lines of several processes do not mix."""
+    print(f"{path}\n", end="", flush=True)
 
 
 def _to_json(value: Any) -> Any:

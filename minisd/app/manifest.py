@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from minisd.app.jobs import Job, batches, draw
+from minisd.app.jobs import Job, batches, draw, report
 from minisd.app.metadata import KEY, save_png
 from minisd.app.provenance import Provenance
 from minisd.features.distributed import process_group, rank, rank_zero_first, sum_over_ranks, world_size
@@ -152,7 +152,7 @@ def draw_missing(
             pictures = draw(sd, batch, False if quiet or rank() else None)
             for job, picture, file, text, absent in zip(batch, pictures, files, texts, missing, strict=True):
                 if absent:
-                    print(save_png(picture, file, text, overwrite=True, record=job.record(provenance)), flush=True)
+                    report(save_png(picture, file, text, overwrite=True, record=job.record(provenance)))
                     drawn += 1
         drawn, there = sum_over_ranks(drawn, there)
         log(f"{drawn} drawn, {there} were there already, in {time.perf_counter() - started:.1f} s")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from minisd.app.provenance import split_lora
+from minisd.features.distributed import local_device
 from minisd.features.presets import PRESETS
 from minisd.pipeline.settings import SETTINGS, Setting
 
@@ -100,35 +101,30 @@ class LoadOptions:
         typer.Option("--textual-inversion", help="Load this word. May be repeated.", metavar="FILE"),
     ] = None
 
-    def load(self, dtype: str | None = None, lora_weights: Mapping[str, float] | None = None) -> StableDiffusion:
-        """Load the model with its LoRAs and textual inversions.
-
-        Args:
-            dtype: If no option says it.
-            lora_weights: Of the LoRAs by their names, if no option says it.
-
-        Raises:
-            BadParameter: This machine does not have the device.
-        """
-        import torch
-
-        from minisd.features.distributed import local_device
+    def find_device(self) -> Any:
+        """The device that was named, or None. Raises BadParameter if this machine does not have it."""
         from minisd.pipeline.memory import usable_device
-        from minisd.pipeline.stable_diffusion import StableDiffusion
 
-        name, dtype = local_device(self.device), self.dtype or dtype
+        name = local_device(self.device)
         try:
-            device = None if name is None else usable_device(name)
+            return None if name is None else usable_device(name)
         except ValueError as error:
             raise typer.BadParameter(f"--{error}") from error
-        sd = StableDiffusion.from_pretrained(
-            self.model,
-            device=device,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            variant=self.variant,
-            prediction_type=self.prediction_type,
-            offload=self.offload,
-        )
+
+    def load_model(self, dtype: str | None = None) -> StableDiffusion:
+        """Load the model. dtype: if no option names one."""
+        import torch
+
+        from minisd.pipeline.stable_diffusion import StableDiffusion
+
+        device, dtype = self.find_device(), self.dtype or dtype
+        more: dict[str, Any] = {"variant": self.variant, "prediction_type": self.prediction_type}
+        precision = None if dtype is None else getattr(torch, dtype)
+        return StableDiffusion.from_pretrained(self.model, device=device, dtype=precision, offload=self.offload, **more)
+
+    def load(self, dtype: str | None = None, lora_weights: Mapping[str, float] | None = None) -> StableDiffusion:
+        """Load the model with its LoRAs and textual inversions. dtype, lora_weights: if no option names them."""
+        sd = self.load_model(dtype)
         for argument in self.lora or []:
             file, weight = split_lora(argument)
             usual = (lora_weights or {}).get(Path(file).stem, 1.0)

@@ -19,7 +19,7 @@ from PIL import Image
 from minisd.app.jobs import model_side
 from minisd.app.playground import Preview, Request, Result, draw, overlay
 from minisd.app.provenance import Provenance
-from minisd.pipeline.settings import SAMPLER_LABELS, SETTINGS, Settings, sampler_label
+from minisd.pipeline.settings import SAMPLER_LABELS, SETTINGS, Settings
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
 ERRORS = (ValueError, TypeError, FloatingPointError, MemoryError)  # whose text is written for the reader
@@ -174,8 +174,10 @@ def _settings(defaults: Settings) -> list[Any]:
     for name, setting in SHOWN.items():
         common: dict[str, Any] = {"label": setting.label, "elem_id": setting.label.lower()}
         if name == "sampler":
-            default = f"the model's own: {sampler_label(defaults.sampler_name, defaults.karras)}"
-            choices = [(default, ""), *((label, name) for name, label in SAMPLER_LABELS.items())]
+            choices = [
+                (f"the model's own: {defaults.texts()[setting.png]}", ""),
+                *((label, name) for name, label in SAMPLER_LABELS.items()),
+            ]
             widgets.append(gr.Dropdown(choices, value="", min_width=300, **common))
         else:
             widgets.append(gr.Number(getattr(defaults, name), min_width=90, **common))

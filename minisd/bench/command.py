@@ -1,4 +1,4 @@
-"""The `minisd bench` command: what is measured is in the files beside this one."""
+"""The `minisd bench` command; the benchmarks are in the other files of this folder."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ CORES = os.cpu_count() or 1
 Model = Annotated[
     str | None, typer.Option(help='A model folder, "tiny", or "full": SD 1.5 with random weights. [default: full]')
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="A .json file; a picture is drawn beside it.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="A .json file; a plot is written beside it.")]
 Sizes = Annotated[list[int] | None, typer.Option(help="In pixels; may be repeated. [default: 512, with tiny 128]")]
-Steps = Annotated[int, typer.Option(min=0, help="Of the complete picture; 0 draws none.")]
-Repeats = Annotated[int, typer.Option(min=1, help="How often each part is timed.")]
+Steps = Annotated[int, typer.Option(min=0, help="Number of sampling steps of the complete picture; 0 skips it.")]
+Repeats = Annotated[int, typer.Option(min=1, help="How often each measurement is repeated.")]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu. [default: the first there is]")]
 DType = Annotated[
     Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="[default: float16 on cuda, else float32]")
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Of each process, on a CPU. [default: its cores]")]
-Compile = Annotated[bool, typer.Option("--compile", help="Compile UNet and decoder, of both libraries.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of each process, on a CPU. [default: all cores]")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the UNet and the decoder of both libraries.")]
 Alone = Annotated[bool, typer.Option("--alone", help="Measure minisd only, without diffusers.")]
 Loading = Annotated[bool, typer.Option("--loading/--no-loading", help="Measure imports and loading too.")]
 PresetName = Annotated[
-    Literal["fast"] | None, typer.Option(help="Measure this preset beside --steps without it, in place of diffusers.")
+    Literal["fast"] | None, typer.Option(help="Compare this preset with --steps without it, instead of with diffusers.")
 ]
 Pictures = Annotated[
-    int | None, typer.Option(min=1, help="Of --preset [default: 256, full: 1] and --throughput [default: 64].")
+    int | None,
+    typer.Option(min=1, help="How many, with --preset [default: 256, full: 1] or --throughput [default: 64]."),
 ]
-Training = Annotated[
-    bool, typer.Option("--training", help="Measure the training of the tiny model's parts, in place of drawing.")
-]
+Training = Annotated[bool, typer.Option("--training", help="Measure training steps of the tiny model's parts instead.")]
 Throughput = Annotated[
-    bool, typer.Option("--throughput", help="Draw a prompts file in one process, and in one for each thread.")
+    bool, typer.Option("--throughput", help="Draw a prompts file with one process, and with one per thread.")
 ]
 
 
@@ -58,9 +57,9 @@ def bench(
     train: Training = False,
     throughput: Throughput = False,
 ) -> None:
-    """Time minisd and diffusers in turns, on the same weights: import, load, text, step, decode, a picture; and memory.
+    """Time minisd and diffusers in turn, with the same weights: import, load, text, step, decode, picture; and memory.
 
-    Nothing else should be running. At full size on two cores this takes about half an hour; --steps 2 a third of it.
+    Nothing else should be running. At full size on two cores this takes about half an hour, with --steps 2 a third.
 
     \b
     Examples:
@@ -104,14 +103,14 @@ def _compare(model: str, output: Path, alone: bool, **options: Any) -> None:
 
     libraries = ("minisd",) if alone or find_spec("diffusers") is None else compare.LIBRARIES
     with _model(model) as folder:
-        report = compare.run(folder, compare.Settings(libraries=libraries, **options), say=log)
+        report = compare.run(folder, compare.Settings(libraries=libraries, **options), log=log)
     compare.write(report, output)
     log(compare.table(report))
     print(output)
 
 
 def _model(name: str) -> AbstractContextManager[Path]:
-    """The folder of a model to measure: the shipped one, one with random weights, or one that is there."""
+    """The folder of the model to measure: the shipped one, a temporary one with random weights, or an existing one."""
     from minisd.bench.compare import random_weights
     from minisd.io.checkpoint import SHIPPED
 
@@ -134,7 +133,7 @@ def _preset(
     settings = presets.Settings(preset, pictures or (1 if model == "full" else 256), steps=steps)
     with _model(model) as folder:
         sd = StableDiffusion.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
-        report, picture = presets.run(sd, settings, say=log)
+        report, picture = presets.run(sd, settings, log=log)
     machine = compare.machine(compare.Settings(device=device, libraries=("minisd",)))
     report["machine"] = machine | {"dtype": dtype, "threads": threads}
     compare.write_json(report, output)
@@ -150,7 +149,7 @@ def _training(output: Path, repeats: int, threads: int, dtype: str | None) -> No
     if dtype == "float16":
         raise typer.BadParameter("--training runs in float32, or with --dtype bfloat16 in mixed precision")
     settings = trainings.Settings(steps=4 * repeats, threads=threads, bfloat16=dtype == "bfloat16")
-    report = trainings.run(settings, say=log)
+    report = trainings.run(settings, log=log)
     compare.write_json(report, output)
     log(trainings.table(report))
     print(output)
@@ -161,7 +160,7 @@ def _throughput(model: str, output: Path, repeats: int, threads: int, pictures: 
     from minisd.bench import throughput as throughputs
 
     with _model(model) as folder:
-        report = throughputs.run(folder, throughputs.Settings(pictures, repeats, threads), say=log)
+        report = throughputs.run(folder, throughputs.Settings(pictures, repeats, threads), log=log)
     compare.write_json(report, output)
     log(throughputs.table(report))
     print(output)

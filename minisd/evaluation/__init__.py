@@ -1,4 +1,4 @@
-"""How good is a model of scenes: does a drawn picture show what its prompt asked for?"""
+"""Evaluation of models of scenes: do the pictures show what their prompts describe?"""
 
 from minisd.evaluation.measure import evaluate, evaluate_model
 

@@ -127,5 +127,15 @@ class Adapters:
             raise ValueError(f"no LoRA named {unknown[0]!r}; loaded are: {', '.join(self.loras) or 'none'}")
 
 
+def layers_of(parts: Mapping[str, nn.Module]) -> dict[str, Layer]:
+    """The linear layers and convolutions of the parts, by part and name: "unet.conv_in" and so on."""
+    return {
+        f"{part}.{name}": module
+        for part, root in parts.items()
+        for name, module in root.named_modules()
+        if isinstance(module, Layer)
+    }
+
+
 def _check_weight(name: str, weight: Any) -> float:
     return check_float(f"weight of {name!r:.80}", weight, hint=", such as 1.0")

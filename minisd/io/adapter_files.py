@@ -14,23 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minisd.features.adapters import layers_of
 from minisd.features.validate import check_float, check_path
+from minisd.io import tensors
 from minisd.io.atomic import save_atomically
 from minisd.io.configs import read_json
 from minisd.io.key_names import looks_like
-from minisd.io.tensors import (
-    FLOAT_DTYPES,
-    CheckpointError,
-    TensorInfo,
-    plain_tensor,
-    printable,
-    read_header,
-    read_metadata,
-    read_pickle,
-    read_tensors,
-    same_shape,
-)
-from minisd.lora import Layer, LoRA, LowRank, layers_of
+from minisd.io.tensors import CheckpointError, TensorInfo, printable, same_shape
+from minisd.lora import Layer, LoRA, LowRank
 
 LORA_FILES = ("pytorch_lora_weights", "adapter_model")
 INVERSION_FILES = ("learned_embeds",)
@@ -57,14 +48,14 @@ def read_lora(path: str | PathLike[str], parts: Mapping[str, nn.Module]) -> LoRA
         CheckpointError: names every key that belongs to no layer and every tensor of the wrong shape.
     """
     path = _file_in(check_path("path", path), LORA_FILES)
-    header, layers = read_header(path), layers_of(parts)
+    header, layers = tensors.read_header(path), layers_of(parts)
     keys = _keys_of_layers(path, header, layers)
-    tensors, settings = dict(read_tensors(path, header, "cpu", torch.float32)), _peft_settings(path)
+    weights, settings = dict(tensors.read_tensors(path, header, "cpu", torch.float32)), _peft_settings(path)
     updates = {}
     for name, found in keys.items():
-        a, b = tensors[found["A"]], tensors[found["B"]]
+        a, b = weights[found["A"]], weights[found["B"]]
         try:
-            alpha = float(tensors[found["alpha"]]) if "alpha" in found else _peft_alpha(settings, name, len(a))
+            alpha = float(weights[found["alpha"]]) if "alpha" in found else _peft_alpha(settings, name, len(a))
             check_float("alpha", alpha)
         except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
             raise CheckpointError(f"{path} has no valid alpha for {name} ({error}); fetch it again") from error
@@ -101,22 +92,20 @@ def read_textual_inversion(path: str | PathLike[str], token: str | None = None) 
     """
     path = _file_in(check_path("path", path), INVERSION_FILES)
     if path.suffix == ".safetensors":
-        header = read_header(path)
-        for key, info in header.items():
-            if info.dtype not in FLOAT_DTYPES:
-                raise CheckpointError(
-                    f"{path} holds {printable(key)} of dtype {info.dtype}; expected {', '.join(FLOAT_DTYPES)}"
-                )
-        content: Any = dict(read_tensors(path, header, "cpu", torch.float32))
+        header = tensors.read_header(path)
+        for key, (_, dtype) in header.items():
+            if dtype not in tensors.FLOAT_DTYPES:
+                raise CheckpointError(f"{path} holds {printable(key)} of dtype {dtype}; expected float16 to float64")
+        content: Any = dict(tensors.read_tensors(path, header, "cpu", torch.float32))
     else:
-        content = read_pickle(path)
+        content = tensors.read_pickle(path)
     name, vectors = None, content.get("string_to_param") if isinstance(content, dict) else None
     if isinstance(vectors, dict):
         name, vectors = content.get("name") or path.stem, next(iter(vectors.values()), None)
     elif isinstance(content, dict) and len(content) == 1:
         name, vectors = next(iter(content.items()))
         name = path.stem if name == "emb_params" else name  # the web UI's safetensors do not contain the word
-    vectors = plain_tensor(vectors, path) if isinstance(vectors, Tensor) else None
+    vectors = tensors.plain_tensor(vectors, path) if isinstance(vectors, Tensor) else None
     if vectors is None or not vectors.is_floating_point() or vectors.ndim not in (1, 2) or not vectors.numel():
         keys = list(content)[:4] if isinstance(content, dict) else [type(content).__name__]
         raise CheckpointError(
@@ -175,8 +164,8 @@ def _misfits(keys: Keys, header: Mapping[str, TensorInfo], layer: Layer) -> Iter
         if rank < 1 or not same_shape(shape, expected):
             wanted = f"[rank, {', '.join(map(str, rest))}]" if factor == "A" else str([*expected])
             yield f"{keys[factor]} is {list(shape)}; expected {wanted}"
-        elif dtype not in FLOAT_DTYPES:
-            yield f"{keys[factor]} is of dtype {dtype}; expected {', '.join(FLOAT_DTYPES)}"
+        elif dtype not in tensors.FLOAT_DTYPES:
+            yield f"{keys[factor]} is of dtype {dtype}; expected float16 to float64"
     if "alpha" in keys and math.prod(header[keys["alpha"]].shape) != 1:
         yield f"{keys['alpha']} is {list(header[keys['alpha']].shape)}; expected one number"
 
@@ -186,7 +175,7 @@ def _peft_settings(path: Path) -> Mapping[str, Any]:
     if path.stem == "adapter_model":
         return read_json(path.with_name("adapter_config.json"))
     try:
-        settings = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
+        settings = json.loads(tensors.read_metadata(path).get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the lora_adapter_metadata of {path} is not JSON ({error}); fetch it again") from error
     return settings if isinstance(settings, dict) else {}
@@ -203,9 +192,7 @@ def _peft_alpha(settings: Mapping[str, Any], name: str, rank: int) -> float:
     for pattern, other in (setting("alpha_pattern", None) or {}).items():
         # matching nested repeats can take years
         if not re.fullmatch(r"[\w.\\^$|*+-]{1,500}", pattern) or len(re.findall(r"[*+]", pattern)) > 2:
-            raise ValueError(
-                f"invalid alpha_pattern {printable(pattern)!r}; expected names, dots and at most two repeats"
-            )
+            raise ValueError(f"invalid alpha_pattern {printable(pattern)!r}; expected names, dots, at most two repeats")
         if any(re.fullmatch(rf"(.*\.)?({pattern})", each) for each in (layer, layer.removeprefix("text_model."))):
             alpha = other
             break

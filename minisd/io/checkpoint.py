@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +18,10 @@ from torch.overrides import TorchFunctionMode
 from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, SD21_BASE, ModelConfig
 from minisd.features.validate import check_path
+from minisd.io import key_names
 from minisd.io.configs import check_config
-from minisd.io.diffusers_folder import STEMS, Defaults, pick_weights, read_configs, read_index, save
-from minisd.io.key_names import (
-    IGNORED_IN_FOLDER,
-    IGNORED_IN_SINGLE_FILE,
-    Source,
-    folder_sources,
-    looks_like,
-    single_file_sources,
-)
+from minisd.io.diffusers_folder import STEMS, Defaults, Loaded, pick_weights, read_configs, read_index, save
+from minisd.io.key_names import Source
 from minisd.io.tensors import (
     FLOAT_DTYPES,
     CheckpointError,
@@ -46,20 +41,8 @@ SHIPPED = Path(str(resources.files("minisd") / "assets/tiny"))
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model in memory: its parts in evaluation mode and without gradients, and how to sample it."""
-
-    config: ModelConfig
-    tokenizer: Tokenizer
-    text_encoder: TextEncoder
-    autoencoder: Autoencoder
-    unet: UNet
-    defaults: Defaults
-
-
 class WeightFile(NamedTuple):
-    """A file of weights and its header; `prefix` goes before its keys, such as "unet." in a folder."""
+    """A file of weights, what goes before its keys, such as "unet." in a folder, and its header."""
 
     path: Path
     prefix: str
@@ -94,29 +77,27 @@ class Checkpoint:
             needed = {key: info for key, info in header.items() if prefix + key in targets}
             for key, tensor in read_tensors(path, needed, device, dtype):
                 for name in targets[prefix + key]:
-                    index = self.sources[name].qkv_index
+                    index, (part, _, rest) = self.sources[name].qkv_index, name.partition(".")
                     value = tensor if index is None else tensor.chunk(3)[index]
-                    part, _, key_in_part = name.partition(".")
-                    states[part][key_in_part] = value.reshape(shapes[name])
+                    states[part][rest] = value.reshape(shapes[name])
         for part, module in modules.items():
             module.load_state_dict(states[part], strict=True, assign=True)
             module.eval().requires_grad_(False)
-        parts: Any = modules  # of three classes
-        return Loaded(self.config, self.tokenizer, parts["text_encoder"], parts["vae"], parts["unet"], self.defaults)
+        text_encoder, vae, unet = modules.values()
+        return Loaded(self.config, self.tokenizer, text_encoder, unet, vae, self.defaults)
 
     def describe(self) -> str:
         """Parts, parameters, layout, dtype and size, for `minisd info`; the weights stay on disk."""
         infos = {prefix + key: (path, info) for path, prefix, header in self.files for key, info in header.items()}
         size = sum(path.stat().st_size for path, _, _ in self.files)
-        pixels = self.config.unet.sample_size * self.config.autoencoder.downscale
-        defaults = self.defaults
+        pixels, defaults = self.config.unet.sample_size * self.config.autoencoder.downscale, self.defaults
+        steps, guidance = f"{defaults.num_inference_steps} steps", f"guidance {defaults.guidance_scale:g}"
         rows = {
             "layout": self.layout,
             "size on disk": f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB",
             "prediction": self.config.schedule.prediction_type,
             "picture": f"{pixels}×{pixels} pixels",
-            "sampler": f"{defaults.sampler.name}, {defaults.num_inference_steps} steps, "
-            f"guidance {defaults.guidance_scale:g}",
+            "sampler": f"{defaults.sampler.name}, {steps}, {guidance}",
         }
         lines = [str(self.path), *(f"  {name:<13}{value}" for name, value in rows.items())]
         total = 0
@@ -198,7 +179,7 @@ def _open_folder(folder: Path, variant: str | None) -> Checkpoint:
     config, defaults = read_configs(folder)
     files = [file for part in STEMS for file in _weight_files(folder / part, part, variant)]
     tokenizer = _read_tokenizer(folder / "tokenizer", config.text_encoder.vocab_size)
-    sources = _match(config, files, folder_sources, IGNORED_IN_FOLDER, folder)
+    sources = _match(config, files, key_names.folder_sources, key_names.IGNORED_IN_FOLDER, folder)
     return Checkpoint(folder, "diffusers folder", config, tokenizer, defaults, tuple(files), sources)
 
 
@@ -206,10 +187,8 @@ def _weight_files(folder: Path, part: str, variant: str | None) -> list[WeightFi
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     chosen = pick_weights(names, STEMS[part], variant)
     if not chosen:
-        raise CheckpointError(
-            f"{folder} holds no {STEMS[part]}.safetensors or .bin; there is: {_list(sorted(names))}. "
-            "Fetch the whole folder"
-        )
+        content = _list(sorted(names))
+        raise CheckpointError(f"{folder} holds no {STEMS[part]}.safetensors or .bin, but {content}; fetch all of it")
     first = folder / chosen[0]
     if first.suffix != ".json":
         return [WeightFile(first, f"{part}.", read_header(first))]
@@ -217,11 +196,8 @@ def _weight_files(folder: Path, part: str, variant: str | None) -> list[WeightFi
     files = [WeightFile(path, f"{part}.", read_header(path)) for path in sorted({folder / n for n in index.values()})]
     # each tensor must be in one shard only, the one that the index names
     found = {(key, file.path.name) for file in files for key in file.header}
-    if wrong := {key for key, _ in found ^ set(index.items())}:
-        raise CheckpointError(
-            f"{first} and its shards disagree on {_list(sorted(wrong))}; they are of different versions. Fetch "
-            "all of them again"
-        )
+    if wrong := _list(sorted({key for key, _ in found ^ set(index.items())}), empty=""):
+        raise CheckpointError(f"{first} and its shards disagree on {wrong}; they are of different versions")
     return files
 
 
@@ -232,9 +208,8 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         raise CheckpointError(str(error)) from error
     count = len(tokenizer.vocabulary)
     if count > vocab_size or (count < vocab_size and not (folder / "added_tokens.json").is_file()):
-        raise CheckpointError(
-            f"{folder} has {count} tokens and the text encoder a table of {vocab_size}; they are of different models"
-        )
+        table = f"the text encoder a table of {vocab_size}"
+        raise CheckpointError(f"{folder} has {count} tokens and {table}; they are of different models")
     return tokenizer
 
 
@@ -248,13 +223,10 @@ def _open_single_file(path: Path, prediction_type: str | None, config: ModelConf
     tokenizer = Tokenizer.from_pretrained()
     if any(key.startswith("cond_stage_model.model.") for key in header):  # OpenCLIP's text encoder pads with "!"
         tokenizer = Tokenizer(tokenizer.vocabulary, list(tokenizer.ranks), pad_token="!")
-
-    def sources(part: str, name: str) -> tuple[Source, ...]:
-        return single_file_sources(part, name, config)
-
     files = (WeightFile(path, "", header),)
-    found = _match(config, files, sources, IGNORED_IN_SINGLE_FILE, path)
-    return Checkpoint(path, "single file, CompVis layout", config, tokenizer, Defaults(), files, found)
+    candidates = partial(key_names.single_file_sources, config=config)
+    sources = _match(config, files, candidates, key_names.IGNORED_IN_SINGLE_FILE, path)
+    return Checkpoint(path, "single file, CompVis layout", config, tokenizer, Defaults(), files, sources)
 
 
 def _infer_config(path: Path, header: Mapping[str, TensorInfo], prediction_type: str | None) -> ModelConfig:
@@ -262,7 +234,7 @@ def _infer_config(path: Path, header: Mapping[str, TensorInfo], prediction_type:
     cross = header.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
     width = cross.shape[-1] if cross else None
     if first is None or width not in (768, 1024) or first.shape[1:2] not in ((4,), (9,)):
-        kind = looks_like(header)
+        kind = key_names.looks_like(header)
         raise CheckpointError(
             f"{path} is not Stable Diffusion 1 or 2 in CompVis layout; expected model.diffusion_model.* of context "
             f"width 768 or 1024 and 4 or 9 input channels, found {_list(list(header))}. "
@@ -289,7 +261,7 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **values)
 
 
-def _meta_modules(config: ModelConfig) -> dict[str, nn.Module]:
+def _meta_modules(config: ModelConfig) -> dict[str, Any]:
     """The parts without memory for their weights, under the names of a diffusers folder."""
     with torch.device("meta"), _NoInit():
         return {
@@ -340,6 +312,6 @@ def _match(
     return found
 
 
-def _list(names: list[str], limit: int = 4) -> str:
-    listed = ", ".join(map(printable, names[:limit])) or "nothing"
+def _list(names: list[str], limit: int = 4, empty: str = "nothing") -> str:
+    listed = ", ".join(map(printable, names[:limit])) or empty
     return listed + (f" and {len(names) - limit} more" if len(names) > limit else "")

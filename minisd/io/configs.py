@@ -28,42 +28,21 @@ MAX_SIZES = {"num_hidden_layers": 128, "layers_per_block": 16, "sample_size": 2*
 FIXED: Mapping[type, Mapping[str, tuple[Any, ...]]] = {
     TextEncoderConfig: {"model_type": ("clip_text_model",)},
     AutoencoderConfig: {
-        "act_fn": ("silu",),
-        "mid_block_add_attention": (True,),
-        "use_quant_conv": (True,),
-        "use_post_quant_conv": (True,),
-        "shift_factor": (None,),
-        "latents_mean": (None,),
+        "act_fn": ("silu",), "mid_block_add_attention": (True,), "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,), "shift_factor": (None,), "latents_mean": (None,),
     },
     UNetConfig: {
-        "act_fn": ("silu",),
-        "flip_sin_to_cos": (True,),
-        "freq_shift": (0,),
-        "center_input_sample": (False,),
-        "downsample_padding": (1,),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
-        "mid_block_scale_factor": (1,),
-        "only_cross_attention": (False,),
-        "dual_cross_attention": (False,),
-        "transformer_layers_per_block": (1,),
-        "num_attention_heads": (None,),
-        "resnet_time_scale_shift": ("default",),
-        "time_embedding_type": ("positional",),
-        "class_embed_type": (None,),
-        "num_class_embeds": (None,),
-        "addition_embed_type": (None,),
-        "encoder_hid_dim": (None,),
-        "time_cond_proj_dim": (None,),
-        "conv_in_kernel": (3,),
-        "conv_out_kernel": (3,),
+        "act_fn": ("silu",), "flip_sin_to_cos": (True,), "freq_shift": (0,), "center_input_sample": (False,),
+        "downsample_padding": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn", None), "mid_block_scale_factor": (1,),
+        "only_cross_attention": (False,), "dual_cross_attention": (False,), "transformer_layers_per_block": (1,),
+        "num_attention_heads": (None,), "resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",),
+        "class_embed_type": (None,), "num_class_embeds": (None,), "addition_embed_type": (None,),
+        "encoder_hid_dim": (None,), "time_cond_proj_dim": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
     },
     ScheduleConfig: {
-        "trained_betas": (None,),
-        "rescale_betas_zero_snr": (False,),
-        "thresholding": (False,),
-        "clip_sample": (False,),
+        "trained_betas": (None,), "rescale_betas_zero_snr": (False,), "thresholding": (False,), "clip_sample": (False,),
     },
-}
+}  # fmt: skip
 BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 CHOICES = {
     "hidden_act": ("quick_gelu", "gelu"),
@@ -106,10 +85,10 @@ def read_config(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
 
     Args:
         kind: TextEncoderConfig, AutoencoderConfig, UNetConfig or ScheduleConfig.
-        values: the content; absent keys, and those that are null, take Stable Diffusion 1's values.
+        values: the content; keys that are absent or null take the values of Stable Diffusion 1.
 
     Raises:
-        ValueError: a key has a value that minisd does not support; the message names it.
+        ValueError: names a key whose value minisd does not support.
     """
     for key, supported in FIXED[kind].items():
         if key in values and values[key] not in supported:
@@ -173,6 +152,8 @@ def _check_value(name: str, value: Any, default: Any) -> None:
     elif isinstance(default, float):  # the comparison fails for NaN and infinity as well
         valid = type(value) in (int, float) and 0 < value < MAX_SIZE
         expected = None if valid else "a number above 0"
+    elif isinstance(default, tuple):
+        expected = "a list"
     elif not isinstance(value, str) or value not in CHOICES[name]:
         expected = " or ".join(map(repr, CHOICES[name]))
     if expected is not None:

@@ -9,24 +9,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
 from minisd.features.validate import check_path
+from minisd.generate import Model
 from minisd.io.atomic import replaced_folder, save_atomically
 from minisd.io.configs import ConfigT, read_config, read_json, to_dict, write_json
 from minisd.io.tensors import CheckpointError, printable
 from minisd.io.tokenizer_files import write_tokenizer
 from minisd.preview import SD1, Factors
 from minisd.samplers import Sampler
-from minisd.text_encoder import TextEncoder
-from minisd.tokenizer import Tokenizer
-from minisd.unet import UNet
 
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
@@ -65,21 +62,11 @@ class Defaults:
     preview: Factors = SD1
 
 
-class Model(Protocol):
-    """Anything with the parts of a model, such as a loaded checkpoint or a pipeline."""
+@dataclass(frozen=True, eq=False)
+class Loaded(Model):
+    """A model in memory, and how it is sampled; its parts are in evaluation mode and without gradients."""
 
-    @property
-    def config(self) -> ModelConfig: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def text_encoder(self) -> TextEncoder: ...
-    @property
-    def autoencoder(self) -> Autoencoder: ...
-    @property
-    def unet(self) -> UNet: ...
-    @property
-    def defaults(self) -> Any: ...
+    defaults: Defaults = Defaults()
 
 
 def pick_weights(names: Collection[str], stem: str, variant: str | None = None) -> list[str]:
@@ -121,21 +108,16 @@ def read_index(index: Path) -> dict[str, str]:
 
 def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
     """Read the JSON files of a folder; CheckpointError where one is missing, damaged, or of another model."""
-    if not (folder / "model_index.json").exists():
-        raise CheckpointError(f"{folder / 'model_index.json'} is missing; {_suggestion(folder)}")
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") not in PIPELINES:
-        raise CheckpointError(
-            f"{folder} is a {printable(str(index.get('_class_name')))}; expected {', '.join(PIPELINES)} "
-            "(Stable Diffusion 1 or 2)"
-        )
+    path, scheduler = folder / "model_index.json", folder / "scheduler/scheduler_config.json"
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; {_suggestion(folder)}")
+    index = read_json(path)
+    if (kind := index.get("_class_name")) not in PIPELINES:
+        raise CheckpointError(f"{folder} is a {printable(str(kind))}; expected a {' or '.join(PIPELINES)}")
     for part, name in CLASSES.items():
         entry = index.get(part)
         if not isinstance(entry, list) or entry[-1:] != [name]:
-            raise CheckpointError(
-                f"{folder / 'model_index.json'} has {part}={printable(repr(entry))}; expected a {name}"
-            )
-    scheduler = folder / "scheduler/scheduler_config.json"
+            raise CheckpointError(f"{path} has {part}={printable(repr(entry))}; expected a {name}")
     config = ModelConfig(
         read_part_config(TextEncoderConfig, folder / "text_encoder/config.json"),
         read_part_config(AutoencoderConfig, folder / "vae/config.json"),
@@ -190,7 +172,7 @@ def _scheduler_defaults(scheduler: Mapping[str, Any]) -> Defaults:
     return Defaults(Sampler(sampler, karras=karras), 25 if sampler == "dpmpp_2m" else 50)
 
 
-def save(model: Model, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+def save(model: Loaded, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
     """Write a folder that minisd, diffusers and transformers load.
 
     The complete folder replaces the old one at once (see `replaced_folder`); other files in it are kept.
@@ -228,15 +210,14 @@ def _files_in(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
-def _contents(model: Model) -> dict[str, dict[str, Any]]:
+def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
     """The JSON files of a model, by their paths in the folder."""
     config, sampler = model.config, model.defaults.sampler
-    text_encoder = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
     # without "dtype", diffusers would load float16 files in float16 here and in float32 elsewhere
-    text_encoder |= {"dtype": "float32"}
+    clip = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
     ends = {"bos_token_id": model.tokenizer.bos_token_id, "eos_token_id": model.tokenizer.eos_token_id}
     return {
-        "text_encoder/config.json": to_dict(config.text_encoder) | text_encoder | ends,
+        "text_encoder/config.json": to_dict(config.text_encoder) | clip | ends,
         "vae/config.json": {"_class_name": CLASSES["vae"]} | to_dict(config.autoencoder),
         "unet/config.json": {"_class_name": CLASSES["unet"]} | to_dict(config.unet),
         "scheduler/scheduler_config.json": _scheduler(config.schedule, sampler),

@@ -1,9 +1,8 @@
-"""Downloads from the Hugging Face hub: the files of one variant, cached and checked; finished files are kept."""
+"""Downloads from the Hugging Face hub, cached and verified."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -28,52 +27,45 @@ SMALL_FILES = (
 
 
 class HubError(OSError):
-    """A model cannot be fetched from the hub; the message says why and what to do."""
+    """A model cannot be downloaded; the message says why and what to do."""
 
 
 def download(repo: str, variant: str | None = None, revision: str | None = None) -> Path:
-    """Return the local folder of the hub's model "owner/name", after fetching what is not there yet.
+    """Download what is not cached yet of a model, and return its local folder.
 
-    Only the files of one variant are fetched, without safety checker, feature extractor and other formats; the
-    size is said first, on standard error. Where the hub cannot be reached the cache serves. Raises HubError for a
-    model that does not exist, is gated, or is neither reachable nor cached; CheckpointError for one in another
-    layout or with damaged files.
+    Only the files of one variant are fetched; their size is printed to standard error first. Without a connection the
+    cache is used.
+
+    Args:
+        repo: "owner/name".
+        variant: such as "fp16".
+        revision: a branch, tag or commit.
+
+    Raises:
+        HubError: the model does not exist, is gated, or is neither reachable nor cached.
+        CheckpointError: the model is not a diffusers folder, or a file is damaged.
     """
     try:
-        if constants.HF_HUB_OFFLINE:
-            raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    except errors.GatedRepoError as error:
-        page = f"{constants.ENDPOINT}/{repo}"
-        raise HubError(f"{repo} is gated; accept its terms on {page}, then run `hf auth login`") from error
-    except (OSError, errors.HTTPError, errors.HFValidationError) as error:  # type: ignore[attr-defined]
-        status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
-        if status not in (401, 403, 404) and not isinstance(error, errors.HFValidationError):
-            return _cached(repo, revision, error)
-        at = f" at revision {revision}" if revision else ""
-        raise HubError(
-            f"the hub has no model {repo}{at}, or it is private; check the name, or run `hf auth login`"
-        ) from error
-    if re.fullmatch(r"[0-9a-f]{40}", info.sha or "") is None:  # it becomes the name of a folder
-        raise HubError(f"{constants.ENDPOINT} names {repo}'s version {info.sha!r}, which is none; do not trust it")
-    wanted = choose_files((file.rfilename for file in info.siblings or ()), variant)
-    if not wanted:
+        info = _model_info(repo, revision)
+    except HubError:
+        raise
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        return _cached(repo, revision, error)
+    files = {file.rfilename: file for file in info.siblings or ()}
+    chosen = choose_files(files, variant)
+    if not chosen:
         raise CheckpointError(
             f"{repo} holds no Stable Diffusion folder with {', '.join(STEMS)}; download the single file that you want "
             "from its page, and give its path"
         )
-    new = [
-        file
-        for file in info.siblings or ()
-        if file.rfilename in wanted
-        and not isinstance(huggingface_hub.try_to_load_from_cache(repo, file.rfilename, revision=info.sha), str)
-    ]
+    find = huggingface_hub.try_to_load_from_cache
+    new = [files[name] for name in files if name in chosen and not isinstance(find(repo, name, revision=info.sha), str)]
+    size = sum(file.size or 0 for file in new)
     if new:
-        size = sum(file.size or 0 for file in new)
         print(f"{repo}: downloading {len(new)} files, {size / 1e9:.2f} GB", file=sys.stderr, flush=True)
-    bar = _bar_to(2**24 + 2 * sum(file.size or 0 for file in new))
+    bar = _limited_bar(2**24 + 2 * size)
     try:
-        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=wanted, tqdm_class=bar))
+        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=chosen, tqdm_class=bar))
     except (OSError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
         raise HubError(f"the download of {repo} broke off ({error}); run again, finished files are kept") from error
     if folder.name != info.sha:
@@ -82,36 +74,57 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
     return folder
 
 
-def _bar_to(limit: int) -> Any:
-    """The client's progress bar, but a download that goes on beyond so many bytes is broken off."""
-
-    class Bar(huggingface_hub.utils.tqdm):  # type: ignore[misc]
-        seen = 0
-
-        def update(self, n: float | None = 1) -> bool | None:
-            self.seen += int(n or 0)
-            if self.seen > limit:
-                raise OSError(f"it sends more than {limit:,} bytes, far more than it said")
-            return super().update(n)  # type: ignore[no-any-return]
-
-    return Bar
+def _model_info(repo: str, revision: str | None) -> Any:
+    """The hub's description of a model; HubError if there is none, another error if the hub cannot be reached."""
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    except errors.GatedRepoError as error:
+        page = f"{constants.ENDPOINT}/{repo}"
+        raise HubError(f"{repo} is gated; accept its terms on {page}, then run `hf auth login`") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in (401, 403, 404):
+            raise
+        name = f"{repo} at revision {revision}" if revision else repo
+        raise HubError(
+            f"the hub has no model {name}, or it is private; check the name, or run `hf auth login`"
+        ) from error
+    if re.fullmatch(r"[0-9a-f]{40}", info.sha or "") is None:  # it becomes the name of a folder
+        raise HubError(f"{constants.ENDPOINT} sent an invalid commit for {repo} ({info.sha!r}); do not trust it")
+    return info
 
 
 def choose_files(names: Iterable[str], variant: str | None = None) -> list[str]:
-    """Of a repository's file names, those that minisd needs; empty when a part has no weights there."""
+    """Choose the files of a repository that minisd needs; empty if a part has no weights there."""
     present = set(names)
-    wanted = [name for name in SMALL_FILES if name in present]
+    chosen = [name for name in SMALL_FILES if name in present]
     for part, stem in STEMS.items():
         inside = [name.removeprefix(f"{part}/") for name in present if name.startswith(f"{part}/")]
         weights = pick_weights(inside, stem, variant)
         if not weights:
             return []
-        wanted += [f"{part}/{name}" for name in weights]
-    return wanted
+        chosen += [f"{part}/{name}" for name in weights]
+    return chosen
+
+
+def _limited_bar(limit: int) -> Any:
+    """The hub client's progress bar, which ends a download after so many bytes."""
+
+    class Bar(huggingface_hub.utils.tqdm):  # type: ignore[misc]
+        received = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.received += int(n or 0)
+            if self.received > limit:
+                raise OSError(f"it sends more than {limit:,} bytes, far more than announced")
+            return super().update(n)  # type: ignore[no-any-return]
+
+    return Bar
 
 
 def _cached(repo: str, revision: str | None, reason: Exception) -> Path:
-    with suppress(errors.HFValidationError):  # a name that no model can have
+    with suppress(errors.HFValidationError):  # an impossible name
         index = huggingface_hub.try_to_load_from_cache(repo, "model_index.json", revision=revision)
         if isinstance(index, str):
             return Path(index).parent
@@ -122,10 +135,7 @@ def _cached(repo: str, revision: str | None, reason: Exception) -> Path:
 
 
 def _verify(folder: Path, files: Iterable[Any]) -> None:
-    """Compare new files with the digests that the hub states; the hub's own client compares sizes only.
-
-    It also lets the hub say where in the cache a file is kept; what lies elsewhere is not used.
-    """
+    """Check that new files are inside the cache and have the hub's digests; its client compares sizes only."""
     cache = folder.parent.parent.resolve()
     for file in files:
         path = folder / file.rfilename
@@ -137,7 +147,7 @@ def _verify(folder: Path, files: Iterable[Any]) -> None:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != file.lfs.sha256:
-            os.unlink(path.resolve())
+            path.resolve().unlink()
             path.unlink(missing_ok=True)
             raise CheckpointError(
                 f"{file.rfilename} arrived damaged (sha256 {digest[:12]}…) and was removed; run again"

@@ -1,9 +1,8 @@
-"""Names of tensors: where a checkpoint file keeps what the parts call by diffusers' names.
+"""From the names of parameters, which are those of diffusers, to the keys of checkpoint files.
 
-Two layouts are read. A diffusers folder has a file for each part and, but for a few old spellings, the names used
-here. A single file in CompVis layout (`model.diffusion_model.…`) holds all parts under the names of the reference
-implementation, https://github.com/CompVis/stable-diffusion; Stable Diffusion 2 has OpenCLIP's for the text encoder.
-All rules run from the name that a part expects to the name in the file.
+A diffusers folder has a file for each part and, but for a few old spellings, the same names. A single file in CompVis
+layout (`model.diffusion_model.…`) holds all parts under the names of https://github.com/CompVis/stable-diffusion; the
+text encoder of Stable Diffusion 2 has the names of OpenCLIP.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class Source(NamedTuple):
     qkv_index: int | None = None
 
 
-# What a file of another kind is, by the first key that fits.
+# Kinds of files, by the first pattern that matches one of their keys.
 OTHER_KINDS = (
     (r"conditioner\.embedders\..*|model\.diffusion_model\.label_emb\..*|add_embedding\..*", "Stable Diffusion XL"),
     (r"(model\.diffusion_model\.)?(joint_blocks|x_embedder)\..*|text_encoders\..*", "Stable Diffusion 3"),
@@ -36,7 +35,7 @@ OTHER_KINDS = (
     (r"(text_model\.)?(encoder\.layers|embeddings\.token_embedding)\..*", "a text encoder alone"),
 )
 
-# Keys that carry nothing a part needs. Any other key that no part asks for is an error.
+# Keys that no part needs. Any other unused key is an error.
 IGNORED_IN_FOLDER = re.compile(
     r"text_encoder\.((text_model\.)?embeddings\.position_ids|text_projection\.weight|logit_scale)"
 )
@@ -99,7 +98,7 @@ OPENCLIP_RULES = (
 
 
 def folder_sources(part: str, name: str) -> tuple[Source, ...]:
-    """Where a diffusers folder may keep tensor `name` of a part, today's spelling first. Keys begin with the part."""
+    """Possible sources of a parameter in a diffusers folder, the current spelling first; keys begin with the part."""
     names = [name]
     if part == "vae":
         names.append(_rewrite(name, OLD_AUTOENCODER_RULES))
@@ -109,14 +108,14 @@ def folder_sources(part: str, name: str) -> tuple[Source, ...]:
 
 
 def single_file_sources(part: str, name: str, config: ModelConfig) -> tuple[Source, ...]:
-    """Where a single file in CompVis layout may keep tensor `name` of a part."""
+    """Possible sources of a parameter in a single file in CompVis layout."""
     if part == "unet":
         return (Source(f"model.diffusion_model.{_unet_key(name, config.unet)}"),)
     if part == "vae":
         last = len(config.autoencoder.block_out_channels) - 1
-        # CompVis numbers the decoder's levels by resolution, diffusers in the order in which they run.
-        turned = re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{last - int(level[1])}", name)
-        return (Source(f"first_stage_model.{_rewrite(turned, AUTOENCODER_RULES)}"),)
+        # CompVis numbers the decoder's levels by resolution, diffusers in the order of computation
+        renumbered = re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{last - int(level[1])}", name)
+        return (Source(f"first_stage_model.{_rewrite(renumbered, AUTOENCODER_RULES)}"),)
     fused = re.search(r"self_attn\.([qkv])_proj", name)
     openclip = Source(
         f"cond_stage_model.model.{_rewrite(name, OPENCLIP_RULES)}", "qkv".index(fused[1]) if fused else None
@@ -126,7 +125,7 @@ def single_file_sources(part: str, name: str, config: ModelConfig) -> tuple[Sour
 
 
 def looks_like(keys: Collection[str]) -> str:
-    """What kind of file has such keys, as far as a few of them tell; "" where they do not."""
+    """The kind of file that has such keys, or "" if it is not known."""
     for pattern, kind in OTHER_KINDS:
         if any(re.fullmatch(pattern, key) for key in keys):
             return kind
@@ -140,7 +139,7 @@ def _rewrite(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _unet_key(name: str, config: UNetConfig) -> str:
-    """CompVis counts blocks through all levels: each has its layers (one more on the way up) and its resampling."""
+    """CompVis numbers blocks across levels; each level has its layers, one more on the way up, and its resampling."""
     block = UNET_BLOCK.fullmatch(name)
     if block is None:
         stem, _, tail = name.rpartition(".")

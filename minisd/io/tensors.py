@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +15,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minisd.io.pickles import INERT, PickleError, check_pickle
+from minisd.io.pickles import INERT, PickleError, check_pickle, record_sizes
 
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 BATCH_BYTES = 2**28
+# What a file begins with that is not weights.
+NOT_WEIGHTS = {
+    rb"$": "is empty; fetch it again",
+    rb"version https://git-lfs": "is a git-lfs pointer, not the weights; run `git lfs pull` in its folder",
+    rb"[^\n]*annex/objects/": "is a git-annex pointer, not the weights; run `git annex get` in its folder",
+    rb"\s*<(!doctype|html|\?xml)": "is a web page, not weights; fetch it again, from the download link",
+}
 ADVICE = "fetch it again from a source you trust, best as .safetensors"
 
 
@@ -157,14 +166,9 @@ def _check_start(path: Path) -> None:
         raise CheckpointError(f"{path} is missing or not a regular file; fetch it, or give a file on a disk")
     with path.open("rb") as file:
         start = file.read(200)
-    if not start:
-        raise CheckpointError(f"{path} is empty; fetch it again")
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
-    if b"annex/objects/" in start.partition(b"\n")[0]:
-        raise CheckpointError(f"{path} is a git-annex pointer, not the weights; run `git annex get` in its folder")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(f"{path} is a web page, not weights; fetch it again, from the download link")
+    for pattern, fault in NOT_WEIGHTS.items():
+        if re.match(pattern, start, re.IGNORECASE):
+            raise CheckpointError(f"{path} {fault}")
 
 
 def _check_pickle(path: Path) -> None:
@@ -175,11 +179,22 @@ def _check_pickle(path: Path) -> None:
 
 
 def _unpickle(path: Path) -> Any:
+    zipped, sizes = zipfile.is_zipfile(path), Counter[int]()
+
+    def on_cpu(storage: Any, location: str) -> Any:
+        sizes[storage.nbytes()] += 1
+        if sum(size * count for size, count in sizes.items()) > path.stat().st_size:
+            raise ValueError("its tensors need more bytes than it has")
+        return storage
+
     try:
         with torch.serialization.safe_globals([(_Inert, name) for name in INERT]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location=on_cpu, weights_only=True, mmap=zipped)
+        if zipped and (missing := sizes - Counter(record_sizes(path))):
+            raise ValueError(f"no storage has the {min(missing):,} bytes that a tensor needs")
     except Exception as error:  # a hostile or damaged pickle can raise anything
         raise CheckpointError(f"{path} is damaged or incomplete ({error}); {ADVICE}") from error
+    return content
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from minisd.features.adapters import layers_of
 from minisd.features.textual_inversion import add_word
 from minisd.features.validate import check_dtype, check_path
 from minisd.io import checkpoint
 from minisd.io.adapter_files import read_lora, read_textual_inversion
-from minisd.lora import layers_of
 from minisd.pipeline import memory
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ class ModelFiles:
             raise ValueError(f"{', '.join(self.adapters.loras)} is not fused; call fuse_lora() or unload_lora() first")
         if self.tokenizer.added:
             raise ValueError(f"a model folder cannot hold {', '.join(self.tokenizer.added)}; keep their own files")
-        checkpoint.save(self, folder, None if dtype is None else check_dtype(dtype))
+        loaded = checkpoint.Loaded(**vars(self.model), defaults=self.defaults)
+        checkpoint.save(loaded, folder, None if dtype is None else check_dtype(dtype))
 
     def load_lora(
         self: StableDiffusion, path: str | PathLike[str], name: str | None = None, weight: float = 1.0

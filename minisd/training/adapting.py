@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from minisd.features.adapters import layers_of
 from minisd.features.prompts import TOKENS_PER_CHUNK, read
 from minisd.features.textual_inversion import TABLE, add_token, add_word
 from minisd.features.validate import check_int, check_strings
@@ -26,7 +27,7 @@ from minisd.images import from_pil, grid
 from minisd.io.adapter_files import INVERSION_FILES, LORA_FILES, save_lora
 from minisd.io.atomic import save_atomically
 from minisd.io.pictures import read_picture
-from minisd.lora import LoRA, LowRank, layers_of
+from minisd.lora import LoRA, LowRank
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.training.loop import Shuffled, channels_last, generator
 

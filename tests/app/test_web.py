@@ -170,7 +170,7 @@ def test_word_maps_of_odd_sizes_and_beside_a_longer_negative_prompt(sd: StableDi
 
 
 def test_word_maps_need_a_call(sd: StableDiffusion) -> None:
-    with pytest.raises(ValueError, match="draw within"):
+    with pytest.raises(ValueError, match="draw inside"):
         WordMaps(sd.unet, 16, 16, 77).of(Word("a", (1,)))
 
 
@@ -329,7 +329,7 @@ def test_other_hosts_than_loopback_are_warned_of(run: Any, host: str, warned: bo
 
 
 def test_help_of_the_command_waits_for_neither_torch_nor_gradio() -> None:
-    code = "import sys; from minisd import cli; cli.main(['serve', '--help']); print(*sys.modules)"
+    code = "import sys; from minisd.app import cli; cli.main(['serve', '--help']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "minisd.app.serve" in loaded and not {"torch", "gradio"} & set(loaded.split())
 

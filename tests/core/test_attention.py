@@ -13,6 +13,7 @@ from minisd import Autoencoder, TextEncoder, UNet, record_attention
 from minisd.attention import GEGLU, Attention, attend
 from minisd.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from minisd.features.attention_maps import attention_weights, watch_attention
+from minisd.io.configs import read_config
 
 
 def weights_in_loops(q: Tensor, k: Tensor, heads: int, causal: bool) -> Tensor:
@@ -73,7 +74,7 @@ def network(kind, config) -> nn.Module:
 
 @torch.inference_mode()
 def test_recording_a_unet():
-    unet = network(UNet, UNetConfig.from_dict(SMALL_UNET))
+    unet = network(UNet, read_config(UNetConfig, SMALL_UNET))
     inputs = noise(2, 4, 12, 8), torch.tensor(500), noise(2, 77, 24, seed=3)
     expected = unet(*inputs)
     with record_attention(unet) as records:
@@ -95,8 +96,8 @@ def test_recording_a_unet():
 
 
 def test_recording_text_encoder_and_autoencoder():
-    text = network(TextEncoder, TextEncoderConfig.from_dict(SMALL_TEXT))
-    autoencoder = network(Autoencoder, AutoencoderConfig.from_dict(SMALL_AUTOENCODER))
+    text = network(TextEncoder, read_config(TextEncoderConfig, SMALL_TEXT))
+    autoencoder = network(Autoencoder, read_config(AutoencoderConfig, SMALL_AUTOENCODER))
     with record_attention(text) as records:
         text(torch.arange(77)[None])
     assert [record.name for record in records] == [f"text_model.encoder.layers.{i}.self_attn" for i in range(3)]

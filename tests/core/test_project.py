@@ -22,6 +22,8 @@ from minisd.training.catalogue import CATALOGUE
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "docs/structure.md", "docs/performance.md"]
+CHINESE = [page.replace(".md", ".zh-CN.md") for page in PAGES]
 PYTHON = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
 
 
@@ -62,10 +64,11 @@ def test_the_package_imports_only_what_it_declares():
     """Core files use core requirements only, some others those of an extra; diffusers only to be measured beside."""
     import_names = {"pillow": "PIL", "huggingface-hub": "huggingface_hub", "resvg-py": "resvg_py", "ipython": "IPython"}
     extra_of = {"training": "train", "evaluation": "train", "figures.py": "notebooks", "bench": "notebooks",
-                "web.py": "web"}
+                "app/web.py": "web"}
     core = {import_names.get(name, name) for name in requirements(PROJECT["dependencies"])}
     for path in (ROOT / "minisd").rglob("*.py"):
-        extra = extra_of.get(path.relative_to(ROOT / "minisd").parts[0])
+        file = path.relative_to(ROOT / "minisd")
+        extra = extra_of.get(file.as_posix(), extra_of.get(file.parts[0]))
         allowed = core | {"minisd"} | {import_names.get(name, name) for name in requirements(EXTRAS.get(extra, []))}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -99,37 +102,42 @@ def test_readme_lists_what_the_tiny_model_was_trained_on():
     assert words.split(", ") == [entry.noun for entry in CATALOGUE]
 
 
-def test_readme_names_every_source_file():
-    tree = README.partition("## Where things are")[2]
+@pytest.mark.parametrize("page", ["docs/structure.md", "docs/structure.zh-CN.md"])
+def test_structure_names_every_source_file(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rings = ("features", "io", "pipeline", "app")
     for path in (ROOT / "minisd").iterdir():
-        if not path.name.startswith((".", "_")):
-            assert re.search(rf"\b{re.escape(path.name)}\b", tree), path.name
+        inside = [*path.glob("*.py")] if path.name in rings else []
+        for name in (item.name for item in (path, *inside) if not item.name.startswith((".", "_"))):
+            assert re.search(rf"(?<![\w.]){re.escape(name)}\b", text), name
 
 
-def test_links_and_pictures_of_the_readmes_exist():
-    for page in (ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "tests/README.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+@pytest.mark.parametrize("page", [*PAGES, *CHINESE, "tests/README.md", "SECURITY.md"])
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
+        assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
-def test_the_chinese_readme_says_the_same():
-    """The same commands and Python, comments aside; the same links; every source file and every noun."""
-    chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "translation"), [*zip(PAGES, CHINESE, strict=True)])
+def test_chinese_pages_have_the_same_commands_and_links(page, translation):
+    """The same commands and Python, comments aside; the same links."""
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in (page, translation))
 
     def code(text: str) -> list[str]:
         blocks = re.findall(r"^```(?:python)?\n(.+?)\n```$", text, flags=re.MULTILINE | re.DOTALL)
         lines = [re.sub(r"\s+#.*", "", line).rstrip() for block in blocks for line in block.splitlines()]
-        starts = ("minisd ", "pip ", "python", "MINISD", "sd", "from", "import", "image", "context", "lat")
+        starts = ("minisd ", "pip ", "python", "git ", "MINISD", "sd", "from", "import", "image", "context", "lat")
         return [line for line in lines if line.startswith(starts)]
 
     def links(text: str) -> set[str]:
-        return set(re.findall(r"\]\((?!https?:)([^)#]+)", text))
+        return {link.replace(".zh-CN", "") for link in re.findall(r"\]\((?!https?:)([^)#]+)", text)}
 
-    assert len(code(README)) > 30 and code(chinese) == code(README)
-    assert links(chinese) - {"README.md"} == links(README) - {"README.zh-CN.md"}
-    for path in (ROOT / "minisd").iterdir():
-        if not path.name.startswith((".", "_")):
-            assert path.name in chinese, path.name
+    assert code(chinese) == code(english) and code(english)
+    assert links(chinese) == links(english)
+
+
+def test_chinese_readme_names_every_noun():
+    chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
     for entry in CATALOGUE:
         assert re.search(rf"\b{entry.noun} ?[\u4e00-\u9fff]", chinese), entry.noun
 

@@ -19,21 +19,22 @@ from typing import Any
 
 import pytest
 import torch
+from hostile_pickles import archive, call
 from hunt_files import Hunt
 from killed_training import counted
 from PIL import Image
 from safetensors.torch import load_file
-from test_pickles import archive, call
 from torch import nn
 
 from minisd import StableDiffusion
 from minisd.app.cli import main
 from minisd.app.metadata import read_parameters, save_png
+from minisd.features.adapters import layers_of
 from minisd.io.adapter_files import save_lora
 from minisd.io.atomic import save_atomically
 from minisd.io.checkpoint import CheckpointError, load
 from minisd.io.tensors import read_pickle
-from minisd.lora import LoRA, LowRank, layers_of
+from minisd.lora import LoRA, LowRank
 from minisd.training.adapting import EXAMPLES
 from minisd.training.loop import Options, Trainer
 
@@ -48,7 +49,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 from minisd import StableDiffusion
-from minisd.lora import LoRA, LowRank, layers_of
+from minisd.features.adapters import layers_of
+from minisd.lora import LoRA, LowRank
 from minisd.app.metadata import save_png
 from minisd.io.adapter_files import save_lora
 from minisd.io.atomic import save_atomically

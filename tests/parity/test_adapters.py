@@ -20,11 +20,12 @@ from transformers import CLIPTokenizer
 
 from minisd import SD15, SD21, StableDiffusion, TextEncoder, Tokenizer, UNet
 from minisd.app.cli import main
+from minisd.features.adapters import layers_of
 from minisd.features.textual_inversion import add_token
 from minisd.io.adapter_files import read_lora, read_textual_inversion, save_lora
 from minisd.io.checkpoint import CheckpointError
 from minisd.io.configs import to_dict
-from minisd.lora import LoRA, LowRank, layers_of
+from minisd.lora import LoRA, LowRank
 from minisd.training.adapting import EXAMPLES, InversionTask, LoRATask, read_examples
 from minisd.training.loop import Options, train
 

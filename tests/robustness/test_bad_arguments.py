@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 import minisd
 from minisd import Sampler, Schedule, StableDiffusion
 from minisd.app import cli
+from minisd.app.options import LoadOptions
 from minisd.guidance import Guidance
 from minisd.io.adapter_files import save_lora
 from minisd.lora import LoRA, LowRank, layers_of
@@ -523,9 +524,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, sd: StableDiffusion) -> Itera
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.delenv("MINISD_DEBUG", raising=False)
         patch.setattr(cli, "app", typer.main.get_command(cli.app))  # built once, which takes most of a call's time
-        patch.setattr(
-            cli, "_load", lambda model, device, dtype, **_: (device is None or cli._usable_device(device), sd)[1]
-        )
+        patch.setattr(LoadOptions, "load_model", lambda self, dtype=None: (self.find_device(), sd)[1])
         yield folder
 
 
@@ -548,7 +547,8 @@ def typed(options: dict[str, str]) -> list[str]:
 
 
 WORK = (  # what costs time, and must not have begun where something is refused
-    "minisd.pipeline.parts.Parts.predict", "minisd.training.loop.Trainer.advance", "minisd.training.data.render",
+    "minisd.pipeline.stable_diffusion.StableDiffusion._contexts",
+    "minisd.training.loop.Trainer.advance", "minisd.training.data.render",
     "minisd.evaluation.measure.evaluate", "minisd.bench.compare._import_seconds",
 )  # fmt: skip
 

@@ -20,11 +20,11 @@ from hunt_files import NO_WEIGHTS, hunt
 from safetensors.torch import load_file, save_file
 
 from minisd import StableDiffusion, TextEncoder, UNet
+from minisd.features.adapters import layers_of
 from minisd.io.adapter_files import read_lora, read_textual_inversion
 from minisd.io.checkpoint import CheckpointError, load, open_checkpoint
 from minisd.io.configs import read_json
 from minisd.io.tensors import read_header, read_tensors
-from minisd.lora import layers_of
 
 
 @pytest.fixture

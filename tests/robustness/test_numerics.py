@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minisd import StableDiffusion
+from minisd.features.adapters import layers_of
 from minisd.io.adapter_files import save_lora
-from minisd.lora import LoRA, LowRank, layers_of
+from minisd.lora import LoRA, LowRank
 from minisd.samplers import SAMPLERS
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
