@@ -36,9 +36,10 @@ import minisd
 from minisd import Sampler, Schedule, StableDiffusion
 from minisd.app import cli
 from minisd.app.options import LoadOptions
+from minisd.features.adapters import layers_of
 from minisd.guidance import Guidance
 from minisd.io.adapter_files import save_lora
-from minisd.lora import LoRA, LowRank, layers_of
+from minisd.lora import LoRA, LowRank
 from minisd.samplers import SAMPLERS
 
 HUNT = int(os.environ.get("MINISD_HUNT", 0))
