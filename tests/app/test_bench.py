@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from models import SD1_AUTOENCODER, SD1_TIME_FLOPS, SD1_UNET
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +17,6 @@ from minisd.bench import operators, training
 from minisd.config import SD15, TINY
 from minisd.io.checkpoint import SHIPPED
 from minisd.io.configs import to_dict
-from tests.parity import SD1_AUTOENCODER, SD1_TIME_FLOPS, SD1_UNET
 
 
 @pytest.mark.timeout(600)

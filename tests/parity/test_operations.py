@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from models import SD1_AUTOENCODER, SD1_UNET
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,6 @@ from minisd.autoencoder import Autoencoder
 from minisd.blocks import Conv3x3, Upsample
 from minisd.config import SD15
 from minisd.unet import UNet
-from tests.parity import SD1_AUTOENCODER, SD1_UNET
 
 PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "convolution")  # what a linear layer or a convolution becomes
 COPIES = ("clone", "_to_copy", "copy_")
