@@ -112,7 +112,7 @@ def test_trainings_are_measured_in_mixed_precision_when_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[training.Settings] = []
-    monkeypatch.setattr(training, "run", lambda settings, say: asked.append(settings) or {"parts": []})
+    monkeypatch.setattr(training, "run", lambda settings, log: asked.append(settings) or {"parts": []})
     for dtype in ("bfloat16", "float32"):
         assert main(f"bench --training --threads 1 --dtype {dtype} -o {tmp_path / 'x.json'}".split()) == 0
     assert [settings.bfloat16 for settings in asked] == [True, False]
