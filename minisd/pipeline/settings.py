@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
@@ -98,7 +98,7 @@ class Settings:
     """
 
     num_inference_steps: int = setting(int, "Number of sampling steps.", option="--steps", png="Steps", label="Steps")
-    sampler: str | Sampler = setting(
+    sampler: str = setting(
         str, "Sampling method.", option="--sampler", png="Sampler", label="Sampler", choices=tuple(SAMPLER_LABELS)
     )
     guidance_scale: float | tuple[float, ...] = setting(
@@ -117,6 +117,9 @@ class Settings:
         choices=("leading", "trailing", "linspace"),
     )
     karras: bool = setting(bool, "Noise levels of Karras et al. (euler, heun, dpmpp_2m).", False, option="--karras")
+    eta: float = setting(
+        float, "Share of fresh noise, 0 to 1 (ddim). [default: 0]", 0.0, option="--eta", png="Eta", label="Eta"
+    )
     guidance_rescale: float = setting(
         float,
         "Reduce the contrast of strong guidance, 0 (off) to 1. [default: 0]",
@@ -191,13 +194,7 @@ class Settings:
 
         if not isinstance(self.karras, bool):
             raise TypeError(f"karras={self.karras!r}; expected True or False")
-        base = self.sampler if isinstance(self.sampler, Sampler) else Sampler(self.sampler)
-        return replace(base, **{name: getattr(self, name) for name in SAMPLER_PARTS})
-
-    @property
-    def sampler_name(self) -> str:
-        """The sampler's name."""
-        return self.sampler if isinstance(self.sampler, str) else self.sampler.name
+        return Sampler(self.sampler, **{name: getattr(self, name) for name in SAMPLER_PARTS})
 
     def arguments(self) -> dict[str, Any]:
         """The settings as arguments of `StableDiffusion.denoise`; what the model decides is left out."""
@@ -208,13 +205,12 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """All settings as JSON has them: 4 and 4.0 are the same guidance scale."""
-        values = vars(self) | {"sampler": self.sampler_name}
         kinds = {name: known.kind for name, known in SETTINGS.items()}
-        return {name: float(v) if kinds[name] is float and type(v) is int else v for name, v in values.items()}
+        return {name: float(v) if kinds[name] is float and type(v) is int else v for name, v in vars(self).items()}
 
     def texts(self) -> dict[str, str]:
         """The changed settings as a PNG's `parameters` have them, by their names there."""
-        values = self.changed() | {"sampler": sampler_label(self.sampler_name, self.karras)}
+        values = self.changed() | {"sampler": sampler_label(self.sampler, self.karras)}
         return {
             known.png: known.to_text(values[name]) for name, known in SETTINGS.items() if known.png and name in values
         }
@@ -225,7 +221,7 @@ class Settings:
 
 
 SETTINGS: Mapping[str, Setting] = MappingProxyType({item.name: item.metadata["setting"] for item in fields(Settings)})
-SAMPLER_PARTS = ("spacing", "karras")  # of a `Sampler`, beside its name
+SAMPLER_PARTS = ("spacing", "karras", "eta")  # of a `Sampler`, beside its name
 
 
 def _merge(values: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,8 +234,7 @@ def _merge(values: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any
         raise TypeError(f"sampler must be a name or a Sampler; got {type(sampler).__name__}")
     if isinstance(sampler, Sampler):
         parts = {name: getattr(sampler, name) for name in SAMPLER_PARTS}
-        plain = Sampler(sampler.name, **parts) == sampler
-        changes = parts | changes | {"sampler": sampler.name if plain else sampler}
+        changes = parts | changes | {"sampler": sampler.name}
     below = {name: value for name, value in values.items() if sampler is None or name not in SAMPLER_PARTS}
     return below | {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
 
