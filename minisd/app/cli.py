@@ -30,6 +30,7 @@ from minisd.app.options import (
 )
 from minisd.app.serve import serve
 from minisd.bench.command import bench
+from minisd.evaluation.command import evaluate
 from minisd.features import distributed
 from minisd.features.distributed import rank, world_size
 from minisd.features.presets import PRESETS, find_preset
@@ -55,6 +56,7 @@ app = typer.Typer(
 )
 app.add_typer(training, name="train")
 app.command()(bench)
+app.command()(evaluate)
 app.command()(serve)
 
 
@@ -113,27 +115,27 @@ def generate(context: typer.Context, request: RequestOptions, changes: SettingsO
 
     prompts = [] if request.prompts is None else read_prompts(request.prompts)
     values = request.values() | {name: value for name, value in vars(changes).items() if value is not None}
-    image = None if request.like is None else _read_image(request.like, request, values, loading)
-    if image is not None:
-        values = {name: image.record[name] for name in JOB_KEYS if name in image.record} | values
-    _draw(request, values, loading, image, prompts)
+    like = None if request.like is None else _read_image(request.like, request, values, loading)
+    if like is not None:
+        values = {name: like.record[name] for name in JOB_KEYS if name in like.record} | values
+    _draw(request, values, loading, like, prompts)
 
 
 def _read_image(path: Path, request: RequestOptions, values: Mapping[str, Any], loading: LoadOptions) -> ImageSettings:
-    """How the picture of --like was drawn; it need not say what options say."""
+    """How the picture of --like was drawn; what the options give need not be readable."""
     from minisd.app.from_image import settings_from_image
 
     known = {**find_preset(request.preset).settings, **values} | ({"image": request.image} if request.image else {})
-    image = settings_from_image(path, known)
-    image.check_options(request.image, request.mask, loading.model, loading.lora or [])
-    return image
+    like = settings_from_image(path, known)
+    like.check_options(request.image, request.mask, loading.model, loading.lora or [])
+    return like
 
 
 def _draw(
     request: RequestOptions,
     values: Mapping[str, Any],
     loading: LoadOptions,
-    image: ImageSettings | None,
+    like: ImageSettings | None,
     prompts: Sequence[Prompt],
 ) -> None:
     """Load the model and draw one job, or one for each prompt of a file."""
@@ -144,18 +146,21 @@ def _draw(
     from minisd.pipeline.settings import Settings
 
     images, batch = values.get("images") or 1, request.batch or 4
-    drawn_before = image is not None and request.images is None and request.image is None
-    grid = request.grid or (drawn_before and images > 1)
+    same_images = like is not None and request.images is None and request.image is None
+    grid = request.grid or (same_images and images > 1)
     source = Source.read(request.image, request.mask, values.get("outpaint"), values.get("strength"))
     output = f"{request.output}/" if prompts else request.output
     target = Target.parse(output, values.get("prompt", ""), images > 1 and not grid, request.overwrite)
     log = _ignore if request.quiet or rank() else distributed.log
-    sd = _load(loading, image, log)
+    started = time.perf_counter()
+    sd = loading.load() if like is None else loading.load(like.record.get("precision"), like.lora_weights)
     provenance = Provenance.of(sd, loading.model)
+    seconds = time.perf_counter() - started
+    log(f"{loading.model or 'tiny'} on {sd.device} in {provenance.precision}, loaded in {seconds:.1f} s")
     defaults: Defaults | Settings = sd.defaults
-    if image is not None:
-        image.check_model(provenance)
-        defaults = Settings.choose(image.settings, sd.defaults)
+    if like is not None:
+        like.check_model(provenance)
+        defaults = Settings.choose(like.settings, sd.defaults)
     _log_notices(sd, [values, *(prompt.values for prompt in prompts)], log)
     common: dict[str, Any] = {"provenance": provenance, "quiet": request.quiet, "log": log}
     if prompts:
@@ -163,18 +168,9 @@ def _draw(
         draw_missing(sd, jobs, target.folder, overwrite=request.overwrite, **common)
         return
     job = Job.create(values, defaults, model_side(sd), source)
-    if image is not None and drawn_before and request.batch is None:  # the size of a batch decides the last digits
-        batch, job = image.batch[0], replace(job, batch=image.batch if images == 1 else (1, 0))
+    if like is not None and same_images and request.batch is None:  # the size of a batch decides the last digits
+        batch, job = like.batch[0], replace(job, batch=like.batch if images == 1 else (1, 0))
     draw_images(sd, job, target, images=images, batch=batch, grid=grid, **common)
-
-
-def _load(loading: LoadOptions, image: ImageSettings | None, log: Callable[[str], None]) -> StableDiffusion:
-    """Load the model, by default with the precision and the LoRA weights of the picture that is drawn again."""
-    started = time.perf_counter()
-    sd = loading.load() if image is None else loading.load(image.record.get("precision"), image.lora_weights)
-    name, dtype = loading.model or "tiny", str(sd.dtype).removeprefix("torch.")
-    log(f"{name} on {sd.device} in {dtype}, loaded in {time.perf_counter() - started:.1f} s")
-    return sd
 
 
 def _log_notices(sd: StableDiffusion, values: Sequence[Mapping[str, Any]], log: Callable[[str], None]) -> None:
@@ -183,7 +179,7 @@ def _log_notices(sd: StableDiffusion, values: Sequence[Mapping[str, Any]], log: 
 
     texts = [item.get(name) or "" for item in values for name in ("prompt", "negative_prompt")]
     if not rank() and (warning := unknown_words_warning(sd, texts)):
-        log(warning)
+        distributed.log(warning)
     for name in dict.fromkeys(item.get("preset", "") for item in values):
         if name in PRESETS:
             log(PRESETS[name].describe())
@@ -250,33 +246,6 @@ def info(
     print(text if raw else describe(parse_parameters(text)))
 
 
-@app.command()
-def evaluate(
-    model: Annotated[Path | None, typer.Option(help="Model folder. [default: the tiny one]")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report and the pictures.")] = Path(
-        "runs/evaluation"
-    ),
-    count: Annotated[int, typer.Option(min=1, help="How many held-out prompts to draw.")] = 1000,
-    steps: Annotated[int, typer.Option(min=1, help="Number of sampling steps.")] = 20,
-    guidance: Annotated[float | None, typer.Option(help="[default: the model's]")] = None,
-) -> None:
-    """Draw prompts whose combinations were held out of training, and judge the pictures.
-
-    Writes evaluation.json and evaluation.png. After an interruption, the same command continues.
-    """
-    from minisd.evaluation import evaluate_model
-    from minisd.evaluation.measure import Settings
-    from minisd.features.validate import check_writable
-
-    check_writable(output)
-    result = evaluate_model(model, output, Settings(count=count, steps=steps, guidance=guidance))
-    for name, shares in result["attributes"].items():
-        drawn, real = ("{share} [{low}, {high}] of {of}".format(**shares[kind]) for kind in ("drawn", "real"))
-        line = f"{name:<12} drawn {drawn:<32} real scenes {real}"
-        distributed.log(line + ("" if shares["quoted"] else "  (judge below 97%)"))
-    print(output / "evaluation.json")
-
-
 def _check_modes(context: typer.Context, request: RequestOptions) -> None:
     """Raise BadParameter for options of `generate` that do not go together."""
     prompts, output = request.prompts, request.output
@@ -301,8 +270,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         if text.startswith("Usage:"):  # a command that needs another word: its help is the message
             return error.exit_code, text
         return error.exit_code, f"error: {text}" + (f" (see `{context.command_path} --help`)" if context else "")
-    from minisd.features.validate import is_out_of_memory
     from minisd.io.tensors import CheckpointError
+    from minisd.pipeline.memory import is_out_of_memory
 
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:

@@ -20,15 +20,14 @@ from minisd.pipeline.settings import SAMPLER_LABELS, SAMPLER_PARTS, SETTINGS, Se
 from minisd.samplers import Sampler
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]+)(?::([^<>]*))?>")
-REQUIRED = {item.name for item in fields(Settings) if item.default is MISSING}
-OPTIONAL_TEXT = ("image", "image_hash", "mask", "mask_hash")
-COUNTS = ("seed", "batch_size", "batch_pos", "images")
-# in `parameters`, beside settings and provenance: read below, or without effect on the pixels
-OTHER_NAMES = {
-    *("Seed", "Size", "Mask", "Mask hash", "Outpaint", "Image", "Image hash", "Images", "Batch size", "Batch pos"),
-    *("Schedule type", "Version", "Model hash", "Lora hashes", "TI hashes", "Hashes", "Size-1", "Size-2"),
-}
-KNOWN_NAMES = OTHER_NAMES | {setting.png for setting in SETTINGS.values()} | {*PNG_NAMES.values()}
+REQUIRED = {"seed"} | {item.name for item in fields(Settings) if item.default is MISSING}
+TEXTS = {"seed": Setting(int, option="--seed", png="Seed")} | dict(SETTINGS)
+BATCH = {"batch_size": "Batch size", "batch_pos": "Batch pos", "images": "Images"}
+SOURCE = {"image": "Image", "image_hash": "Image hash", "mask": "Mask", "mask_hash": "Mask hash"}
+# names in `parameters` that are read here, or have no effect on the pixels
+KNOWN = {setting.png for setting in TEXTS.values()} | {*PNG_NAMES.values(), *BATCH.values(), *SOURCE.values()}
+KNOWN |= {"Size", "Outpaint", "Schedule type", "Interpolation", "Version"}
+KNOWN |= {"Model hash", "Lora hashes", "TI hashes", "Hashes", "Size-1", "Size-2"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class ImageSettings:
     def batch(self) -> tuple[int, int]:
         """How many pictures were drawn at a time, and which of them this was."""
         size, position = self.record.get("batch_size", 1), self.record.get("batch_pos", 0)
-        return (size, position) if position < size else (1, 0)
+        return (size, position) if 0 <= position < size < 10_000 else (1, 0)
 
     @property
     def lora_weights(self) -> dict[str, float]:
@@ -132,9 +131,9 @@ def settings_from_image(path: Path, given: Mapping[str, Any]) -> ImageSettings:
 
 def _check_record(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """A PNG's record with values of the right types, or None if it is damaged."""
-    kinds = {name: Setting(str) for name in ("prompt", "negative_prompt", "version", *OPTIONAL_TEXT, *PNG_NAMES)}
-    kinds |= {name: Setting(int) for name in COUNTS} | dict(SETTINGS)
-    optional = {name for name in SETTINGS if name not in REQUIRED} | {*OPTIONAL_TEXT, "outpaint", "images"}
+    kinds = {name: Setting(str) for name in ("prompt", "negative_prompt", "version", *SOURCE, *PNG_NAMES)}
+    kinds |= {name: Setting(int) for name in BATCH} | TEXTS
+    optional = {*SETTINGS, *SOURCE, "images"} - REQUIRED
     checked: dict[str, Any] = {"interpolation": True} if "interpolation" in record else {}
     try:
         for name, kind in kinds.items():
@@ -150,53 +149,57 @@ def _check_record(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _record_from_parameters(path: Path, parameters: Parameters, ours: bool, given: Mapping[str, Any]) -> dict[str, Any]:
     """A record from a `parameters` text, without the settings that are given."""
-    texts, prompt = parameters.settings, parameters.prompt
-    record: dict[str, Any] = {"negative_prompt": parameters.negative_prompt}
+    texts = parameters.settings
+    record: dict[str, Any] = {"prompt": parameters.prompt, "negative_prompt": parameters.negative_prompt}
     if "Interpolation" in texts:
         return record | {"interpolation": True}
+    record |= {name: texts.get(png) for name, png in SOURCE.items()} | {
+        "outpaint": _integers(texts, "Outpaint", " ", 4)
+    }
     if ours:
         record |= {name: texts.get(png, USUAL[name]) for name, png in PNG_NAMES.items()}
+        record |= {name: int(texts[png]) for name, png in BATCH.items() if texts.get(png, "").isdecimal()}
     else:
-        if "prompt" not in given:  # LoRAs are named in the prompt
-            prompt, record["loras"] = _read_tags(prompt)
-        record |= {"model": texts.get("Model", texts.get("Model hash", "of an unknown name")), "words": _words(texts)}
-    record["prompt"] = prompt
-    kinds = {"seed": Setting(int, option="--seed", png="Seed")} | dict(SETTINGS)
-    for name, kind in kinds.items():
-        if name in given or name == "sampler" or not kind.png or (name in SAMPLER_PARTS and "sampler" in given):
-            continue
-        if kind.png in texts:
+        model = texts.get("Model", texts.get("Model hash", "of an unknown name"))
+        record |= {"model": model, "words": _words(texts)}
+        if "prompt" not in given:  # where LoRAs are named
+            record |= _read_tags(parameters.prompt)
+        redrawn = "Denoising strength" in texts and not any(name.startswith("Hires") for name in texts)
+        record |= {"image": "(it does not say which)"} if redrawn else {}
+    skipped = {"sampler", *given, *(SAMPLER_PARTS if "sampler" in given else ())}
+    skipped |= set() if "image" in given else {"strength"}
+    for name, kind in TEXTS.items():
+        if kind.png and name not in skipped and (kind.png in texts or name in REQUIRED):
             record[name] = _read(path, texts, kind)
-        elif name in REQUIRED or name == "seed":
-            raise typer.BadParameter(f"{path} does not say {kind.png}; give {kind.option}")
-    record |= _read_size(path, texts, given) | _read_source(texts)
-    if "sampler" not in given:
-        record = _add_sampler(path, texts, record)
-    if "image" not in given:
-        record.pop("strength", None)
-    return record | (_read_batch(path, texts, given) if ours else {})
+    if not {"width", "height"} <= given.keys():
+        record |= _read_size(path, texts, record["outpaint"] or (0, 0, 0, 0))
+    return record if "sampler" in given else _add_sampler(path, texts, record)
 
 
 def _read(path: Path, texts: Mapping[str, str], kind: Setting) -> Any:
+    if kind.png not in texts:
+        raise typer.BadParameter(f"{path} does not say {kind.png}; give {kind.option}")
     try:
         return kind.from_text(texts[kind.png])
     except ValueError as error:
-        raise typer.BadParameter(
-            f"{path} says {kind.png}: {texts[kind.png]!r}, which is invalid; give {kind.option}"
-        ) from error
+        text = f"{kind.png}: {texts[kind.png]!r}"
+        raise typer.BadParameter(f"{path} says {text}, which is invalid; give {kind.option}") from error
 
 
-def _read_size(path: Path, texts: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, int]:
+def _read_size(path: Path, texts: Mapping[str, str], margins: Sequence[int]) -> dict[str, int]:
     """Width and height, without the margins of an outpainted picture."""
-    if {"width", "height"} <= given.keys():
-        return {}
-    left, right, top, bottom = _margins(texts) or (0, 0, 0, 0)
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", texts.get("Size", ""))
-    if not match:
+    size = _integers(texts, "Size", "x", 2)
+    if size is None:
         raise typer.BadParameter(
             f"{path} says Size: {texts.get('Size')!r}, which is invalid; give --width and --height"
         )
-    return {"width": int(match[1]) - left - right, "height": int(match[2]) - top - bottom}
+    left, right, top, bottom = margins
+    return {"width": size[0] - left - right, "height": size[1] - top - bottom}
+
+
+def _integers(texts: Mapping[str, str], name: str, separator: str, count: int) -> tuple[int, ...] | None:
+    parts = texts.get(name, "").split(separator)
+    return tuple(map(int, parts)) if len(parts) == count and all(re.fullmatch("[0-9]{1,5}", x) for x in parts) else None
 
 
 def _add_sampler(path: Path, texts: Mapping[str, str], record: dict[str, Any]) -> dict[str, Any]:
@@ -204,9 +207,9 @@ def _add_sampler(path: Path, texts: Mapping[str, str], record: dict[str, Any]) -
     sampler = read_sampler(texts)
     if sampler is None:
         label = ", ".join(texts[name] for name in ("Sampler", "Schedule type") if name in texts) or "none"
+        known = ", ".join(SAMPLER_LABELS)
         raise typer.BadParameter(
-            f"{path} was drawn with the sampler {label}, which is unknown here; choose one with --sampler: "
-            f"{', '.join(SAMPLER_LABELS)}"
+            f"{path} was drawn with the sampler {label}, which is unknown here; choose one with --sampler: {known}"
         )
     record = record | {"sampler": sampler[0], "karras": sampler[1]}
     for name in SAMPLER_PARTS:
@@ -218,34 +221,10 @@ def _add_sampler(path: Path, texts: Mapping[str, str], record: dict[str, Any]) -
     return record
 
 
-def _read_source(texts: Mapping[str, str]) -> dict[str, Any]:
-    source: dict[str, Any] = {f"{name}_hash": texts.get(f"{name.title()} hash") for name in ("image", "mask")}
-    redrawn = "Denoising strength" in texts and not any(name.startswith("Hires") for name in texts)
-    if redrawn or "Image" in texts or "Outpaint" in texts:
-        source["image"] = texts.get("Image", "(it does not say which)")
-    return source | {"mask": texts.get("Mask"), "outpaint": _margins(texts)}
-
-
-def _read_batch(path: Path, texts: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, int]:
-    """How pictures were drawn together, which decides their last digits; for a grid, how many they are."""
-    if "images" in given:
-        return {}
-    names = {"batch_size": "Batch size", "batch_pos": "Batch pos", "images": "Images"}
-    values = {name: texts[png] for name, png in names.items() if png in texts}
-    if not all(re.fullmatch("[0-9]{1,4}", text) for text in values.values()):
-        raise typer.BadParameter(f"{path} says {', '.join(values.values())} of its batch; give --images 1")
-    return {name: int(text) for name, text in values.items()}
-
-
-def _margins(texts: Mapping[str, str]) -> tuple[int, int, int, int] | None:
-    match = re.fullmatch(r"(\d{1,5}) (\d{1,5}) (\d{1,5}) (\d{1,5})", texts.get("Outpaint", ""))
-    return (int(match[1]), int(match[2]), int(match[3]), int(match[4])) if match else None
-
-
 def _warn_of_losses(path: Path, parameters: Parameters, ours: bool) -> None:
     """Warn of another program, and of settings that are unknown here."""
     texts = parameters.settings
-    unknown = [f"{name}: {text}" for name, text in texts.items() if name not in KNOWN_NAMES | {"Interpolation"}]
+    unknown = [f"{name}: {text}" for name, text in texts.items() if name not in KNOWN]
     if not ours:
         version = texts.get("Version", "it does not say which")
         warn(
@@ -257,11 +236,11 @@ def _warn_of_losses(path: Path, parameters: Parameters, ours: bool) -> None:
         warn(f"{path} was drawn with settings that are unknown here and are left out: {', '.join(unknown)}")
 
 
-def _read_tags(prompt: str) -> tuple[str, str]:
+def _read_tags(prompt: str) -> dict[str, str]:
     """The prompt without its tags, such as <lora:style:0.8>, and the LoRAs as a record has them: "style 0.8"."""
     tags = [match for match in TAG.finditer(prompt) if match[1] != "hypernet"]
     loras = [f"{match[2].strip()} {_float((match[3] or '1').split(':')[0]):g}" for match in tags]
-    return TAG.sub("", prompt).strip(), ", ".join(loras)
+    return {"prompt": TAG.sub("", prompt).strip(), "loras": ", ".join(loras)}
 
 
 def _words(texts: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -26,39 +27,6 @@ ERRORS = (ValueError, TypeError, FloatingPointError, MemoryError)  # whose text 
 PICTURE = -1  # the chip that shows the picture alone
 SHOWN = {name: setting for name, setting in SETTINGS.items() if setting.label}
 FONT = ("system-ui", "sans-serif")
-CSS = """
-.gradio-container { width: 100% !important; max-width: 1040px !important; margin: 0 auto !important; }
-#head, #view, #status, #words, .form:has(#words), .html-container { padding: 0 !important; border: none !important;
-  background: none !important; }
-.head { display: flex; align-items: baseline; gap: .75rem; flex-wrap: wrap; }
-.head h1 { margin: 0; font-size: 1.6rem; font-weight: 650; }
-.head span, .hint { color: var(--body-text-color-subdued); font-size: .9rem; }
-.view { margin: 0; width: 100%; aspect-ratio: 1; border-radius: 8px; overflow: hidden; box-sizing: border-box;
-  background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary);
-  display: grid; place-items: center; }
-.view img { width: 100%; height: 100%; object-fit: contain; display: block; }
-.status { min-height: 3.6rem; font-size: .95rem; line-height: 1.45; }
-.status progress { appearance: none; width: 100%; height: .5rem; display: block; margin: .1rem 0 .5rem; border: none;
-  border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
-.status progress::-webkit-progress-bar { background: var(--border-color-primary); }
-.status progress::-webkit-progress-value { background: #0072B2; }
-.status progress::-moz-progress-bar { background: #0072B2; }
-.status .row { display: flex; justify-content: space-between; align-items: center; gap: .6rem 1rem; flex-wrap: wrap; }
-.status .hint { margin: .6rem 0 0; }
-.status a { background: #0072B2; color: #fff !important; padding: .4rem .9rem; border-radius: 6px; font-weight: 600;
-  text-decoration: none !important; }
-.status a:hover, .status a:focus-visible { background: #005a8e; }
-.status .error, .status .note { padding: .5rem .75rem; border-radius: 6px; border-left: 4px solid; margin-top: .6rem;
-  color: var(--body-text-color); background: var(--background-fill-secondary); overflow-wrap: anywhere; }
-.status .error { border-color: #c0392b; }
-.status .note { border-color: #E69F00; }
-#words label { padding: .25rem .75rem !important; border-radius: 999px !important; transition: none !important; }
-#words label input { position: absolute; opacity: 0; width: 1px; height: 1px; }
-#words label:has(input:focus-visible) { outline: 2px solid #0072B2; outline-offset: 2px; }
-#words label span { margin: 0 !important; }
-#words label.selected, #words label.selected span { background: #0072B2 !important; color: #fff !important; }
-footer { display: none !important; }
-"""
 
 
 @dataclass(eq=False)
@@ -201,7 +169,7 @@ def launch(sd: StableDiffusion, provenance: Provenance, host: str, port: int, br
         footer_links=[],
         max_file_size=1,  # byte: the page takes no files
         quiet=True,
-        css=CSS,
+        css_paths=Path(__file__).with_name("page.css"),
         theme=_theme(),
     )
     return address, blocks
