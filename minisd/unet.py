@@ -117,8 +117,7 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = attention(resnet(x, time), context)
+            x = attention(resnet(torch.cat([x, skips.pop()], dim=1), time), context)
         for upsample in self.upsamplers:
             x = upsample(x, size=skips[-1].shape[-2:])
         return x

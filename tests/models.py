@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minisd import TINY, Autoencoder, StableDiffusion, TextEncoder, Tokenizer, UNet
@@ -169,6 +171,13 @@ def random_weights(network: nn.Module, dtype: torch.dtype, seed: int = 0) -> dic
         else:
             weights[key] = values * 1.2 / math.sqrt(parameter[0].numel())
     return weights
+
+
+def write_adapters(folder: Path) -> None:
+    """A LoRA of one layer, and a word of two vectors, for models as wide as SMALL."""
+    factors = {"lora_A": noise(2, 4, 3, 3, dtype=torch.float32), "lora_B": noise(8, 2, 1, 1, dtype=torch.float32)}
+    save_file({f"unet.conv_in.{name}.weight": x for name, x in factors.items()}, folder / "style.safetensors")
+    save_file({"<word>": noise(2, 16, dtype=torch.float32)}, folder / "word.safetensors")
 
 
 def lively_model(config: ModelConfig = SMALL, defaults: Any = None) -> StableDiffusion:

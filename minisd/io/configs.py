@@ -56,16 +56,12 @@ CHOICES = {
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; CheckpointError where the file is missing, not JSON, or holds something else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, or not a regular file; fetch the whole folder")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, far too many for JSON; fetch it again")
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, far too many for JSON; fetch it again")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is not a regular file; expected JSON. Fetch it again")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except CheckpointError:
-        raise
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; fetch the whole folder") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON in UTF-8 ({error}); fetch it again") from error
     if not isinstance(value, dict):

@@ -46,22 +46,11 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
         CheckpointError: the model is not a diffusers folder, or a file is damaged.
     """
     try:
-        if constants.HF_HUB_OFFLINE:
-            raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    except errors.GatedRepoError as error:
-        page = f"{constants.ENDPOINT}/{repo}"
-        raise HubError(f"{repo} is gated; accept its terms on {page}, then run `hf auth login`") from error
-    except (OSError, errors.HTTPError, errors.HFValidationError) as error:  # type: ignore[attr-defined]
-        status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
-        if status not in (401, 403, 404) and not isinstance(error, errors.HFValidationError):
-            return _cached(repo, revision, error)
-        at = f" at revision {revision}" if revision else ""
-        raise HubError(
-            f"the hub has no model {repo}{at}, or it is private; check the name, or run `hf auth login`"
-        ) from error
-    if re.fullmatch(r"[0-9a-f]{40}", info.sha or "") is None:  # it becomes the name of a folder
-        raise HubError(f"{constants.ENDPOINT} sent an invalid commit for {repo} ({info.sha!r}); do not trust it")
+        info = _model_info(repo, revision)
+    except HubError:
+        raise
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        return _cached(repo, revision, error)
     files = {file.rfilename: file for file in info.siblings or ()}
     chosen = choose_files(files, variant)
     if not chosen:
@@ -83,6 +72,27 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
         raise HubError(f"{repo} changed while it was downloaded; run again")
     _verify(folder, new)
     return folder
+
+
+def _model_info(repo: str, revision: str | None) -> Any:
+    """The hub's description of a model; HubError if there is none, another error if the hub cannot be reached."""
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    except errors.GatedRepoError as error:
+        page = f"{constants.ENDPOINT}/{repo}"
+        raise HubError(f"{repo} is gated; accept its terms on {page}, then run `hf auth login`") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in (401, 403, 404):
+            raise
+        name = f"{repo} at revision {revision}" if revision else repo
+        raise HubError(
+            f"the hub has no model {name}, or it is private; check the name, or run `hf auth login`"
+        ) from error
+    if re.fullmatch(r"[0-9a-f]{40}", info.sha or "") is None:  # it becomes the name of a folder
+        raise HubError(f"{constants.ENDPOINT} sent an invalid commit for {repo} ({info.sha!r}); do not trust it")
+    return info
 
 
 def choose_files(names: Iterable[str], variant: str | None = None) -> list[str]:

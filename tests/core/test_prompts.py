@@ -16,8 +16,8 @@ from models import last, lively_model, long_prompt, noise
 from torch import Tensor
 
 from minisd import StableDiffusion, Tokenizer
-from minisd.features.adapters import add_word
 from minisd.features.prompts import common_length, escape, parse, read, rows, weigh
+from minisd.features.textual_inversion import add_token, add_word
 
 PICTURE: dict[str, Any] = {"num_inference_steps": 3, "sampler": "ddim", "guidance_scale": 3.0}
 
@@ -206,14 +206,20 @@ def test_warning_of_long_prompts(sd):
 def test_too_long_prompts(sd):
     assert quietly(sd, long_prompt(600)).shape == (1, 77 * 8, 16)
     for call in (sd.encode_text, sd.denoise):
-        with pytest.raises(ValueError, match=r"10000 tokens, which is 134 chunks of 75; expected at most 8 \(600"):
-            call(long_prompt(10_000))
+        with pytest.raises(ValueError, match=r"5000 tokens, which is 67 chunks of 75; expected at most 8 \(600"):
+            call(long_prompt(5000))
     with pytest.raises(ValueError, match="such as"):
         sd.denoise("a fox", negative_prompt="(blurry:99)")
     together = [long_prompt(75 * chunks) for chunks in (3, 5, 7)]
     with pytest.raises(ValueError, match="3, 5, 7 chunks of 75 tokens cannot be drawn together: .* 105 chunks"):
         quietly(sd, together)
     assert quietly(sd, together[1:]).shape == (2, 77 * 35, 16)
+
+
+@pytest.mark.parametrize("prompt", ["x" * 2001, "(" + "漢" * 2001 + ")", "fox " * 12_501])
+def test_prompts_of_absurd_length(prompt):
+    with pytest.raises(ValueError, match="characters"):
+        parse(prompt)
 
 
 def test_common_length():
@@ -225,7 +231,7 @@ def test_common_length():
 
 
 def test_word_longer_than_a_chunk():
-    tokenizer = Tokenizer.from_pretrained().with_token("<crowd>", 80)
+    tokenizer = add_token(Tokenizer.from_pretrained(), "<crowd>", 80)
     chunks = read("fox <crowd> fox", tokenizer)
     assert [len(chunk) for chunk in chunks] == [75, 7]
     assert [number for chunk in chunks for number, _ in chunk][1:-1] == [*range(49408, 49488)]

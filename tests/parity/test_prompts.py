@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from minisd import StableDiffusion, Tokenizer
-from minisd.features.adapters import add_word
 from minisd.features.prompts import escape, read, rows
+from minisd.features.textual_inversion import add_word
 
 PICTURE: dict[str, Any] = {"num_inference_steps": 3, "sampler": "ddim", "guidance_scale": 3.0}
 
