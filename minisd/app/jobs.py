@@ -329,10 +329,10 @@ def unknown_words_warning(sd: StableDiffusion, prompts: Sequence[str]) -> str:
     from minisd.training.captions import vocabulary
     from minisd.training.catalogue import CATALOGUE
 
-    known = [word for word in vocabulary() if not sd.unknown_words(word)]
-    close = [match for word in unknown[:12] for match in get_close_matches(word.lower(), known, n=1, cutoff=0.7)]
+    some, known = unknown[:12], [word for word in vocabulary() if not sd.unknown_words(word)]
+    close = [match for word in some for match in get_close_matches(word.lower(), known, n=1, cutoff=0.7)]
     nouns = [entry.noun for entry in CATALOGUE if entry.noun in known][::6]
-    examples = ", ".join(dict.fromkeys(close + nouns))
-    quoted = ", ".join(f'"{word}"' for word in unknown[:12])
-    quoted += f" and {len(unknown) - 12} more words" if len(unknown) > 12 else ""
-    return f"warning: this model never learned {quoted}" + (f"; it knows, for example: {examples}" if examples else "")
+    quoted = ", ".join(f'"{word}"' for word in some)
+    more = f" and {len(unknown) - len(some)} more words" if len(unknown) > len(some) else ""
+    examples = f"; it knows, for example: {', '.join(dict.fromkeys(close + nouns))}" if close or nouns else ""
+    return f"warning: this model never learned {quoted}{more}{examples}"

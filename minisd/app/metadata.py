@@ -160,11 +160,7 @@ def _decode_comment(raw: bytes) -> str:
 
 
 def save_png(
-    picture: Image.Image,
-    path: Path,
-    text: str,
-    overwrite: bool = False,
-    record: Mapping[str, Any] | None = None,
+    picture: Image.Image, path: Path, text: str, overwrite: bool = False, record: Mapping[str, Any] | None = None
 ) -> Path:
     """Write a picture with its `parameters` and its record, completely or not at all, and return its path.
 

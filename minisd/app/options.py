@@ -97,8 +97,7 @@ class LoadOptions:
         typer.Option(help="Load this LoRA with this weight. May be repeated.", metavar="FILE[:WEIGHT]"),
     ] = None
     inversion: Annotated[
-        list[Path] | None,
-        typer.Option("--textual-inversion", help="Load this word. May be repeated.", metavar="FILE"),
+        list[Path] | None, typer.Option("--textual-inversion", help="Load this word. May be repeated.", metavar="FILE")
     ] = None
 
     def find_device(self) -> Any:

@@ -112,14 +112,10 @@ def plan_jobs(
             images = 1 if values.get("images") is None else values["images"]
             if not 1 <= images <= MAX_IMAGES:
                 raise ValueError(f"images is {images}; expected 1 or more, at most {MAX_IMAGES}")
-            job = replace(
-                Job.create(values, defaults, side, source), where=prompt.where, seed_drawn=values.get("seed") is None
-            )
-            stem = (
-                _check_name(prompt.values["name"])
-                if "name" in prompt.values
-                else f"{number:0{digits}}-{slug(job.prompt)}"
-            )
+            job = Job.create(values, defaults, side, source)
+            job = replace(job, where=prompt.where, seed_drawn=job.seed is None)
+            name = prompt.values.get("name")
+            stem = f"{number:0{digits}}-{slug(job.prompt)}" if name is None else _check_name(name)
             for at in range(images):
                 file = f"{stem}.png" if images == 1 else f"{stem}-{at + 1}.png"
                 # some file systems ignore case and how an accent is written

@@ -88,7 +88,9 @@ def fingerprint(sd: StableDiffusion) -> str:
     """
     import torch
 
-    digest = hashlib.sha256(repr(sd.config).encode())
+    # the configuration once had another field; with it, pictures from that time are recognised
+    config = repr(sd.config).removesuffix("))") + ", clip_sample=False))"
+    digest = hashlib.sha256(config.encode())
     tensors = {
         f"{part}.{name}": tensor
         for part in ("text_encoder", "unet", "autoencoder")

@@ -32,14 +32,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "fast",
             "12 steps of DPM++ 2M with trailing timesteps; every second call of the UNet runs its last 2 layers only",
             MappingProxyType(
-                {
-                    "num_inference_steps": 12,
-                    "sampler": "dpmpp_2m",
-                    "spacing": "trailing",
-                    "feature_reuse": (2, 2),
-                }
+                {"num_inference_steps": 12, "sampler": "dpmpp_2m", "spacing": "trailing", "feature_reuse": (2, 2)}
             ),
-        ),
+        )
     }
 )
 
