@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,16 +40,34 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # the longest ones come first, so that under `-n 2` no process is left with one of them at the end
-    items.sort(key=lambda item: 0 if item.get_closest_marker("full") else 1 if item.path.suffix == ".ipynb" else 2)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and tests within them, in another order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is quick, and order the tests.
+
+    quick: the tests of core and parity, and one picture from the command line, but for what is marked slow or full.
+    """
     for item in items:
+        folder = item.path.parent.name
+        if (folder in ("core", "parity") or item.path.name == "test_cli.py") and not any(
+            item.get_closest_marker(name) for name in ("slow", "full", "real")
+        ):
+            item.add_marker(pytest.mark.quick)
         if item.get_closest_marker("full"):
             item.add_marker(pytest.mark.timeout(1200))
-    if not os.environ.get("MINISD_MODEL"):
-        for item in items:
-            if item.get_closest_marker("real"):
-                item.add_marker(pytest.mark.skip(reason=REAL))
+        if item.get_closest_marker("real") and not os.environ.get("MINISD_MODEL"):
+            item.add_marker(pytest.mark.skip(reason=REAL))
+    # the longest ones come first, so that under `-n 2` no process is left with one of them at the end
+    items.sort(key=lambda item: 0 if item.get_closest_marker("full") else 1 if item.path.suffix == ".ipynb" else 2)
+    if (seed := config.getoption("--shuffle")) is not None:
+        cells = [item for item in items if item.path.suffix == ".ipynb"]  # their order is their meaning
+        tests = [item for item in items if item.path.suffix != ".ipynb"]
+        shuffled = random.Random(seed)
+        places = {path: shuffled.random() for path in {item.path for item in tests}}
+        shuffled.shuffle(tests)
+        items[:] = [*cells, *sorted(tests, key=lambda item: places[item.path])]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

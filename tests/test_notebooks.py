@@ -76,11 +76,12 @@ def faults(notebook: NotebookNode) -> list[str]:
 
 def cell_faults(cell: NotebookNode) -> list[str]:
     tags, pictures = set(cell.metadata.get("tags", [])), images(cell)
+    compared = tags & {"compare-image", "nbval-ignore-output"}
     kinds = {output.output_type for output in cell.outputs}
     found = {
         "holds an error and has no tag raises-exception": "error" in kinds and "raises-exception" not in tags,
         "keeps what was written to stderr": any(output.get("name") == "stderr" for output in cell.outputs),
-        "shows a picture and has no tag compare-image": pictures and not tags & {"compare-image", "nbval-ignore-output"},
+        "shows a picture and has no tag compare-image": pictures and not compared,
         "has the tag compare-image and no picture": "compare-image" in tags and not pictures,
         "shows a picture without alt text": not all(o.metadata.get(k, {}).get("alt", "").strip() for o, k in pictures),
         "is longer than 25 lines": len(cell.source.splitlines()) > 25,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import os
 import re
@@ -344,13 +345,20 @@ def started(folder: Path, log: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "minisd", "serve", "--port", str(port), "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, env=environment)
+        # a shell that starts jobs in the background lets them ignore SIGINT, and they hand that on
+        interruptible = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=folder, env=environment, preexec_fn=interruptible
+        )
         try:
             wait_for_server("minisd serve", f"http://127.0.0.1:{port}/", process, log)
             yield f"http://127.0.0.1:{port}/"
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 0
+            try:
+                assert process.wait(30) == 0
+            finally:
+                process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from torch.export import Dim
 import minisd
 from minisd import SD21, TINY, Autoencoder, TextEncoder, UNet
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5  # of the largest number compared
 
 SMALL_UNET = {"block_out_channels": (16, 24, 32), "norm_num_groups": 8, "cross_attention_dim": 32}
