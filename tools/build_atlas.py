@@ -1,7 +1,7 @@
 """Rebuild the sprite atlas that `minisd.training.sprites` reads, from the published Fluent Emoji drawings.
 
-The drawings are the "Color" set of Microsoft's Fluent Emoji (MIT licence), taken as SVG from an npm package.
-Only this script needs the package and `resvg-py`; training needs neither.
+The drawings are the "Color" set of Microsoft's Fluent Emoji (MIT licence), as SVG from an npm package. Only this script
+needs the package and `resvg-py`; training needs neither.
 
     npm install --prefix /tmp/npm @iconify-json/fluent-emoji@1.2.7
     pip install resvg-py
@@ -24,27 +24,27 @@ OVERSAMPLING = 8
 
 
 def rasterise(icons: dict, name: str) -> Image.Image:
-    """Draw one icon, cut to what is visible and fitted into a transparent CELL × CELL square.
+    """Rasterise an icon, cropped to its visible part and fitted into a transparent CELL × CELL square.
 
-    Raises KeyError when the package has no icon of that name.
+    Raises KeyError if the package has no icon of that name.
     """
     import resvg_py
 
     body, view = icons["icons"][name]["body"], icons["width"]
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {view} {view}">{body}</svg>'
     png = bytes(resvg_py.svg_to_bytes(svg, width=CELL * OVERSAMPLING))
-    drawn = Image.open(io.BytesIO(png)).convert("RGBA")
-    visible = Image.fromarray((np.asarray(drawn)[..., 3] > 24).astype(np.uint8) * 255)
-    cut = drawn.crop(visible.getbbox()).convert("RGBa")  # premultiplied, so that edges stay clean when shrunk
-    scale = (CELL - 2) / max(cut.size)
-    small = cut.resize((round(cut.width * scale), round(cut.height * scale)), Image.Resampling.LANCZOS)
+    icon = Image.open(io.BytesIO(png)).convert("RGBA")
+    visible = Image.fromarray((np.asarray(icon)[..., 3] > 24).astype(np.uint8) * 255)
+    cropped = icon.crop(visible.getbbox()).convert("RGBa")  # premultiplied, so that edges stay clean when shrunk
+    scale = (CELL - 2) / max(cropped.size)
+    small = cropped.resize((round(cropped.width * scale), round(cropped.height * scale)), Image.Resampling.LANCZOS)
     cell = Image.new("RGBA", (CELL, CELL))
     cell.paste(small.convert("RGBA"), ((CELL - small.width) // 2, (CELL - small.height) // 2))
     return cell
 
 
 def build(icons_path: Path, target: Path = ATLAS) -> None:
-    """Write the atlas: the catalogue's sprites in order, row by row, as one transparent WebP picture."""
+    """Write the atlas: the sprites of the catalogue in order, row by row, in one transparent WebP file."""
     icons = json.loads(icons_path.read_text())
     rows = math.ceil(len(CATALOGUE) / COLUMNS)
     atlas = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
@@ -55,7 +55,7 @@ def build(icons_path: Path, target: Path = ATLAS) -> None:
 
 
 def main() -> None:
-    """Read the path of the package's icons.json from the command line and rebuild the atlas."""
+    """Rebuild the atlas from the icons.json of the npm package."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("icons", type=Path, help="icons.json of @iconify-json/fluent-emoji")
     build(parser.parse_args().icons)

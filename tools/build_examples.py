@@ -1,7 +1,7 @@
-"""Rebuild the pictures that `minisd train lora` and `minisd train inversion` learn from unless they are given others.
+"""Rebuild the default training pictures of `minisd train lora` and `minisd train inversion`.
 
-They show a unicorn, which the scenes of the tiny model do not have: Fluent Emoji's (MIT licence), on the backgrounds
-of the scenes. It is never in the snow and never under the sea, so that prompts can ask for something new.
+They show the unicorn of Fluent Emoji (MIT licence), which the scenes of the tiny model do not have, on the backgrounds
+of these scenes. It is never in the snow or under the sea, so that such prompts are new to the trained adapter.
 
     npm install --prefix /tmp/npm @iconify-json/fluent-emoji@1.2.7
     pip install resvg-py
@@ -27,13 +27,13 @@ TIMES = ("day", "sunset", "night")
 
 
 def caption(place: str, time: str) -> str:
-    """What a picture shows, in the words of the scenes' captions."""
+    """The caption of a picture, as the captions of scenes are worded."""
     where = PLACE_PHRASES.get(place, f"on {article(place)} {place} background")
     return " ".join(filter(None, ("a", NOUN, where, TIME_PHRASES.get(time))))
 
 
 def compose(drawing: Image.Image, place: str, time: str, rng: np.random.Generator) -> Image.Image:
-    """One 128 × 128 picture: the drawing (RGBA) in a place, standing on its ground or floating."""
+    """Compose a 128 × 128 picture: the drawing (RGBA) in a place, standing on the ground or floating."""
     size = rng.integers(66, 101) / max(drawing.size)
     width, height = (round(side * size) for side in drawing.size)
     small = drawing.convert("RGBa").resize((width, height), Image.Resampling.BICUBIC).convert("RGBA")
@@ -51,26 +51,26 @@ def compose(drawing: Image.Image, place: str, time: str, rng: np.random.Generato
 
 
 def build(icons: dict, folder: Path = EXAMPLES) -> int:
-    """Write the pictures, and metadata.jsonl with their captions; return how many there are."""
+    """Write the pictures, and metadata.jsonl with their captions; return the number of pictures."""
     drawing = rasterise(icons, NOUN)
     drawing = drawing.crop(drawing.getchannel("A").getbbox())
-    wanted = (
+    backgrounds = (
         [*product(LAND, TIMES)] * 2 + [("space", "day")] * 3 + [(color, "day") for color in PLAIN if color != "gray"]
     )
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for index, (place, time) in enumerate(wanted):
+    for index, (place, time) in enumerate(backgrounds):
         name = f"{index:02}.webp"
         compose(drawing, place, time, np.random.default_rng((0, index))).save(
             folder / name, "WEBP", quality=90, method=6
         )
         lines.append(json.dumps({"file_name": name, "text": caption(place, time)}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
-    return len(wanted)
+    return len(backgrounds)
 
 
 def main() -> None:
-    """Read the path of the package's icons.json from the command line and rebuild the pictures."""
+    """Rebuild the pictures from the icons.json of the npm package."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("icons", type=Path, help="icons.json of @iconify-json/fluent-emoji")
     count = build(json.loads(parser.parse_args().icons.read_text()))

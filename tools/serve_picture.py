@@ -1,4 +1,4 @@
-"""README's picture of the page of `minisd serve`: python tools/serve_picture.py docs/serve.png [WIDTH HEIGHT]"""
+"""Take the screenshot of `minisd serve` for README: python tools/serve_picture.py docs/serve.png [WIDTH HEIGHT]"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from test_web import Opened, started  # noqa: E402
 
 
 def main(path: Path, width: int = 1080, height: int = 740) -> None:
-    """Draw in the page, click a word, and save what a window of this size shows."""
+    """Draw a picture in the page, click a word, and save a screenshot of a window of this size."""
     with TemporaryDirectory() as folder, started(Path(folder), Path(folder) / "log") as address, chromium() as browser:
         opened = Opened.at(browser, address, width, height)
         opened.draw(prompt="a fox in the snow", seed="7")
@@ -22,7 +22,7 @@ def main(path: Path, width: int = 1080, height: int = 740) -> None:
         opened.choose("fox")
         opened.wait("“fox”")
         opened.page.mouse.move(0, 0)
-        opened.page.wait_for_timeout(500)  # until colours have faded over
+        opened.page.wait_for_timeout(500)  # until the colours have faded in
         opened.page.screenshot(path=str(path))
     Image.open(path).convert("RGB").save(path, optimize=True)
 

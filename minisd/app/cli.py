@@ -269,8 +269,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         if text.startswith("Usage:"):  # a command that needs another word: its help is the message
             return error.exit_code, text
         return error.exit_code, f"error: {text}" + (f" (see `{context.command_path} --help`)" if context else "")
-    from minisd.features.validate import is_out_of_memory
     from minisd.io.tensors import CheckpointError
+    from minisd.pipeline.memory import is_out_of_memory
 
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:

@@ -24,12 +24,12 @@ from minisd.bench.operators import shares
 from minisd.bench.worker import operator_seconds
 from minisd.config import TINY
 from minisd.io.checkpoint import SHIPPED
+from minisd.io.diffusers_folder import load_autoencoder, load_text_encoder
 from minisd.training.autoencoder import AutoencoderTask
 from minisd.training.clip import CLIPTask
 from minisd.training.data import Scenes, render_scenes
-from minisd.training.layout import layouts
+from minisd.training.layout_loss import layouts
 from minisd.training.loop import Options, Task, Trainer
-from minisd.training.parts import load_autoencoder, load_text_encoder
 from minisd.training.scenes import vocabulary
 from minisd.training.unet import UNetTask
 

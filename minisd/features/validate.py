@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|ALLOC_FAILED|buffer size", re.IGNORECASE)
 
 
 def check_int(name: str, value: Any, low: int, high: int) -> int:
@@ -141,27 +139,6 @@ def check_writable(folder: Path) -> None:
         raise NotADirectoryError(f"{existing} is not a folder, so no file can be written there; choose another place")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"you may not write to the folder {existing}; choose another place")
-
-
-def free_memory(device: torch.device) -> int | None:
-    """The bytes that a device has left, or None where this is unknown."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type != "cpu":
-        return None
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(found[1]) * 1024 if found else None
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out; torch raises a RuntimeError with one of many messages."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
-    )
 
 
 def _shorten(value: Any) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
 from minisd.features.validate import check_path
 from minisd.generate import Model
@@ -24,6 +25,8 @@ from minisd.io.tensors import CheckpointError, printable
 from minisd.io.tokenizer_files import write_tokenizer
 from minisd.preview import SD1, Factors
 from minisd.samplers import Sampler
+from minisd.text_encoder import TextEncoder
+from minisd.unet import UNet
 
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
@@ -245,3 +248,24 @@ def _scheduler(schedule: ScheduleConfig, sampler: Sampler) -> dict[str, Any]:
         | {key: values[key] for key in SCHEDULE_KEYS}
         | {key: values.get(key, value) for key, value in extra.items()}
     )
+
+
+def load_autoencoder(folder: Path) -> Autoencoder:
+    """Load a `vae/` folder by itself, in float32. Raises CheckpointError without its config.json."""
+    return _load_weights(Autoencoder(read_part_config(AutoencoderConfig, folder / "config.json")), folder)
+
+
+def load_text_encoder(folder: Path) -> TextEncoder:
+    """Load a `text_encoder/` folder by itself, in float32. Raises CheckpointError without its config.json."""
+    return _load_weights(TextEncoder(read_part_config(TextEncoderConfig, folder / "config.json")), folder, "model")
+
+
+def load_unet(folder: Path) -> UNet:
+    """Load a `unet/` folder by itself, in float32. Raises CheckpointError without its config.json."""
+    return _load_weights(UNet(read_part_config(UNetConfig, folder / "config.json")), folder)
+
+
+def _load_weights(part: nn.Module, folder: Path, stem: str = "diffusion_pytorch_model") -> Any:
+    weights = load_file(folder / f"{stem}.safetensors")
+    part.load_state_dict({key: value.float() for key, value in weights.items()})
+    return part.eval().requires_grad_(False)

@@ -21,11 +21,10 @@ from minisd.features.validate import (
     check_strings,
     check_tensor,
     check_unit_range,
-    free_memory,
 )
 from minisd.guidance import Guidance
 from minisd.images import from_pil
-from minisd.pipeline.memory import ADVICE
+from minisd.pipeline.memory import ADVICE, free_memory
 from minisd.pipeline.settings import Settings
 from minisd.samplers import Plan
 

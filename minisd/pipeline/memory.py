@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from minisd.features.validate import is_out_of_memory
 from minisd.unet import UNet
 
+OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|ALLOC_FAILED|buffer size", re.IGNORECASE)
 ADVICE = (
     "draw smaller pictures or fewer at a time, or load the model with tile=True, dtype=torch.float16 or offload=True"
 )
@@ -65,3 +68,24 @@ def explain(error: RuntimeError, part: nn.Module) -> Exception:
     if not is_out_of_memory(error):
         return error
     return MemoryError(f"out of memory in the {type(part).__name__}; {ADVICE} ({error})")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """The bytes that a device has left, or None where this is unknown."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type != "cpu":
+        return None
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024 if found else None
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out; torch raises a RuntimeError with one of many messages."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    )

@@ -180,8 +180,8 @@ class Settings:
             if name not in SETTINGS and name != "preset":
                 raise TypeError(f"{name!r} is not a setting; expected one of {', '.join(SETTINGS)}, preset")
         own = {name: getattr(defaults, name, None) for name in SETTINGS}
-        values: dict[str, Any] = {}
-        for layer in (own, find_preset(changes.get("preset")).settings, changes):
+        preset, values = changes.get("preset"), dict[str, Any]()
+        for layer in (own, {} if preset is None else find_preset(preset).settings, changes):
             values = _merge(values, {name: value for name, value in layer.items() if name != "preset"})
         settings = cls(**values)
         assert settings.sampler_object  # which raises for what does not go together

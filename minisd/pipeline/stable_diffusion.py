@@ -237,7 +237,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
         return call
 
     def _check_part(self, output: Tensor, part: str) -> Tensor:
-        active = [name for name, weight in self.adapters.weights.items() if weight]
+        active = [name for name, lora in self.adapters.loras.items() if lora.weight]
         return check_finite(output, f"{part} with LoRA {', '.join(active)}" if active else part)
 
     @torch.inference_mode()

@@ -26,12 +26,12 @@ from minisd.features.distributed import world_size
 from minisd.features.textual_inversion import TABLE
 from minisd.io.atomic import save_atomically
 from minisd.io.configs import read_config, to_dict
+from minisd.io.diffusers_folder import load_text_encoder
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.captions import mirrored
 from minisd.training.data import Scenes
 from minisd.training.loop import Shuffled, channels_last, generator
-from minisd.training.parts import load_text_encoder
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ def autoencoder(
 ) -> None:
     """Train the autoencoder on crops, then on whole pictures."""
     from minisd.config import TINY
+    from minisd.io.diffusers_folder import load_autoencoder
     from minisd.training.autoencoder import AutoencoderTask
     from minisd.training.data import Scenes
-    from minisd.training.parts import load_autoencoder
 
     model = None if start is None else load_autoencoder(start / "vae")
     config = TINY.autoencoder if model is None else model.config
@@ -108,8 +108,8 @@ def clip(
 def latents(scenes: SceneFolder = Path("runs/scenes"), model: Model = Path("runs/autoencoder/export")) -> None:
     """Encode every scene once, for the training of the UNet; under torchrun on several processes."""
     from minisd.features.distributed import process_group
+    from minisd.io.diffusers_folder import load_autoencoder
     from minisd.training.data import Scenes
-    from minisd.training.parts import load_autoencoder
     from minisd.training.unet import cache_latents
 
     with process_group():
@@ -135,9 +135,9 @@ def unet(
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
     from minisd.config import TINY
+    from minisd.io.diffusers_folder import load_autoencoder, load_text_encoder, load_unet
     from minisd.training.data import Scenes
-    from minisd.training.layout import layouts
-    from minisd.training.parts import load_autoencoder, load_text_encoder, load_unet
+    from minisd.training.layout_loss import layouts
     from minisd.training.unet import UNetTask
 
     data = Scenes(scenes)

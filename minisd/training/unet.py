@@ -32,7 +32,7 @@ from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.data import Scenes
-from minisd.training.layout import Layout, WithLayout, layout_loss
+from minisd.training.layout_loss import Layout, WithLayout, layout_loss
 from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.unet import UNet
 

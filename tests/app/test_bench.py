@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from models import SD1_AUTOENCODER, SD1_TIME_FLOPS, SD1_UNET
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +17,6 @@ from minisd.bench import operators, training
 from minisd.config import SD15, TINY
 from minisd.io.checkpoint import SHIPPED
 from minisd.io.configs import to_dict
-from tests.parity import SD1_AUTOENCODER, SD1_TIME_FLOPS, SD1_UNET
 
 
 @pytest.mark.timeout(600)
@@ -112,7 +112,7 @@ def test_trainings_are_measured_in_mixed_precision_when_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[training.Settings] = []
-    monkeypatch.setattr(training, "run", lambda settings, say: asked.append(settings) or {"parts": []})
+    monkeypatch.setattr(training, "run", lambda settings, log: asked.append(settings) or {"parts": []})
     for dtype in ("bfloat16", "float32"):
         assert main(f"bench --training --threads 1 --dtype {dtype} -o {tmp_path / 'x.json'}".split()) == 0
     assert [settings.bfloat16 for settings in asked] == [True, False]

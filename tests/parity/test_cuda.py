@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from minisd import Sampler, StableDiffusion, record_attention
-from minisd.attention import watch_attention
+from minisd.features.attention_maps import watch_attention
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),

@@ -10,7 +10,7 @@ import torch
 
 from minisd.config import TINY
 from minisd.training import backgrounds
-from minisd.training.layout import Layout, WithLayout, layout_loss, layouts
+from minisd.training.layout_loss import Layout, WithLayout, layout_loss, layouts
 from minisd.training.scenes import flipped, object_names, render, scene
 from minisd.unet import UNet
 
