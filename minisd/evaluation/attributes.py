@@ -11,6 +11,7 @@ ATTRIBUTES = {
     "background": "the plain colour, or the place",
     "time": "day, sunset or night, in places where it shows",
     "color": "the colour of a tinted object that is there",
+    "second_color": "the colour of the second of two objects, where it is tinted and there",
     "left_right": "left or right, where both objects are there",
     "above": "above, where both objects are there",
     "next": "next to each other, where both objects are there",
@@ -41,6 +42,9 @@ def marks(scene: Scene, verdict: Verdict) -> dict[str, list[bool]]:
     colored = [(noun, color) for noun, color in tints.items() if color and noun in seen]
     if colored:
         given["color"] = [all(found.color == color for found in seen[noun]) for noun, color in colored]
+    noun = scene.things[-1].noun
+    if scene.relation and noun in dict(colored):
+        given["second_color"] = [all(found.color == tints[noun] for found in seen[noun])]
     if scene.relation and all(given["object"]):
         first, second = (seen[thing.noun][0] for thing in scene.things)
         name = "left_right" if scene.relation in ("left", "right") else scene.relation

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from minisd.evaluation import memory, report
 from minisd.evaluation.attributes import ATTRIBUTES, GOALS, tally
-from minisd.evaluation.metrics import Share, psnr, retrieval, ssim
+from minisd.evaluation.metrics import Share, edge_energy, frechet_distance, psnr, retrieval, ssim
 from minisd.features.validate import check_float, check_int
 from minisd.images import to_images, to_pixels
 from minisd.io.atomic import save_atomically
@@ -95,7 +95,8 @@ def evaluate(
 
     Every attribute has three shares with their 95% intervals: of drawn pictures, of real scenes of the same captions
     (how good the judge is) and of these after the autoencoder (the most that the denoiser can reach). Attributes that
-    the judge gets right in less than 97% of real scenes have "quoted": false.
+    the judge gets right in less than 97% of real scenes have "quoted": false. Beside them stand the edge energy of
+    drawn and reconstructed pictures, 1 where it is that of real scenes, and their Fréchet distance from real scenes.
     """
     settings, judge = settings or Settings(), judge or Judge.load()
     scenes = settings.scenes()
@@ -109,6 +110,8 @@ def evaluate(
         "settings": asdict(settings) | {"sampler": sd.defaults.sampler.name, "guidance": guidance(sd, settings)},
         "attributes": attributes(scenes, verdicts),
         "autoencoder": fidelity,
+        "edge_energy": edges(pictures, batch),
+        "frechet_distance": frechet(judge, pictures, batch),
         "clip": None if clip is None else clip_figures(sd, clip, drawn, real, captions, batch),
         "nearest_sprites": nearest(scenes, drawn),
     }
@@ -169,6 +172,25 @@ def reconstruct(sd: StableDiffusion, real: np.ndarray, batch: int) -> tuple[np.n
 def verdicts_of(judge: Judge, pixels: np.ndarray, batch: int) -> list[Verdict]:
     """Classify pictures (n, 128, 128, 3)."""
     return [verdict for images in batches(pixels, batch) for verdict in judge.verdicts(images)]
+
+
+def edges(pictures: dict[str, np.ndarray], batch: int) -> dict[str, float]:
+    """Edge energy of each kind of picture (n, h, w, 3), as a multiple of that of the real ones."""
+    energy = {
+        kind: float(torch.cat([edge_energy(images) for images in batches(pixels, batch)]).mean())
+        for kind, pixels in pictures.items()
+    }
+    return {kind: round(value / energy["real"], 4) for kind, value in energy.items() if kind != "real"}
+
+
+def frechet(judge: Judge, pictures: dict[str, np.ndarray], batch: int) -> dict[str, float]:
+    """Fréchet distance of each kind of picture (n, h, w, 3) from the real ones, on the judge's features."""
+    features = {
+        kind: torch.cat([judge.features(images) for images in batches(pixels, batch)])
+        for kind, pixels in pictures.items()
+    }
+    real = features.pop("real")
+    return {kind: round(frechet_distance(vectors, real), 4) for kind, vectors in features.items()}
 
 
 def attributes(scenes: list[Scene], verdicts: dict[str, list[Verdict]]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Training the autoencoder: squeeze a picture 48 times, and get it back.
 
 Stable Diffusion's autoencoder was trained with an L1 loss, a tiny KL term, a perceptual loss (LPIPS) and a
-discriminator. The last two need a pretrained network and a long second phase; in their place the L1 loss here is taken
-at three scales and on differences of neighbouring pixels, which rewards edges in their place, at no extra network.
+discriminator. Here the L1 loss is taken at three scales and on differences of neighbouring pixels as well, which
+rewards edges in their place, and the perceptual loss compares features of a small network of this world
+(`features.py`). The discriminator comes in a phase of its own (`adversarial.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from minisd.images import to_images, to_pixels
 from minisd.io.atomic import save_atomically
 from minisd.io.configs import to_dict
 from minisd.training.data import Scenes
+from minisd.training.features import SceneFeatures
 from minisd.training.loop import Shuffled, channels_last, generator
+from minisd.training.losses import perceptual_loss
 from minisd.training.scenes import render, scene
 
 HELD_OUT_SEED = 1_000_003
@@ -33,12 +36,13 @@ HELD_OUT_SEED = 1_000_003
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the terms of the loss, beside 1 for L1 at full size."""
+    """Weights of the terms of the loss, beside 1 for L1 at full size; `perceptual` counts where there are features."""
 
     half: float = 0.5
     quarter: float = 0.25
     edges: float = 0.5
     kl: float = 1e-4
+    perceptual: float = 1.0
     equivariance: float = 0.5
     equivariance_every: int = 4
     correlation: float = 0.02
@@ -71,6 +75,7 @@ class AutoencoderTask:
     crop: side of the random crops of most of the run; from `whole_from` of the run on, whole pictures are used, a
     quarter as many, since normalisation sees whole pictures in use. decoder_only freezes the encoder, so that latents
     cached from it stay valid while the decoder gets sharper. model: train this one further, its latents whitened first.
+    features: the network whose features the reconstructions should share, or None for no perceptual loss.
     """
 
     def __init__(
@@ -83,10 +88,11 @@ class AutoencoderTask:
         weights: Weights | None = None,
         decoder_only: bool = False,
         model: Autoencoder | None = None,
+        features: SceneFeatures | None = None,
     ) -> None:
         self.scenes, self.seed, self.crop, self.whole_from = scenes, seed, crop, whole_from
         self.weights = weights or Weights()
-        self.decoder_only = decoder_only
+        self.decoder_only, self.features = decoder_only, features
         torch.manual_seed(seed)
         if model is not None and not decoder_only:
             model = normalised(model, scenes)
@@ -113,7 +119,10 @@ class AutoencoderTask:
         images = images.contiguous(memory_format=torch.channels_last)
         output, posterior = self.model(images, noise)
         reconstruction = reconstruction_loss(output, images, self.weights)
-        loss = reconstruction + self.weights.kl * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = reconstruction
+        if self.features is not None:
+            loss = loss + self.weights.perceptual * perceptual_loss(self.features(output), self.features(images))
+        loss = loss + self.weights.kl * posterior.kl().mean() / posterior.mean[0].numel()
         loss = loss + self.weights.correlation * correlation_loss(posterior.mean.float())
         if self.weights.equivariance and not self.decoder_only and step % self.weights.equivariance_every == 0:
             # shrunken latents should decode to the shrunken picture: latents that behave like a picture diffuse well
@@ -122,19 +131,24 @@ class AutoencoderTask:
         error = (output.detach().clamp(-1, 1) - images).square().mean() / 4
         return loss, {"psnr": float(-10 * error.log10()), "std": float(posterior.mean.detach().std())}
 
-    @torch.no_grad()
     def sheet(self, model: nn.Module) -> Image.Image:
         """Held-out pictures above their reconstructions."""
-        pixels = np.stack([render(scene(HELD_OUT_SEED, i)) for i in range(8)])
-        output, _ = model(to_images(pixels))
-        again = to_pixels(output)
-        return Image.fromarray(np.vstack([np.hstack(list(pixels)), np.hstack(list(again))]))
+        return sheet(model)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Normalise the latents' channels, and write `vae/` as diffusers does."""
         assert isinstance(model, Autoencoder)
         finished = model if self.decoder_only else normalised(model, self.scenes)
         save_autoencoder(finished, folder / "vae")
+
+
+@torch.no_grad()
+def sheet(model: nn.Module) -> Image.Image:
+    """Eight held-out pictures above what the autoencoder makes of them."""
+    pixels = np.stack([render(scene(HELD_OUT_SEED, i)) for i in range(8)])
+    output, _ = model(to_images(pixels))
+    again = to_pixels(output)
+    return Image.fromarray(np.vstack([np.hstack(list(pixels)), np.hstack(list(again))]))
 
 
 def start(model: Autoencoder) -> Autoencoder:

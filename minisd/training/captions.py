@@ -95,3 +95,17 @@ def vocabulary() -> list[str]:
 def mirrored(caption: str) -> str:
     """The caption of the mirror image: left and right exchanged."""
     return " ".join(MIRROR.get(word, word) for word in caption.split(" "))
+
+
+def colors_exchanged(caption: str) -> str:
+    """The caption with the colours of its two objects exchanged; the same one where they don't have two."""
+    words = caption.split(" ")
+    after = [*words[1:], ""]
+    colored = [i for i, word in enumerate(words) if word in COLORS and after[i] != "background"]
+    if len(colored) == 2:
+        first, second = colored
+        words[first], words[second] = words[second], words[first]
+        for place in colored:
+            if place and words[place - 1] in ("a", "an"):
+                words[place - 1] = article(words[place])
+    return " ".join(words)

@@ -29,7 +29,7 @@ from minisd.io.configs import read_config, to_dict
 from minisd.io.diffusers_folder import load_text_encoder
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
-from minisd.training.captions import mirrored
+from minisd.training.captions import colors_exchanged, mirrored
 from minisd.training.data import Scenes
 from minisd.training.loop import Shuffled, channels_last, generator
 
@@ -126,9 +126,9 @@ def contrastive_loss(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of finding the picture for each caption and the caption for each picture; and the accuracy.
 
-    text and image (n, d) unit vectors, rows (n, tokens) the captions: equal ones do not compete. `lies` (n, d) are
-    captions that no picture has, told apart from a caption only by left and right: a batch rarely holds such a pair by
-    chance, and without one nothing would teach the towers where things are.
+    text and image (n, d) unit vectors, rows (n, tokens) the captions: equal ones do not compete. `lies` (m, d) are
+    captions that no picture has, and that differ from one only in left and right, or in which object has which colour:
+    a batch rarely holds such a pair by chance, and without one nothing would teach the towers these things.
     """
     # L = ½ (H(softmax(s · I Tᵀ)) + H(softmax(s · T Iᵀ)))
     text, image, lies = text.float(), image.float(), None if lies is None else lies.float()
@@ -164,6 +164,7 @@ class CLIPTask:
         self.scenes, self.full, self.seed = scenes, text, seed
         tokenizer = Tokenizer.from_pretrained()
         captions = scenes.captions + [mirrored(caption) for caption in scenes.captions]
+        captions += [colors_exchanged(caption) for caption in captions]
         encoded = [[tokenizer.bos_token_id, *tokenizer.encode(c), tokenizer.eos_token_id] for c in captions]
         spoken = {i for ids in encoded for i in ids} | {i for word in words for i in tokenizer.encode(word)}
         before = None if start is None else CLIP.load(start / "clip", load_text_encoder(start / "text_encoder"))
@@ -172,8 +173,8 @@ class CLIPTask:
         self.known = torch.tensor(sorted(spoken))
         length = max(map(len, encoded))
         padded = torch.tensor([ids + [tokenizer.eos_token_id] * (length - len(ids)) for ids in encoded])
-        # (2, count, tokens): the captions as they are, and with left and right exchanged
-        self.rows = torch.searchsorted(self.known, padded).view(2, len(scenes), length)
+        # (2, 2, count, tokens): the captions as they are and with colours exchanged, each with the sides so and so
+        self.rows = torch.searchsorted(self.known, padded).view(2, 2, len(scenes), length)
         torch.manual_seed(seed)
         small = replace(text, vocab_size=len(self.known))
         eos = int(torch.searchsorted(self.known, torch.tensor(tokenizer.eos_token_id)))
@@ -190,13 +191,17 @@ class CLIPTask:
         assert isinstance(self.model, CLIP)
         indices = torch.tensor(self.order(positions))
         flip = (torch.rand(len(positions), generator=generator(self.seed, step)) < 0.5).long()
-        rows, lie_rows = self.rows[flip, indices], self.rows[1 - flip, indices]
+        rows = self.rows[0, flip, indices]
+        sides, tints = self.rows[0, 1 - flip, indices], self.rows[1, flip, indices]
+        lie_rows = torch.cat([sides, tints])
         images = self.scenes.images(indices[local].tolist())
         images = torch.where(flip[local].bool()[:, None, None, None], images.flip(-1), images)
         image = self.model.encode_image(images.contiguous(memory_format=torch.channels_last))
-        text, lies = self.model.encode_text(torch.cat([rows[local], lie_rows[local]])).chunk(2)
+        texts = self.model.encode_text(torch.cat([rows[local], sides[local], tints[local]]))
+        text, *others = texts.chunk(3)
         if world_size() > 1:
-            text, image, lies = (torch.cat(dist.all_gather(x.contiguous())) for x in (text, image, lies))
+            image, text, *others = (torch.cat(dist.all_gather(x.contiguous())) for x in (image, text, *others))
+        lies = torch.cat(others)
         scale = self.model.logit_scale.clamp(max=4.6052).exp()
         loss, accuracy = contrastive_loss(text, image, scale, rows, lies, lie_rows)
         return loss, {"accuracy": float(accuracy)}

@@ -24,6 +24,7 @@ Rate = Annotated[float, typer.Option("--lr", help="Highest learning rate.")]
 Seed = Annotated[int, typer.Option(help="Of the data's order, the noise and the first weights.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")]
 Mixed = Annotated[bool, typer.Option("--bfloat16", help="Compute in mixed precision: faster on a CPU with AMX.")]
+MuonOption = Annotated[bool, typer.Option("--muon", help="Muon in the place of AdamW.")]
 From = Annotated[Path | None, typer.Option("--from", help="Start from the weights of this model folder.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder with the parts that are already trained.")]
 Base = Annotated[str | None, typer.Option("--model", help="Folder, file or hub id. [default: the tiny one]")]
@@ -31,6 +32,10 @@ Pictures = Annotated[
     Path | None, typer.Option(help="Folder of pictures and metadata.jsonl. [default: a unicorn's, shipped]")
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Draw this for the sheet. May be repeated.")]
+FEATURES = Path("runs/features/export/features.safetensors")
+Features = Annotated[
+    Path | None, typer.Option(help="Weights of the network of features (minisd train features): adds their loss.")
+]
 
 
 @app.command()
@@ -64,21 +69,80 @@ def autoencoder(
     resume: Resume = False,
     start: From = None,
     bfloat16: Mixed = False,
+    muon: MuonOption = False,
     decoder_only: Annotated[bool, typer.Option(help="Keep the encoder, so that cached latents stay valid.")] = False,
     whole_from: Annotated[float, typer.Option(help="From this share of the run on, whole pictures, not crops.")] = 0.75,
+    features: Features = None,
 ) -> None:
     """Train the autoencoder on crops, then on whole pictures."""
     from minisd.config import TINY
     from minisd.io.diffusers_folder import load_autoencoder
     from minisd.training.autoencoder import AutoencoderTask
     from minisd.training.data import Scenes
+    from minisd.training.features import SceneFeatures
 
     model = None if start is None else load_autoencoder(start / "vae")
     config = TINY.autoencoder if model is None else model.config
     task = AutoencoderTask(
-        Scenes(scenes), config, seed=seed, whole_from=whole_from, decoder_only=decoder_only, model=model
+        Scenes(scenes),
+        config,
+        seed=seed,
+        whole_from=whole_from,
+        decoder_only=decoder_only,
+        model=model,
+        features=None if features is None else SceneFeatures.load(features),
     )
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
+    choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
+
+
+@app.command()
+def features(
+    scenes: SceneFolder = Path("runs/scenes"),
+    output: Output = Path("runs/features"),
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch: Batch = 16,
+    lr: Rate = 1.5e-3,
+    seed: Seed = 0,
+    resume: Resume = False,
+    bfloat16: Mixed = False,
+    muon: MuonOption = False,
+) -> None:
+    """Train the network whose features the perceptual loss compares."""
+    from minisd.training.data import Scenes
+    from minisd.training.features import FeaturesTask
+
+    task = FeaturesTask(Scenes(scenes), seed=seed)
+    choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
+
+
+@app.command()
+def decoder(
+    scenes: SceneFolder = Path("runs/scenes"),
+    output: Output = Path("runs/decoder"),
+    start: Annotated[Path, typer.Option("--from", help="Folder that holds vae/.")] = Path("runs/autoencoder/export"),
+    features: Annotated[Path, typer.Option(help="Weights of the network of features.")] = FEATURES,
+    share: Annotated[float, typer.Option(help="Of the adversarial loss, in gradients of the reconstruction.")] = 0.5,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    batch: Batch = 4,
+    lr: Rate = 5e-4,
+    seed: Seed = 0,
+    resume: Resume = False,
+    bfloat16: Mixed = False,
+) -> None:
+    """Train the autoencoder's decoder alone, against a discriminator; latents stay valid."""
+    from minisd.io.diffusers_folder import load_autoencoder
+    from minisd.training.adversarial import AdversarialTask, Adversary
+    from minisd.training.data import Scenes
+    from minisd.training.features import SceneFeatures
+
+    autoencoder, network = load_autoencoder(start / "vae"), SceneFeatures.load(features)
+    task = AdversarialTask(Scenes(scenes), autoencoder, network, seed=seed, adversary=Adversary(share=share))
+    choices = {"betas": (0.5, 0.9), "decays": (0.997,), "resume": resume, "bfloat16": bfloat16}
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()
@@ -132,6 +196,8 @@ def unet(
     resume: Resume = False,
     start: From = None,
     bfloat16: Mixed = False,
+    muon: MuonOption = False,
+    ceiling: Annotated[float, typer.Option(help="Of the loss's weight, as an error of clean latents.")] = 5.0,
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
     from minisd.config import TINY
@@ -150,8 +216,10 @@ def unet(
         seed=seed,
         model=None if start is None else load_unet(start / "unet"),
         layout=layouts(data.descriptions),
+        ceiling=ceiling,
     )
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
+    choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
+    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()

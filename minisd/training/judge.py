@@ -122,9 +122,17 @@ class Judge(nn.Module):
         coarse = self.coarse(middle)
         cells = self.cells(self.merge(middle + F.interpolate(self.narrow(coarse), scale_factor=2)))
         heat, noun, color = cells.split([1, len(words.nouns), len(words.colors)], dim=1)
-        pooled = F.silu(self.norm(coarse)).mean((2, 3))
+        pooled = self._pooled(coarse)
         background, time = self.whole(pooled).split([len(words.backgrounds), len(words.times)], dim=1)
         return Answers(heat[:, 0], noun, color, background, time)
+
+    def _pooled(self, coarse: Tensor) -> Tensor:
+        return F.silu(self.norm(coarse)).mean((2, 3))
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """Vectors (n, widths[2]) of images (n, 3, 128, 128): the last feature map, averaged, for a Fréchet distance."""
+        return self._pooled(self.coarse(self.middle(self.fine(self.patch(images)))))
 
     @torch.inference_mode()
     def verdicts(self, images: Tensor) -> list[Verdict]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from minisd.features.distributed import process_group, rank, world_size
 from minisd.features.validate import check_float, check_int, check_writable
 from minisd.io.atomic import save_atomically
 from minisd.io.tensors import CheckpointError, read_pickle
+from minisd.training.muon import Muon
 
 CHECKPOINT = "checkpoint.pt"  # of a training, in its folder
 
@@ -39,7 +40,8 @@ class Options:
     folder: where checkpoints, curves and sheets go. steps: the length of the whole run. minutes: stop (and save) after
     so long; with steps=None the learning rate follows the clock instead and reaches its end at `minutes`. batch: the
     global batch, over all processes. decays: of the exponential moving averages kept beside the weights. bfloat16:
-    mixed precision, products and convolutions in bfloat16 and all weights in float32, faster on a CPU with AMX.
+    mixed precision, products and convolutions in bfloat16 and all weights in float32, faster on a CPU with AMX. muon:
+    Muon in the place of AdamW.
     """
 
     folder: Path
@@ -57,6 +59,7 @@ class Options:
     save_minutes: float = 5.0
     resume: bool = False
     bfloat16: bool = False
+    muon: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -171,8 +174,11 @@ class Trainer:
     def __init__(self, task: Task, options: Options) -> None:
         self.task, self.options = task, options
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay, fused=True
+        settings: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
+        self.optimizer: torch.optim.Optimizer = (
+            Muon(self.parameters, **settings)
+            if options.muon
+            else torch.optim.AdamW(self.parameters, fused=True, **settings)
         )
         self.averages = {decay: [p.detach().clone() for p in self.parameters] for decay in options.decays}
         self.step, self.elapsed = 0, 0.0

@@ -86,7 +86,8 @@ class UNetTask:
 
     dropout: the share of captions replaced by the empty one, which is what guidance needs.
     model: train this one further. layout: where the objects are; the UNet is asked for it too (see `layout.py`), with a
-    weight that falls from `ask` to 0 in the course of the run.
+    weight that falls from `ask` to 0 in the course of the run. ceiling: see `loss_weight`; a higher one gives more
+    weight to the steps of least noise, where outlines are settled.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class UNetTask:
         model: UNet | None = None,
         layout: Layout | None = None,
         ask: float = 0.05,
+        ceiling: float = 5.0,
     ) -> None:
         self.latents = load_file(latents)["latents"]
         if len(self.latents) != len(captions):
@@ -112,7 +114,7 @@ class UNetTask:
         self.ids = self.tokenizer([*captions, ""])
         torch.manual_seed(seed)
         model = (model or start(UNet(config.unet))).requires_grad_()
-        self.layout, self.ask = layout, ask
+        self.layout, self.ask, self.ceiling = layout, ask, ceiling
         self.model: nn.Module = channels_last(model if layout is None else WithLayout(model))
         self.order = Shuffled(len(captions), seed)
 
@@ -133,7 +135,7 @@ class UNetTask:
         prediction, answers = output if self.layout else (output, [])
         error = (prediction - self.schedule.target(latents, noise, timesteps)).square().mean((1, 2, 3))
         snr = self.schedule.snr(timesteps).float()
-        loss = (loss_weight(snr) * error).mean()
+        loss = (loss_weight(snr, ceiling=self.ceiling) * error).mean()
         details = {"denoising": float(loss.detach()), "mse": float(error.detach().mean())}
         if self.layout:
             # in pure noise nothing is anywhere yet: ask in proportion to what can be seen

@@ -14,7 +14,7 @@ from minisd.config import TINY
 from minisd.evaluation import memory
 from minisd.evaluation.attributes import marks, tally
 from minisd.evaluation.measure import Settings, draw, evaluate, verdicts_of
-from minisd.evaluation.metrics import psnr, retrieval, ssim, wilson
+from minisd.evaluation.metrics import edge_energy, frechet_distance, psnr, retrieval, ssim, wilson
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
@@ -97,6 +97,34 @@ def test_ssim_is_the_loop_over_windows() -> None:
     assert float(ssim(first, second)) == pytest.approx(np.mean(values), abs=1e-10)
 
 
+def test_edge_energy_of_a_dot_and_of_a_slope() -> None:
+    dot = torch.zeros(1, 1, 5, 5)
+    dot[0, 0, 2, 2] = 1
+    # |−4| in the middle and |1| at four neighbours, over the 3 × 3 pixels that have all neighbours
+    assert float(edge_energy(dot)) == pytest.approx(8 / 9)
+    slope = torch.linspace(0, 1, 8).expand(1, 3, 8, 8)
+    assert float(edge_energy(slope)) == pytest.approx(0, abs=1e-6)
+    assert edge_energy(torch.cat([dot, 2 * dot])).tolist() == pytest.approx([8 / 9, 16 / 9])
+
+
+def test_frechet_distance_of_gaussians_with_a_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    a = torch.from_numpy(rng.normal(size=(500, 3)))
+    # shifted by s: ‖s‖²; scaled by k about the mean: (k − 1)² tr Σ
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a + torch.tensor([3.0, 0.0, 4.0])) == pytest.approx(25)
+    middle = a.mean(0)
+    spread = float(torch.cov(a.T).trace())
+    assert frechet_distance(a, middle + 3 * (a - middle)) == pytest.approx(4 * spread)
+    # covariances that do not commute: diagonalised by hand in two dimensions, tr √(Σₐ Σ_b) = √(tr + 2 √det)
+    b = a @ torch.tensor([[1.0, 0.5, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    a, b = a[:, :2], b[:, :2]
+    product = torch.cov(a.T) @ torch.cov(b.T)
+    cross = (product.trace() + 2 * torch.linalg.det(product).sqrt()).sqrt()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace() - 2 * cross
+    assert frechet_distance(a, b) == pytest.approx(float(expected))
+
+
 def test_retrieval_counts_groups_and_forgives_equal_captions() -> None:
     texts = torch.eye(4)
     assert retrieval(texts, texts, list("abcd"), group=2).right == 4
@@ -153,6 +181,17 @@ def test_marks_are_right_for_the_right_verdict_and_wrong_for_each_mistake() -> N
     for name, verdict in mistakes.items():
         given = marks(asked, verdict)
         assert not all(given[name]) and given["everything"] == [False], name
+
+
+def test_colour_of_the_second_object_is_judged_where_it_is_tinted() -> None:
+    things = (Thing("car", "red", 30, 90, 50, False), Thing("balloon", "blue", 98, 92, 48, False))
+    asked = replace(red_car_left_of_fox(), things=things)
+    for color in ("blue", "red"):
+        seen = (Found("car", "red", 28, 92), Found("balloon", color, 100, 92))
+        given = marks(asked, Verdict("meadow", "night", seen))
+        assert given["color"] == [True, color == "blue"] and given["second_color"] == [color == "blue"]
+    alone = replace(asked, things=things[:1], relation=None)
+    assert "second_color" not in marks(alone, Verdict("meadow", "night", (Found("car", "red", 28, 92),)))
 
 
 def test_a_relation_and_a_colour_are_judged_only_where_the_objects_are() -> None:
@@ -273,6 +312,7 @@ def test_evaluate_writes_a_report_and_draws_nothing_twice(
     assert figures["background"]["drawn"]["of"] == 6
     assert not figures["everything"]["quoted"], "an untrained judge is not to be quoted"
     assert result["autoencoder"]["psnr"] < 20
+    assert set(result["edge_energy"]) == set(result["frechet_distance"]) == {"drawn", "reconstructed"}
 
     monkeypatch.setattr(StableDiffusion, "__call__", None)
     again = evaluate(untrained, tmp_path, settings, judge=judge, batch=4)

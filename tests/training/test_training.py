@@ -18,12 +18,12 @@ from minisd.app.cli import main
 from minisd.config import TINY
 from minisd.io.atomic import save_atomically
 from minisd.io.checkpoint import SHIPPED
-from minisd.training.captions import mirrored
+from minisd.training.captions import colors_exchanged, mirrored
 from minisd.training.clip import CLIPTask
 from minisd.training.data import Scenes, render_scenes
 from minisd.training.export import write_curves
 from minisd.training.loop import Options, Shuffled, Trainer, learning_rate
-from minisd.training.scenes import flipped, render, scene, vocabulary
+from minisd.training.scenes import Mixture, flipped, render, scene, vocabulary
 from minisd.training.unet import loss_weight
 
 SCRIPT = Path(__file__).parents[1] / "small_training.py"
@@ -147,6 +147,21 @@ def test_mirrored_caption_is_the_mirrored_scenes() -> None:
     for one in sided:
         assert mirrored(one.caption) == flipped(one).caption != one.caption
         assert mirrored(mirrored(one.caption)) == one.caption
+
+
+def test_colours_are_exchanged_between_objects_only() -> None:
+    assert colors_exchanged("a red car next to an orange cat on a blue background") == (
+        "an orange car next to a red cat on a blue background"
+    )
+    for caption in ("a red car on a blue background", "a red car above a fox in space", "two pink cats in a meadow"):
+        assert colors_exchanged(caption) == caption
+    scenes = [scene(9, i, mixture=Mixture(0, 1, 0)) for i in range(300)]
+    pairs = [one for one in scenes if all(thing.color for thing in one.things)]
+    assert len(pairs) > 10
+    for one in pairs:
+        lie = colors_exchanged(one.caption)
+        assert (lie == one.caption) == (one.things[0].color == one.things[1].color)
+        assert colors_exchanged(lie) == one.caption
 
 
 def test_shuffled_is_a_permutation_in_every_epoch() -> None:
