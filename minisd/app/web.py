@@ -25,7 +25,12 @@ from minisd.pipeline.stable_diffusion import StableDiffusion
 
 ERRORS = (ValueError, TypeError, FloatingPointError, MemoryError)  # whose text is written for the reader
 PICTURE = -1  # the chip that shows the picture alone
-SHOWN = {name: setting for name, setting in SETTINGS.items() if setting.label}
+# the settings on the page, menus last
+SHOWN = {
+    name: SETTINGS[name]
+    for name in sorted(SETTINGS, key=lambda name: bool(SETTINGS[name].choices))
+    if SETTINGS[name].label
+}
 FONT = ("system-ui", "sans-serif")
 
 
@@ -113,7 +118,7 @@ def build(sd: StableDiffusion, provenance: Provenance) -> gr.Blocks:
                 )  # fmt: skip
                 negative = gr.Textbox(label="Negative prompt", max_lines=4, elem_id="negative")
                 with gr.Row():
-                    seed = gr.Textbox(label="Seed", placeholder="random", min_width=120, elem_id="seed")
+                    seed = gr.Textbox(label="Seed", placeholder="random", min_width=110, elem_id="seed")
                     settings = _settings(Settings.choose({}, sd.defaults))
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
@@ -148,7 +153,7 @@ def _settings(defaults: Settings) -> list[Any]:
             ]
             widgets.append(gr.Dropdown(choices, value="", min_width=300, **common))
         else:
-            widgets.append(gr.Number(getattr(defaults, name), min_width=90, **common))
+            widgets.append(gr.Number(getattr(defaults, name), min_width=80, **common))
     return widgets
 
 

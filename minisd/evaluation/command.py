@@ -23,8 +23,7 @@ def evaluate(
 
     Writes evaluation.json and evaluation.png. After an interruption, the same command continues.
     """
-    from minisd.evaluation import evaluate_model
-    from minisd.evaluation.measure import Settings
+    from minisd.evaluation.measure import Settings, evaluate_model
     from minisd.features.validate import check_writable
 
     check_writable(output)

@@ -184,7 +184,7 @@ class Settings:
         for layer in (own, {} if preset is None else find_preset(preset).settings, changes):
             values = _merge(values, {name: value for name, value in layer.items() if name != "preset"})
         settings = cls(**values)
-        assert settings.sampler_object  # which raises for what does not go together
+        _ = settings.sampler_object  # raises for what does not go together
         return settings
 
     @property
@@ -198,10 +198,8 @@ class Settings:
 
     def arguments(self) -> dict[str, Any]:
         """The settings as arguments of `StableDiffusion.denoise`; what the model decides is left out."""
-        arguments = {name: value for name, value in vars(self).items() if name not in SAMPLER_PARTS}
-        return {name: value for name, value in arguments.items() if value is not None} | {
-            "sampler": self.sampler_object
-        }
+        values = {name: value for name, value in vars(self).items() if value is not None and name not in SAMPLER_PARTS}
+        return values | {"sampler": self.sampler_object}
 
     def record(self) -> dict[str, Any]:
         """All settings as JSON has them: 4 and 4.0 are the same guidance scale."""
@@ -211,9 +209,7 @@ class Settings:
     def texts(self) -> dict[str, str]:
         """The changed settings as a PNG's `parameters` have them, by their names there."""
         values = self.changed() | {"sampler": sampler_label(self.sampler, self.karras)}
-        return {
-            known.png: known.to_text(values[name]) for name, known in SETTINGS.items() if known.png and name in values
-        }
+        return {SETTINGS[name].png: SETTINGS[name].to_text(v) for name, v in values.items() if SETTINGS[name].png}
 
     def changed(self) -> dict[str, Any]:
         """The values that differ from the fields' own defaults; those without a default are always there."""
