@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,15 +73,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not os.environ.get("MINISD_MODEL"):
         terminalreporter.section("REAL WEIGHTS WERE NOT TESTED", yellow=True)
         terminalreporter.line(f"To test them, {REAL}, and run: python -m pytest -m real")
-
-
-@pytest.fixture
-def tally(record_property: Callable[[str, object], None]) -> Iterator[Counter[str]]:
-    """How many inputs a test really tried, by what came of them (refused, drawn, kills …); `hunt.py` adds them up."""
-    counted: Counter[str] = Counter()
-    yield counted
-    for name, count in counted.items():
-        record_property(name, count)
 
 
 @pytest.fixture(scope="session")

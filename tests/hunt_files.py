@@ -2,7 +2,7 @@
 
 python tests/hunt_files.py [--count 6000] [--seed 0]
 
-`hunt.py` does this as well. A file is cut, flipped, spliced or edited, exchanged for another one, or a pickle that runs
+A file is cut, flipped, spliced or edited, exchanged for another one, or a pickle that runs
 code is put into it. Every case runs in one worker process with limited memory and time, so a crash or a hang is caught
 as well. A case ends
 

@@ -112,7 +112,7 @@ def headings(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_stored_notebook_is_complete(path: Path):
+def test_stored_notebook_is_complete(path):
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
     assert faults(notebook) == []
@@ -120,7 +120,7 @@ def test_stored_notebook_is_complete(path: Path):
 
 
 @pytest.mark.parametrize("path", [*PAGES, FOLDER / "README.md"], ids=lambda path: path.stem)
-def test_links_lead_somewhere(path: Path):
+def test_links_lead_somewhere(path):
     for link in links(path):
         target, _, anchor = link.partition("#")
         page = (path.parent / target).resolve() if target else path
@@ -129,7 +129,7 @@ def test_links_lead_somewhere(path: Path):
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_lesson_has_its_parts(path: Path):
+def test_lesson_has_its_parts(path):
     text = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
     for part in ("# ", "Predict, then run", "Break it", "Your turn", "You can now", "Papers", "**Time**", "**Memory**"):
         assert part in text, f"{path.name} has no {part!r}"
@@ -137,7 +137,7 @@ def test_lesson_has_its_parts(path: Path):
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_every_exercise_has_a_solution_that_passes_the_same_check(path: Path):
+def test_every_exercise_has_a_solution_that_passes_the_same_check(path):
     def checks(page: Path) -> list[tuple[str, str]]:
         cells = code_cells(nbformat.read(page, 4))
         said = [(c.source, "".join(o.get("text", "") for o in c.outputs)) for c in cells]
@@ -152,7 +152,7 @@ def test_every_exercise_has_a_solution_that_passes_the_same_check(path: Path):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ANY_MODEL)
-def test_notebook_runs_on_a_model_of_other_widths(name: str, small_model: Path, regenerate: ModuleType):
+def test_notebook_runs_on_a_model_of_other_widths(name, small_model, regenerate):
     notebook = regenerate.execute(nbformat.read(FOLDER / name, 4), FOLDER, str(small_model), timeout=120)
     said = "".join(o.get("text", "") for c in code_cells(notebook) for o in c.outputs)
     assert "Model: small (MINISD_MODEL), on" in said and "32 × 32 pixels" in said
@@ -269,7 +269,7 @@ def without_picture(notebook: NotebookNode) -> None:
     code_cells(notebook)[1].outputs = []
 
 
-def test_nbval_finds_every_changed_output(sample: NotebookNode, tmp_path: Path):
+def test_nbval_finds_every_changed_output(sample, tmp_path):
     changes = {
         "same": lambda notebook: None,
         "slightly": shifted(1),
@@ -330,7 +330,7 @@ def lengthy(notebook: NotebookNode) -> None:
     code_cells(notebook)[0].source += "\npass" * 30
 
 
-def test_gate_passes_the_sample(sample: NotebookNode):
+def test_gate_passes_the_sample(sample):
     assert faults(sample) == []
 
 
@@ -348,12 +348,12 @@ def test_gate_passes_the_sample(sample: NotebookNode):
         (lengthy, "longer than 25 lines"),
     ],
 )
-def test_gate_finds_every_fault(sample: NotebookNode, change: Callable[[NotebookNode], None], fault: str):
+def test_gate_finds_every_fault(sample, change, fault):
     notebook = copy.deepcopy(sample)
     change(notebook)
     assert any(fault in line for line in faults(notebook)), faults(notebook)
 
 
-def test_running_again_gives_the_same_bytes(sample: NotebookNode, regenerate: ModuleType):
+def test_running_again_gives_the_same_bytes(sample, regenerate):
     again = regenerate.execute(sample, FOLDER, timeout=120)
     assert nbformat.writes(again) == nbformat.writes(sample)

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from minisd.io.configs import to_dict
 
 
 @pytest.mark.timeout(600)
-def test_the_command_measures_both_libraries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_both_libraries(tmp_path, capsys):
     path = tmp_path / "bench.json"
     assert main(f"bench --model tiny --steps 2 --repeats 1 --threads 1 --device cpu -o {path}".split()) == 0
     report = json.loads(path.read_text())
@@ -38,7 +37,7 @@ def test_the_command_measures_both_libraries(tmp_path: Path, capsys: pytest.Capt
     assert Image.open(path.with_suffix(".png")).width > 300
 
 
-def test_what_is_not_asked_for_is_not_measured(tmp_path: Path) -> None:
+def test_what_is_not_asked_for_is_not_measured(tmp_path):
     path = tmp_path / "bench.json"
     command = f"bench --model tiny --steps 0 --repeats 1 --threads 1 --device cpu --alone --no-loading -o {path}"
     assert main(command.split()) == 0
@@ -62,11 +61,11 @@ def test_what_is_not_asked_for_is_not_measured(tmp_path: Path) -> None:
         ("cudnn_generated_fort_native_sm90_convolution", operators.PYTHON),
     ],
 )
-def test_operators_of_cpus_and_gpus_are_told_apart(name: str, kind: str) -> None:
+def test_operators_of_cpus_and_gpus_are_told_apart(name, kind):
     assert operators.kind(name) == kind
 
 
-def test_flops_are_those_of_diffusers_networks() -> None:
+def test_flops_are_those_of_diffusers_networks():
     """At full size, on the meta device; and close to the published 1,607 and 2,515 GFLOP.
 
     But for the time embedding, which minisd computes once for both predictions.
@@ -84,14 +83,14 @@ def test_flops_are_those_of_diffusers_networks() -> None:
     assert counts["step"] == pytest.approx(1607e9, rel=0.01) and counts["decode"] == pytest.approx(2515e9, rel=0.01)
 
 
-def test_rows_hold_medians_and_the_middle_half() -> None:
+def test_rows_hold_medians_and_the_middle_half():
     times = [5.0, 1.0, 4.0, 2.0, 3.0]
     row = bench.row("x", "minisd", times, flop=6_000_000_000)
     assert (row["low"], row["seconds"], row["high"]) == (2.0, statistics.median(times), 4.0)
     assert row["gflops"] == 2.0
 
 
-def test_a_process_that_fails_says_why() -> None:
+def test_a_process_that_fails_says_why():
     process = bench.Process("minisd", bench.Settings(threads=1))
     with pytest.raises(RuntimeError, match="minisd failed at 'load'.*no model at"):
         process.ask("load", folder="nowhere", device="cpu", dtype="float32", threads=1, compiled=False)
@@ -103,14 +102,12 @@ def test_a_process_that_fails_says_why() -> None:
 
 
 @pytest.mark.parametrize("values", [{"sizes": (100,)}, {"repeats": 0}, {"steps": -1}, {"sizes": (0,)}])
-def test_settings_out_of_range_are_refused(values: dict[str, object]) -> None:
+def test_settings_out_of_range_are_refused(values):
     with pytest.raises(ValueError, match="expected"):
         bench.Settings(**values)  # type: ignore[arg-type]
 
 
-def test_trainings_are_measured_in_mixed_precision_when_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_trainings_are_measured_in_mixed_precision_when_asked(tmp_path, monkeypatch, capsys):
     asked: list[training.Settings] = []
     monkeypatch.setattr(training, "run", lambda settings, log: asked.append(settings) or {"parts": []})
     for dtype in ("bfloat16", "float32"):
@@ -120,14 +117,12 @@ def test_trainings_are_measured_in_mixed_precision_when_asked(
     assert "bfloat16" in capsys.readouterr().err and not (tmp_path / "y.json").exists()
 
 
-def test_the_shipped_report_can_be_shown() -> None:
+def test_the_shipped_report_can_be_shown():
     report = json.loads((SHIPPED.parent / "bench" / "cpu.json").read_text())
     assert report["settings"]["sizes"][0] == 512 and "ratio" in bench.table(report)
 
 
-def test_the_command_measures_the_trainings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_measures_the_trainings(tmp_path, capsys, monkeypatch):
     settings = training.Settings(steps=1, scenes=16, parts=("autoencoder",))
     monkeypatch.setattr(training, "Settings", lambda **_: settings)
     path = tmp_path / "training.json"
@@ -152,7 +147,7 @@ def test_the_command_measures_the_trainings(
     assert said.out.strip() == str(path) and "samples/s" in said.err and "share of the time" in said.err
 
 
-def test_kinds_of_operators() -> None:
+def test_kinds_of_operators():
     seconds = {
         "aten::convolution_backward": 2.0, "aten::mkldnn_convolution": 1.0, "aten::addmm": 1.0, "aten::add_": 0.5,
         "aten::_scaled_dot_product_flash_attention_for_cpu": 1.0, "aten::_fused_adamw_": 0.5, "aten::copy_": 1.0,

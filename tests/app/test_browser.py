@@ -123,7 +123,7 @@ def frame(page: Any) -> bytes:
     return base64.b64decode(encoded)
 
 
-def test_the_tour_runs_in_jupyterlab(lab: Lab, browser: Any) -> None:
+def test_the_tour_runs_in_jupyterlab(lab, browser):
     page = run_all(browser, lab, "00_tour.ipynb")
     pictures = page.evaluate(
         """() => Array.from(window.jupyterapp.shell.currentWidget.content.model.cells).filter(c => c.type === "code")
@@ -133,7 +133,7 @@ def test_the_tour_runs_in_jupyterlab(lab: Lab, browser: Any) -> None:
     page.close()
 
 
-def test_a_slider_moves_and_the_picture_changes(lab: Lab, browser: Any) -> None:
+def test_a_slider_moves_and_the_picture_changes(lab, browser):
     page = run_all(browser, lab, "05_attention.ipynb")
     # cells off the screen are not in the page: scroll to the one that makes the slider
     page.evaluate(

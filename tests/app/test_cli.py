@@ -380,8 +380,19 @@ def test_help_shows_examples_and_every_option(run):
     code, lines, _ = run("generate", "--help", model=None)
     text = "\n".join(lines)
     assert code == 0 and 'minisd generate "a castle at night"' in text
-    for option in ("--seed", "--images", "--grid", "--steps", "--guidance", "--sampler", "--width", "--negative",
-                   "--model", "--device", "--dtype"):
+    for option in (
+        "--seed",
+        "--images",
+        "--grid",
+        "--steps",
+        "--guidance",
+        "--sampler",
+        "--width",
+        "--negative",
+        "--model",
+        "--device",
+        "--dtype",
+    ):
         assert option in text
 
 

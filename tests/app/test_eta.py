@@ -33,7 +33,7 @@ def pixels(path: str) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_eta_on_the_command_line_in_the_picture_and_in_like(run: Run, expected: np.ndarray) -> None:
+def test_eta_on_the_command_line_in_the_picture_and_in_like(run, expected):
     assert run("generate", "fox", *OPTIONS, "-o", "first.png")[0] == 0
     assert np.array_equal(pixels("first.png"), expected)
     text = read_parameters("first.png") or ""
@@ -51,7 +51,7 @@ def test_eta_on_the_command_line_in_the_picture_and_in_like(run: Run, expected: 
     assert code == 0 and "eta=0.5" in err and "left out" in err
 
 
-def test_eta_in_a_prompts_file_and_its_manifest(run: Run, expected: np.ndarray) -> None:
+def test_eta_in_a_prompts_file_and_its_manifest(run, expected):
     Path("prompts.jsonl").write_text('{"prompt": "fox", "seed": 7, "sampler": "ddim", "eta": 0.5}\n')
     assert run("generate", "--prompts", "prompts.jsonl", "-o", "out/")[0] == 0
     assert np.array_equal(pixels("out/0001-fox.png"), expected)
@@ -59,7 +59,7 @@ def test_eta_in_a_prompts_file_and_its_manifest(run: Run, expected: np.ndarray) 
     assert "0 drawn, 1 were there" in run("generate", "--prompts", "prompts.jsonl", "-o", "out/")[2]
 
 
-def test_eta_on_the_page(run: Run, small_model: Path) -> None:
+def test_eta_on_the_page(run, small_model):
     web = pytest.importorskip("minisd.app.web")
     assert web.SHOWN["eta"].label == "Eta"
     sd = StableDiffusion.from_pretrained(small_model, device="cpu")
@@ -69,7 +69,7 @@ def test_eta_on_the_page(run: Run, small_model: Path) -> None:
     assert isinstance(result, Result) and result.file == Path("first.png").read_bytes()
 
 
-def test_eta_that_cannot_be_used_is_rejected(run: Run) -> None:
+def test_eta_that_cannot_be_used_is_rejected(run):
     for options in (("--sampler", "ddim", "--eta", "2"), ("--sampler", "euler", "--eta", "0.5")):
         code, files, err = run("generate", "fox", *options)
         assert (code, files) == (2, []) and "eta" in err

@@ -54,7 +54,7 @@ def sources(run: Run) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_picture_is_drawn_again_from_its_record_and_from_its_text_alone(run: Run, sources: None, case: str) -> None:
+def test_a_picture_is_drawn_again_from_its_record_and_from_its_text_alone(run, sources, case):
     code, files, err = run("generate", "red (fox:1.2)", *CASES[case], "-o", "first.png")
     assert code == 0, err
     first = files[-1]
@@ -69,7 +69,7 @@ def test_a_picture_is_drawn_again_from_its_record_and_from_its_text_alone(run: R
         assert read_parameters("again.png") == text
 
 
-def test_a_record_is_exact_where_the_text_is_not_asked(run: Run) -> None:
+def test_a_record_is_exact_where_the_text_is_not_asked(run):
     run("generate", "fox", "--seed", "5", "--guidance", "3.3333333333333335", "-o", "first.png")
     resave("first.png", "edited.png", "other words\nSteps: 9, Seed: 1", version="0.1.0")
     assert run("generate", "--like", "edited.png", "-o", "again.png")[0] == 0
@@ -77,14 +77,14 @@ def test_a_record_is_exact_where_the_text_is_not_asked(run: Run) -> None:
 
 
 @pytest.mark.parametrize("change", [{"format": 2}, {"seed": "5"}, {"sampler": None}, {"outpaint": [1]}, {"prompt": 3}])
-def test_a_damaged_record_gives_way_to_the_text(run: Run, change: dict[str, Any]) -> None:
+def test_a_damaged_record_gives_way_to_the_text(run, change):
     run("generate", "fox", "--seed", "5", "-o", "first.png")
     resave("first.png", "damaged.png", read_parameters("first.png"), **change)
     assert run("generate", "--like", "damaged.png", "-o", "again.png")[0] == 0
     assert np.array_equal(pixels("again.png"), pixels("first.png"))
 
 
-def test_options_replace_what_the_picture_says(run: Run, small_model: Path) -> None:
+def test_options_replace_what_the_picture_says(run, small_model):
     run("generate", "fox", "--seed", "5", "--sampler", "heun", "--karras", "--clip-skip", "1", "-o", "first.png")
     options = ["snow", "--steps", "2", "--sampler", "ddim", "--seed", "9"]
     assert run("generate", *options[:1], "--like", "first.png", *options[1:], "-o", "again.png")[0] == 0
@@ -100,7 +100,7 @@ OTHER = (
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
-def test_a_picture_of_the_web_ui(run: Run, small_model: Path, suffix: str) -> None:
+def test_a_picture_of_the_web_ui(run, small_model, suffix):
     text = OTHER.replace(", <lora:ink wash:0.6>", "")
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text.encode("utf-16-be")
@@ -126,21 +126,21 @@ def test_a_picture_of_the_web_ui(run: Run, small_model: Path, suffix: str) -> No
         ("a\nSteps: 2, Interpolation: 1 to 2", [], ["minisd interpolate"]),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_named_with_its_option(run: Run, text: str, options: list[str], words: list[str]) -> None:
+def test_what_is_missing_is_named_with_its_option(run, text, options, words):
     save_png(Image.new("RGB", (32, 32)), Path("other.png"), text)
     code, files, err = run("generate", *options, "--like", "other.png")
     assert (code, files) == (2, [])
     assert all(word in err.splitlines()[-1] for word in words), err
 
 
-def test_an_option_makes_up_for_what_cannot_be_read(run: Run) -> None:
+def test_an_option_makes_up_for_what_cannot_be_read(run):
     text = OTHER.replace("DPM++ 2M", "UniPC").replace("CFG scale: 4, ", "").replace("Size: 32x32", "Size: big")
     save_png(Image.new("RGB", (32, 32)), Path("other.png"), text)
     options = ["--sampler", "ddim", "--guidance", "2", "--width", "32", "--height", "32"]
     assert run("generate", "fox", "--like", "other.png", *options)[0] == 0
 
 
-def test_warnings_about_other_files_weights_and_models(run: Run, sources: None, small_model: Path) -> None:
+def test_warnings_about_other_files_weights_and_models(run, sources, small_model):
     assert run("generate", "fox", "--seed", "5", "--image", "start.png", "-o", "first.png")[0] == 0
     Image.effect_noise((32, 32), 60).convert("RGB").save("start.png")
     err = run("generate", "--like", "first.png", "--image", "start.png", "-o", "again.png")[2]

@@ -7,7 +7,6 @@ import json
 import struct
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +42,7 @@ Hashes: {"model": "0a1b2c3d4e", "lora:ink, wash": "ab"}, Civitai resources: [{"t
 Template: "a {lighthouse|mill}\\nby \\"the\\" sea", Version: f2.0.1"""
 
 
-def test_an_older_text_of_the_web_ui() -> None:
+def test_an_older_text_of_the_web_ui():
     said = parse_parameters(OLD)
     assert said.prompt == (
         "a lighthouse on a cliff, (storm:1.3), <lora:ink wash:0.6>\nSteps: of wood lead up to it\n\noil on canvas"
@@ -69,7 +68,7 @@ def test_an_older_text_of_the_web_ui() -> None:
     }
 
 
-def test_a_newer_text_with_json_and_quotes() -> None:
+def test_a_newer_text_with_json_and_quotes():
     said = parse_parameters(NEW.replace("\n", "\r\n"))
     assert (said.prompt, said.negative_prompt) == ("a lighthouse", "")
     assert said.settings["Model"] == "coast, at 4:30"
@@ -97,7 +96,7 @@ def test_a_newer_text_with_json_and_quotes() -> None:
         ("a\nSteps: 5, At: 12:30", Parameters("a", "", {"Steps": "5", "At": "12:30"})),
     ],
 )
-def test_texts_at_the_edge_of_the_format(text: str, expected: Parameters) -> None:
+def test_texts_at_the_edge_of_the_format(text, expected):
     assert parse_parameters(text) == expected
 
 
@@ -123,7 +122,7 @@ def test_texts_at_the_edge_of_the_format(text: str, expected: Parameters) -> Non
         ("", None, None),
     ],
 )
-def test_samplers_of_the_web_ui(label: str, schedule: str | None, expected: tuple[str, bool] | None) -> None:
+def test_samplers_of_the_web_ui(label, schedule, expected):
     settings = {"Sampler": label} | ({} if schedule is None else {"Schedule type": schedule})
     assert read_sampler(settings) == expected
 
@@ -135,7 +134,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from('\n\r 
 
 
 @given(prompt=TEXT, negative=TEXT, values=st.dictionaries(st.sampled_from(["Model", "Seed", "A b-c/d", "Size"]), TEXT))
-def test_any_text_survives_the_round_trip(prompt: str, negative: str, values: dict[str, str]) -> None:
+def test_any_text_survives_the_round_trip(prompt, negative, values):
     parsed = parse_parameters(parameters_text(prompt, negative, {"Steps": 20} | values))
     assert (parsed.prompt, parsed.negative_prompt) == (prompt.strip(), negative.strip())
     assert list(parsed.settings) == ["Steps", *values]
@@ -144,13 +143,13 @@ def test_any_text_survives_the_round_trip(prompt: str, negative: str, values: di
     }
 
 
-def test_plain_prompts_are_written_plainly() -> None:
+def test_plain_prompts_are_written_plainly():
     assert parameters_text("a\nb", "c", {"Steps": 2, "Seed": 3}) == "a\nb\nNegative prompt: c\nSteps: 2, Seed: 3"
     assert "Exact prompt" in parameters_text("a\nNegative prompt: b", "c", {"Steps": 2})
 
 
 @pytest.mark.parametrize("settings", [{}, {"Seed": 1}, {"Steps": "many"}, {"Steps": 1, "a,b": 1}, {"Steps": 1, "": 1}])
-def test_settings_that_cannot_be_written(settings: dict[str, object]) -> None:
+def test_settings_that_cannot_be_written(settings):
     with pytest.raises(ValueError, match="expected Steps"):
         parameters_text("a", "", settings)
 
@@ -177,28 +176,28 @@ def comment(body: bytes) -> Image.Exif:
     ],
     ids=["big-endian", "little-endian", "marked", "ascii", "undefined", "bare"],
 )
-def test_exif_comments(tmp_path: Path, suffix: str, body: bytes) -> None:
+def test_exif_comments(tmp_path, suffix, body):
     path = tmp_path / f"picture{suffix}"
     # as bytes: in a PNG Pillow takes an Exif for empty that has no tags beside those of its IFD
     Image.new("RGB", (8, 8)).save(path, exif=comment(body).tobytes())
     assert read_parameters(path) == OLD
 
 
-def test_exif_comments_beyond_latin(tmp_path: Path) -> None:
+def test_exif_comments_beyond_latin(tmp_path):
     text = "雪中的狐狸 🦊 Ā Ȁ\nSteps: 5, Seed: 1"
     for order in ("utf-16-be", "utf-16-le"):
         Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=comment(b"UNICODE\0" + text.encode(order)))
         assert read_parameters(tmp_path / "a.jpg") == text
 
 
-def test_pictures_without_a_text(tmp_path: Path) -> None:
+def test_pictures_without_a_text(tmp_path):
     for number, exif in enumerate((None, comment(b"UNICODE\0"), comment(b"ASCII\0\0\0" + bytes(200)), comment(b""))):
         path = tmp_path / f"{number}.jpg"
         Image.new("RGB", (8, 8)).save(path, **({} if exif is None else {"exif": exif}))
         assert read_parameters(path) is None
 
 
-def test_a_text_behind_the_pixels_and_a_compressed_one(tmp_path: Path) -> None:
+def test_a_text_behind_the_pixels_and_a_compressed_one(tmp_path):
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", OLD)
     info = PngInfo()
     info.add_itxt("parameters", "狐" + OLD, zip=True)
@@ -239,17 +238,16 @@ BOMB = zlib.compress(bytes(2**27), 9)
     ],
     ids=["zTXt bomb", "iTXt bomb", "long", "many", "cut", "cut early", "signature", "empty", "gif"],
 )
-def test_malicious_and_broken_files_are_a_clear_error(run: Run, data: bytes, tally: Counter[str]) -> None:
+def test_malicious_and_broken_files_are_a_clear_error(run, data):
     Path("bad.png").write_bytes(data)
     began = time.process_time()
     code, lines, err = run("info", "bad.png")
     assert (code, lines) == (1, []) and err.startswith("error: ") and "bad.png" in err, err
     assert run("generate", "--like", "bad.png")[:2] == (1, [])
     assert time.process_time() - began < 5
-    tally["refused"] += 2
 
 
-def test_a_picture_of_too_many_pixels_is_refused(run: Run) -> None:
+def test_a_picture_of_too_many_pixels_is_refused(run):
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     body = b"IHDR" + header
     Path("bad.png").write_bytes(
@@ -260,7 +258,7 @@ def test_a_picture_of_too_many_pixels_is_refused(run: Run) -> None:
 
 
 @pytest.mark.parametrize("piece", [",", " ", ":", '"', "[", "a: [", 'a: "', 'a:["x,', 'a: "b" x,', 'a: \\",'])
-def test_a_hostile_text_is_read_in_no_time(piece: str) -> None:
+def test_a_hostile_text_is_read_in_no_time(piece):
     began = time.process_time()
     parse_parameters("a\nSteps: 1, b: " + piece * (2**18 // len(piece)))
     assert time.process_time() - began < 5
@@ -269,7 +267,7 @@ def test_a_hostile_text_is_read_in_no_time(piece: str) -> None:
 # Reading it
 
 
-def test_info_prints_a_table(run: Run) -> None:
+def test_info_prints_a_table(run):
     info = PngInfo()
     info.add_text("parameters", OLD)
     Image.new("RGB", (8, 8)).save("old.png", pnginfo=info)
@@ -291,6 +289,6 @@ def test_info_prints_a_table(run: Run) -> None:
     assert run("info", "old.png", "--raw")[1] == OLD.splitlines()
 
 
-def test_a_sampler_that_is_not_known_is_called_so() -> None:
+def test_a_sampler_that_is_not_known_is_called_so():
     lines = describe(parse_parameters("a\nSteps: 5, Sampler: DPM++ SDE Karras, Seed: 1")).splitlines()
     assert lines == ["Prompt   a", "Steps    5", "Sampler  DPM++ SDE Karras  (unknown here)", "Seed     1"]

@@ -69,10 +69,11 @@ def finish(sd: StableDiffusion, request: Request, model: str | None = None) -> R
 # What is drawn
 
 
-def test_previews_and_picture_are_those_of_denoise(sd: StableDiffusion) -> None:
+def test_previews_and_picture_are_those_of_denoise(sd):
     *previews, last = draw(sd, Provenance.of(sd, None), ask(PROMPT, "snow", "7", 6, 5.0, "heun"))
-    steps = list(sd.denoise(PROMPT, negative_prompt="snow", seed=7, num_inference_steps=6, guidance_scale=5.0,
-                            sampler="heun"))
+    steps = list(
+        sd.denoise(PROMPT, negative_prompt="snow", seed=7, num_inference_steps=6, guidance_scale=5.0, sampler="heun")
+    )
     assert len(previews) == len(steps) == 11
     for number, (preview, step) in enumerate(zip(previews, steps, strict=True), 1):
         assert isinstance(preview, Preview) and (preview.call, preview.num_calls) == (number, 11)
@@ -90,9 +91,7 @@ def test_previews_and_picture_are_those_of_denoise(sd: StableDiffusion) -> None:
         (ask("fox " * 100, seed=" 0 ", guidance=1), ["--seed", "0", "--guidance", "1"]),
     ],
 )  # fmt: skip
-def test_the_file_is_the_one_that_generate_writes(
-    run: Any, small: Any, small_model: Path, wanted: Request, options: Any
-) -> None:
+def test_the_file_is_the_one_that_generate_writes(run, small, small_model, wanted, options):
     code, lines, err = run("generate", wanted.prompt, *options)
     assert code == 0, err
     (path,) = map(Path, lines)
@@ -101,13 +100,13 @@ def test_the_file_is_the_one_that_generate_writes(
     assert drawn.file == path.read_bytes()
 
 
-def test_a_seed_of_its_own_draws_the_picture_again(small: StableDiffusion) -> None:
+def test_a_seed_of_its_own_draws_the_picture_again(small):
     first, other = finish(small, ask("fox")), finish(small, ask("fox"))
     assert first.seed != other.seed
     assert finish(small, ask("fox", seed=str(first.seed))).file == first.file
 
 
-def test_drawings_that_take_turns_between_threads_are_those_drawn_alone(sd: StableDiffusion) -> None:
+def test_drawings_that_take_turns_between_threads_are_those_drawn_alone(sd):
     requests = [ask(PROMPT, seed="1", steps=4), ask("a cat in space", "night", "2", 4, 7.0, "ddim")]
     running = [draw(sd, Provenance.of(sd, None), request) for request in requests]
     with ThreadPoolExecutor(3) as threads:
@@ -147,7 +146,7 @@ def maps_by_hand(sd: StableDiffusion, size: tuple[int, int], **choices: Any) -> 
                 count += 1
 
 
-def test_word_maps_are_the_mean_of_what_is_recorded(sd: StableDiffusion) -> None:
+def test_word_maps_are_the_mean_of_what_is_recorded(sd):
     drawn = finish(sd, ask(PROMPT, "snow", "7", 3, 5.0))
     choices = {"negative_prompt": "snow", "seed": 7, "num_inference_steps": 3, "guidance_scale": 5.0}
     mine = maps_by_hand(sd, (16, 16), prompt=PROMPT, **choices)
@@ -158,7 +157,7 @@ def test_word_maps_are_the_mean_of_what_is_recorded(sd: StableDiffusion) -> None
     assert np.ptp(mine[2]) > 0.1 and abs(mine[2] - mine[3]).max() > 0.1  # words differ, and so do places
 
 
-def test_word_maps_of_odd_sizes_and_beside_a_longer_negative_prompt(sd: StableDiffusion) -> None:
+def test_word_maps_of_odd_sizes_and_beside_a_longer_negative_prompt(sd):
     choices = {"prompt": PROMPT, "negative_prompt": "snow " * 80, "seed": 7, "num_inference_steps": 2}
     choices |= {"height": 8 * 10, "width": 8 * 17}
     maps, steps = WordMaps(sd.unet, 10, 17, rows=77), sd.denoise(**choices)
@@ -170,12 +169,12 @@ def test_word_maps_of_odd_sizes_and_beside_a_longer_negative_prompt(sd: StableDi
     np.testing.assert_allclose(maps.of(Word("everything", tuple(range(77)))).numpy(), 1, atol=1e-5)
 
 
-def test_word_maps_need_a_call(sd: StableDiffusion) -> None:
+def test_word_maps_need_a_call(sd):
     with pytest.raises(ValueError, match="draw inside"):
         WordMaps(sd.unet, 16, 16, 77).of(Word("a", (1,)))
 
 
-def test_words_are_cut_as_the_tokenizer_cuts_them(sd: StableDiffusion) -> None:
+def test_words_are_cut_as_the_tokenizer_cuts_them(sd):
     words = split_words("A (red:1.3) Fox, [un-believable] zzyzxq!", sd.tokenizer)
     ids = sd.tokenizer("A red Fox, un-believable zzyzxq!")[0]  # start, then the words
     assert [word.text for word in words] == ["a", "red", "fox", "un", "believable", "zzyzxq"]
@@ -185,17 +184,17 @@ def test_words_are_cut_as_the_tokenizer_cuts_them(sd: StableDiffusion) -> None:
     assert split_words(", ! --", sd.tokenizer) == []
 
 
-def test_words_of_the_second_chunk_stand_after_its_start(sd: StableDiffusion) -> None:
+def test_words_of_the_second_chunk_stand_after_its_start(sd):
     words = split_words("fox " * 76 + "(snow:1.1)", sd.tokenizer)
     assert [word.rows for word in words[74:]] == [(75,), (78,), (79,)]
 
 
-def test_guidance_zero_reads_no_words(small: StableDiffusion) -> None:
+def test_guidance_zero_reads_no_words(small):
     assert finish(small, ask("red fox", guidance=0)).words == []
     assert len(finish(small, ask("red fox", guidance=1)).words) == 2
 
 
-def test_overlay_is_dark_where_the_word_is_not_and_bright_where_it_is() -> None:
+def test_overlay_is_dark_where_the_word_is_not_and_bright_where_it_is():
     picture = overlay(Image.new("RGB", (64, 64), (200, 0, 0)), torch.tensor([[0.0, 0.3], [0.0, 0.0]]))
     grey = 200 * 0.299
     for place, heat in (((2, 60), (0, 34, 78)), ((61, 2), (254, 232, 56))):
@@ -222,7 +221,7 @@ def test_overlay_is_dark_where_the_word_is_not_and_bright_where_it_is() -> None:
         (ask("fox", sampler="magic"), "magic"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_drawn_is_said_on_the_page(small: StableDiffusion, wanted: Request, message: str) -> None:
+def test_what_cannot_be_drawn_is_said_on_the_page(small, wanted, message):
     page, session = Page(small, Provenance.of(small, None)), Session()
     run, *_ = page.begin(session)
     (only,) = page.draw(
@@ -233,13 +232,13 @@ def test_what_cannot_be_drawn_is_said_on_the_page(small: StableDiffusion, wanted
     assert "num_inference_steps" not in only[1] and session.result is None
 
 
-def test_unknown_words_and_long_prompts_are_notes(small: StableDiffusion) -> None:
+def test_unknown_words_and_long_prompts_are_notes(small):
     drawn = finish(small, ask("zebra " + "snow " * 75, "blurry"))
     assert 'never learned "zebra", "blurry"' in drawn.notes[0] and "2 chunks" in drawn.notes[1]
     assert finish(small, ask("red fox")).notes == []
 
 
-def test_text_of_a_prompt_is_no_html(small: StableDiffusion) -> None:
+def test_text_of_a_prompt_is_no_html(small):
     page, session = Page(small, Provenance.of(small, None)), Session()
     run, *_ = page.begin(session)
     hostile = '<b onclick="x">fox" \'<&amp;'
@@ -282,7 +281,7 @@ def draws(page: Page, session: Session, run: int, steps: int = 5) -> Iterator[tu
     return page.draw(session, run, "fox", "", "1", *page_values(steps))
 
 
-def test_a_new_run_stops_the_one_before_of_its_own_page_only(small: StableDiffusion) -> None:
+def test_a_new_run_stops_the_one_before_of_its_own_page_only(small):
     page, mine, other = Page(small, Provenance.of(small, None)), Session(), Session()
     first, beside = draws(page, mine, page.begin(mine)[0]), draws(page, other, page.begin(other)[0])
     assert "Step 1 of 5" in next(first)[1] and "Step 1 of 5" in next(beside)[1]
@@ -292,7 +291,7 @@ def test_a_new_run_stops_the_one_before_of_its_own_page_only(small: StableDiffus
     assert mine.result and other.result and (mine.result.num_calls, other.result.num_calls) == (2, 5)
 
 
-def test_a_run_stopped_while_it_waits_never_begins(small: StableDiffusion) -> None:
+def test_a_run_stopped_while_it_waits_never_begins(small):
     page, session = Page(small, Provenance.of(small, None)), Session()
     waiting = draws(page, session, page.begin(session)[0])
     page.stop(session)
@@ -303,7 +302,7 @@ def test_a_run_stopped_while_it_waits_never_begins(small: StableDiffusion) -> No
 # The command
 
 
-def test_without_gradio_it_says_how_to_get_it(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradio_it_says_how_to_get_it(run, tmp_path, monkeypatch):
     def version(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
@@ -313,7 +312,7 @@ def test_without_gradio_it_says_how_to_get_it(run: Any, tmp_path: Path, monkeypa
     assert code == 1 and 'pip install "minisd[web]"' in err
 
 
-def test_a_port_in_use_is_named(run: Any) -> None:
+def test_a_port_in_use_is_named(run):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -323,13 +322,13 @@ def test_a_port_in_use_is_named(run: Any) -> None:
 
 
 @pytest.mark.parametrize("host, warned", [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
-def test_other_hosts_than_loopback_are_warned_of(run: Any, host: str, warned: bool) -> None:
+def test_other_hosts_than_loopback_are_warned_of(run, host, warned):
     code, _, err = run("serve", "missing.safetensors", "--host", host, "--port", str(free_port()))
     assert code == 1 and "missing.safetensors" in err
     assert ("anyone on the network" in err) == warned
 
 
-def test_help_of_the_command_waits_for_neither_torch_nor_gradio() -> None:
+def test_help_of_the_command_waits_for_neither_torch_nor_gradio():
     code = "import sys; from minisd.app import cli; cli.main(['serve', '--help']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "minisd.app.serve" in loaded and not {"torch", "gradio"} & set(loaded.split())
@@ -439,7 +438,7 @@ def pixels(url: str) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
 
 
-def test_a_picture_its_words_and_its_file(server: str, browser: Any, run: Any, tmp_path: Path) -> None:
+def test_a_picture_its_words_and_its_file(server, browser, run, tmp_path):
     opened = Opened.at(browser, server)
     opened.draw(prompt=PROMPT, seed="7", steps="8", guidance="5")
     opened.wait("drawn in")
@@ -472,7 +471,7 @@ def test_a_picture_its_words_and_its_file(server: str, browser: Any, run: Any, t
 
 
 @pytest.mark.parametrize("place", ["file=/etc/passwd", f"file={__file__}", "upload"])
-def test_the_server_neither_gives_nor_takes_files(server: str, place: str) -> None:
+def test_the_server_neither_gives_nor_takes_files(server, place):
     address = f"{server}gradio_api/{place}"
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n12\r\n--x--\r\n'
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -483,7 +482,7 @@ def test_the_server_neither_gives_nor_takes_files(server: str, place: str) -> No
     refused.value.close()
 
 
-def test_two_pages_at_once_new_runs_stops_and_mistakes(server: str, browser: Any) -> None:
+def test_two_pages_at_once_new_runs_stops_and_mistakes(server, browser):
     one, two = Opened.at(browser, server), Opened.at(browser, server)
     one.draw(prompt="a cat in space", seed="1", steps="400")
     one.wait("Step 1 of 400")

@@ -9,21 +9,21 @@ from minisd.preview import SD1, fit_preview, linear_preview
 from minisd.training.scenes import render, scene
 
 
-def test_linear_preview_by_hand() -> None:
+def test_linear_preview_by_hand():
     latents = torch.tensor([1.0, -2.0, 0.5, 0.0]).reshape(1, 4, 1, 1)
     factors = ((0.1, 0.2, 0.3), (0.0, 0.1, 0.0), (0.4, 0.0, 0.2), (9.0, 9.0, 9.0), (0.05, 0.0, -0.1))
     expected = torch.tensor([0.1 + 0.2 + 0.05, 0.2 - 0.2, 0.3 + 0.1 - 0.1])
     assert torch.allclose(linear_preview(latents, factors).flatten(), expected)
 
 
-def test_the_fit_finds_the_map_that_made_the_images() -> None:
+def test_the_fit_finds_the_map_that_made_the_images():
     latents = torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.interpolate(linear_preview(latents, SD1) + 0.25, scale_factor=8, mode="nearest")
     expected = np.array(SD1) + np.array([[0.0]] * 4 + [[0.25]])
     assert np.allclose(fit_preview(latents, images), expected, atol=1e-4)
 
 
-def test_previews_of_the_tiny_model_resemble_the_pictures() -> None:
+def test_previews_of_the_tiny_model_resemble_the_pictures():
     sd = StableDiffusion.from_pretrained(device="cpu")
     pixels = np.stack([render(scene(77, i)) for i in range(24)])
     latents = torch.cat([sd.encode_image(to_images(one[None])) for one in pixels])

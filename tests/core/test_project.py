@@ -61,8 +61,13 @@ def test_installed_versions(name):
 def test_declared_imports():
     """Core files use core requirements only, some others those of an extra; diffusers only to be measured beside."""
     import_names = {"pillow": "PIL", "huggingface-hub": "huggingface_hub", "resvg-py": "resvg_py", "ipython": "IPython"}
-    extra_of = {"training": "train", "evaluation": "train", "figures.py": "notebooks", "bench": "notebooks",
-                "app/web.py": "web"}
+    extra_of = {
+        "training": "train",
+        "evaluation": "train",
+        "figures.py": "notebooks",
+        "bench": "notebooks",
+        "app/web.py": "web",
+    }
     core = {import_names.get(name, name) for name in requirements(PROJECT["dependencies"])}
     for path in (ROOT / "minisd").rglob("*.py"):
         file = path.relative_to(ROOT / "minisd")

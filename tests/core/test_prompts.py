@@ -93,7 +93,7 @@ PARSED: dict[str, list[tuple[str, float]]] = {
 
 
 @pytest.mark.parametrize("prompt", PARSED)
-def test_brackets_by_hand(prompt: str):
+def test_brackets_by_hand(prompt):
     pieces = parse(prompt)
     assert [text for text, _ in pieces] == [text for text, _ in PARSED[prompt]]
     assert [weight for _, weight in pieces] == pytest.approx([weight for _, weight in PARSED[prompt]], abs=1e-9)
@@ -139,7 +139,7 @@ def leaves(tree: Tree, weight: float = 1.0) -> Iterator[tuple[str, float]]:
 
 @settings(deadline=None)
 @given(GROUP)
-def test_brackets_by_grammar(tree: Tree):
+def test_brackets_by_grammar(tree):
     """A tree of groups is written down; what is read must have the weight of its place in the tree."""
     prompt, expected = written(tree), [*leaves(tree)]
     if not any(bracket in prompt for bracket in "()[]"):
@@ -156,17 +156,17 @@ def test_brackets_by_grammar(tree: Tree):
 
 
 @given(st.text().filter(lambda text: not any(bracket in text for bracket in "()[]")))
-def test_text_without_brackets(text: str):
+def test_text_without_brackets(text):
     assert parse(text) == [(text, 1.0)] and escape(text) == text
 
 
 @given(st.text() | st.text("()[]\\:1. a", max_size=30))
-def test_escaped_text(text: str):
+def test_escaped_text(text):
     assert parse(escape(text)) == [(text, 1.0)]
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e99", "11", "-11", "1.2.3", ".", "1e400", "Infinity"])
-def test_absurd_weights(number: str):
+def test_absurd_weights(number):
     with pytest.raises(ValueError, match=r"has the weight .*; expected a number from -10 to 10, such as \(fox:1.3\)"):
         parse(f"a (fox:{number}) in the snow")
 

@@ -37,7 +37,7 @@ def error_at_last_call(plan: Plan, c: float) -> float:
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
-def test_order_of_convergence(name: str, order: int):
+def test_order_of_convergence(name, order):
     """Twice the steps make the error 2, or 4, times smaller."""
     sampler = Sampler(name, "linspace", karras=True)
     errors = [error_at_last_call(sampler.plan(Schedule(), n), c=0.5) for n in (100, 200, 400)]
@@ -58,7 +58,7 @@ def error_at_199(sampler: Sampler, n: int) -> float:
 
 @pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "heun", "dpmpp_2m"])
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_single_known_picture(name: str, spacing: str):
+def test_single_known_picture(name, spacing):
     """One picture in the world (c = 0): the path is a straight line, and every method follows it exactly."""
     plan = Sampler(name, spacing).plan(Schedule(), 7)
     state = plan.start(gaussian(0, torch.float64))
@@ -73,7 +73,7 @@ def test_single_known_picture(name: str, spacing: str):
 @pytest.mark.parametrize(
     "sampler", [Sampler("ddpm"), Sampler("euler_a"), *(Sampler("ddim", eta=e) for e in (0.3, 1.0))]
 )
-def test_variance_of_every_level(sampler: Sampler):
+def test_variance_of_every_level(sampler):
     """c = 0: a step maps x̄ to a x̄ + b + s z; from variance σ² that must give exactly σ'²."""
     plan = sampler.plan(Schedule(), 10)
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_ddpm_posterior():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_ddim_equals_euler_in_sigma_space(prediction_type: str):
+def test_ddim_equals_euler_in_sigma_space(prediction_type):
     """Equation 12 of DDIM (η = 0), in the variance-preserving scale, against Euler's plan, in float64."""
     schedule = schedule_for(prediction_type)
     ddim, euler = Sampler("ddim").plan(schedule, 20), Sampler("euler").plan(schedule, 20)
@@ -126,7 +126,7 @@ def test_ddim_equals_euler_in_sigma_space(prediction_type: str):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_plans_are_pure_and_interleave(name: str):
+def test_plans_are_pure_and_interleave(name):
     """Two pictures drawn in turns by one plan are those drawn one by one; no state changes under them."""
     plan = Sampler(name).plan(schedule_for("v_prediction"), 6)
     noises = [gaussian(seed) for seed in range(7, 7 + plan.num_calls)]
@@ -148,7 +148,7 @@ def test_plans_are_pure_and_interleave(name: str):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_half_precision_is_upcast(name: str):
+def test_half_precision_is_upcast(name):
     """float16 noise and predictions: the state is float32, and so is all arithmetic."""
     plan = Sampler(name).plan(Schedule(), 5)
     half, state = gaussian(0).half(), plan.start(gaussian(0).half())
@@ -161,7 +161,7 @@ def test_half_precision_is_upcast(name: str):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_predicted_noise(prediction_type: str):
+def test_predicted_noise(prediction_type):
     plan = Sampler("dpmpp_2m").plan(schedule_for(prediction_type), 5)
     state = plan.start(gaussian(0, torch.float64))
     x, share = plan.latents(state), Schedule().alphas_cumprod[int(plan.timesteps[0])]
@@ -194,12 +194,7 @@ def test_known_numbers():
     for n, first in ((20, 951), (25, 961), (30, 958), (50, 981)):
         for name in ("ddpm", "ddim", "pndm", "euler", "euler_a", "heun"):
             assert Sampler(name).plan(schedule, n).timesteps[0] == first
-    assert [Sampler("dpmpp_2m").plan(schedule, n).timesteps[0] for n in (20, 25, 30, 50)] == [
-        941,
-        951,
-        961,
-        951,
-    ]
+    assert [Sampler("dpmpp_2m").plan(schedule, n).timesteps[0] for n in (20, 25, 30, 50)] == [941, 951, 961, 951]
     pndm = Sampler("pndm").plan(schedule, 50)
     assert pndm.timesteps[:4] == (981, 961, 961, 941) and pndm.num_calls == 51
     assert Sampler("heun").plan(schedule, 50).num_calls == 99

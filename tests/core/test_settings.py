@@ -20,7 +20,7 @@ def choose(**changes: Any) -> Settings:
     return Settings.choose(changes, MODEL)
 
 
-def test_settings_come_from_the_model_then_the_preset_then_the_caller() -> None:
+def test_settings_come_from_the_model_then_the_preset_then_the_caller():
     own = choose()
     assert (own.num_inference_steps, own.guidance_scale, own.sampler_object) == (20, 4.0, MODEL.sampler)
     fast = choose(preset="fast", guidance_scale=None)
@@ -32,7 +32,7 @@ def test_settings_come_from_the_model_then_the_preset_then_the_caller() -> None:
 
 
 @pytest.mark.parametrize("preset", [None, "fast"])
-def test_named_sampler_drops_spacing_and_noise_levels_of_the_layers_below(preset: str | None) -> None:
+def test_named_sampler_drops_spacing_and_noise_levels_of_the_layers_below(preset):
     assert choose(preset=preset, sampler="ddim").sampler_object == Sampler("ddim")
     assert choose(preset=preset, sampler="euler", karras=True).sampler_object == Sampler("euler", karras=True)
     assert choose(preset=preset, sampler=Sampler("heun", "linspace")).sampler_object == Sampler("heun", "linspace")
@@ -41,7 +41,7 @@ def test_named_sampler_drops_spacing_and_noise_levels_of_the_layers_below(preset
     assert choose(preset=preset, sampler=ddim, spacing="leading").sampler_object == Sampler("ddim", "leading", eta=0.5)
 
 
-def test_settings_of_another_picture_as_defaults() -> None:
+def test_settings_of_another_picture_as_defaults():
     other = choose(sampler="euler", karras=True, clip_skip=2, guidance_interval=(0.2, 0.8))
     assert Settings.choose({}, other) == other
     changed = Settings.choose({"preset": "fast", "guidance_interval": [0, 1]}, other)
@@ -61,18 +61,18 @@ def test_settings_of_another_picture_as_defaults() -> None:
         ({"sampler": "euler", "karras": 1}, TypeError, "karras=1; expected True or False"),
     ],
 )
-def test_settings_reject(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+def test_settings_reject(changes, kind, message):
     with pytest.raises(kind, match=message):
         choose(**changes)
 
 
-def test_only_changed_settings_are_listed() -> None:
+def test_only_changed_settings_are_listed():
     assert choose(clip_skip=2).changed() == {
         "num_inference_steps": 20, "sampler": "dpmpp_2m", "guidance_scale": 4.0, "karras": True, "clip_skip": 2,
     }  # fmt: skip
 
 
-def test_every_setting_is_described_and_every_sampler_has_a_label() -> None:
+def test_every_setting_is_described_and_every_sampler_has_a_label():
     assert list(SETTINGS) == [item.name for item in fields(Settings)] and list(SAMPLER_LABELS) == list(SAMPLERS)
     assert all(setting.help for setting in SETTINGS.values())
     for key in ("option", "png", "label"):
@@ -91,7 +91,7 @@ def test_every_setting_is_described_and_every_sampler_has_a_label() -> None:
         ("spacing", "trailing", "trailing"),
     ],
 )
-def test_texts_of_a_picture_are_read_as_they_were_written(name: str, value: Any, text: str) -> None:
+def test_texts_of_a_picture_are_read_as_they_were_written(name, value, text):
     assert SETTINGS[name].to_text(value) == text and SETTINGS[name].from_text(text) == value
 
 
@@ -107,12 +107,12 @@ def test_texts_of_a_picture_are_read_as_they_were_written(name: str, value: Any,
         ("feature_reuse", [2, True], ".*expected a list of two numbers"),
     ],
 )
-def test_json_of_the_wrong_type_is_rejected(name: str, value: Any, expected: str) -> None:
+def test_json_of_the_wrong_type_is_rejected(name, value, expected):
     with pytest.raises(ValueError, match=f"{name} {expected}"):
         SETTINGS[name].from_json(name, value)
 
 
-def test_json_of_the_right_type_is_read() -> None:
+def test_json_of_the_right_type_is_read():
     values = {"num_inference_steps": 3, "guidance_scale": 2, "karras": True, "feature_reuse": [2, 1]}
     read = {name: SETTINGS[name].from_json(name, value) for name, value in values.items()}
     assert read == values | {"feature_reuse": (2, 1)}

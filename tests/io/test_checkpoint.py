@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minisd.config import SD15, SD15_INPAINT, SD21, SD21_BASE, ModelConfig
+from minisd.config import SD15, SD15_INPAINT, SD21, SD21_BASE
 from minisd.io.checkpoint import CheckpointError, Defaults, Loaded, describe, load, open_checkpoint, save
 from minisd.io.diffusers_folder import read_index
 from minisd.io.key_names import single_file_sources
@@ -101,19 +101,16 @@ def with_old_names(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("change", [same_shape, with_prefix, with_position_ids, with_pickles, with_old_names])
-def test_folder_layouts(folder: Path, parts: Parts, change: Callable[[Path], Path]) -> None:
+def test_folder_layouts(folder, parts, change):
     loaded = load(change(folder))
     assert loaded.config == SMALL
     assert_same_weights(loaded, parts)
 
 
-def test_folder_agrees_with_diffusers_output(folder: Path, parts: Parts) -> None:
+def test_folder_agrees_with_diffusers_output(folder, parts):
     loaded = load(folder)
     generator = torch.Generator().manual_seed(1)
-    latents, context = (
-        torch.randn(2, 4, 8, 8, generator=generator),
-        torch.randn(2, 77, 32, generator=generator),
-    )
+    latents, context = (torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 32, generator=generator))
     time = torch.tensor([900, 3])
     with torch.no_grad():
         expected = parts.unet(latents, time, context).sample
@@ -122,7 +119,7 @@ def test_folder_agrees_with_diffusers_output(folder: Path, parts: Parts) -> None
         assert (loaded.autoencoder.decode(latents) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_4d_and_2d_projections(folder: Path, tmp_path: Path) -> None:
+def test_4d_and_2d_projections(folder, tmp_path):
     linear = make_parts(SMALL_2)
     as_convolutions = write_folder(tmp_path / "linear", linear)
     path = as_convolutions / "unet/diffusion_pytorch_model.safetensors"
@@ -133,7 +130,7 @@ def test_4d_and_2d_projections(folder: Path, tmp_path: Path) -> None:
     assert_same_weights(load(as_convolutions), linear)
 
 
-def test_variants(tmp_path: Path, parts: Parts) -> None:
+def test_variants(tmp_path, parts):
     folder = write_folder(tmp_path / "model", make_parts(SMALL, seed=5), torch.float16, variant="fp16")
     half = make_parts(SMALL, seed=5)
     for _, module in half.items():
@@ -146,7 +143,7 @@ def test_variants(tmp_path: Path, parts: Parts) -> None:
     assert "float16" not in describe(folder)
 
 
-def test_sharded_folder(tmp_path: Path, parts: Parts) -> None:
+def test_sharded_folder(tmp_path, parts):
     folder = write_folder(tmp_path / "model", parts, max_shard_size="3MB")
     assert len(list(folder.glob("unet/*-of-*.safetensors"))) > 2
     assert_same_weights(load(folder), parts)
@@ -154,7 +151,7 @@ def test_sharded_folder(tmp_path: Path, parts: Parts) -> None:
 
 @pytest.mark.parametrize("config, openclip", [(SMALL, False), (SMALL_2, True)], ids=["sd1", "sd2"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_single_file(tmp_path: Path, config: ModelConfig, openclip: bool, suffix: str) -> None:
+def test_single_file(tmp_path, config, openclip, suffix):
     """diffusers reads the same file, through its own rules, to the same tensors."""
     parts = make_parts(config)
     folder, path = write_folder(tmp_path / "model", parts), tmp_path / f"model{suffix}"
@@ -172,13 +169,13 @@ def test_single_file(tmp_path: Path, config: ModelConfig, openclip: bool, suffix
     assert loaded.tokenizer.pad_token_id == (0 if openclip else 49407)
 
 
-def test_old_pickle_that_is_no_archive(tmp_path: Path, parts: Parts, state: dict[str, torch.Tensor]) -> None:
+def test_old_pickle_that_is_no_archive(tmp_path, parts, state):
     path = tmp_path / "model.ckpt"
     torch.save(state, path, _use_new_zipfile_serialization=False)
     assert_same_weights(load(path, config=SMALL), parts)
 
 
-def test_ignored_keys_of_published_single_files(tmp_path: Path, parts: Parts, state: dict[str, torch.Tensor]) -> None:
+def test_ignored_keys_of_published_single_files(tmp_path, parts, state):
     one = torch.zeros(1)
     names = [
         "model_ema.decay",
@@ -207,9 +204,7 @@ def test_ignored_keys_of_published_single_files(tmp_path: Path, parts: Parts, st
     [(SD15, None), (SD15_INPAINT, None), (SD21, "v_prediction"), (SD21_BASE, "epsilon")],
     ids=["SD15", "SD15_INPAINT", "SD21", "SD21_BASE"],
 )
-def test_full_size_single_file_is_recognised(
-    tmp_path: Path, config: ModelConfig, prediction_type: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_size_single_file_is_recognised(tmp_path, config, prediction_type, monkeypatch):
     """A sparse file with the keys and shapes that diffusers' own modules give, under the reference's names."""
     openclip = config.text_encoder.hidden_size == 1024
     state = compvis_state(make_parts(config, meta=True), openclip)
@@ -236,7 +231,7 @@ def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 
 
 @pytest.mark.parametrize("config", [SD15, SD21, SMALL], ids=["SD15", "SD21", "small"])
-def test_rules_give_each_parameter_a_key_of_its_own(config: ModelConfig) -> None:
+def test_rules_give_each_parameter_a_key_of_its_own(config):
     parts = make_parts(config, meta=True)
     openclip = config.text_encoder.hidden_size == 1024
     theirs = {key for key in compvis_state(parts, openclip) if key.startswith(("model.", "first", "cond"))}
@@ -251,7 +246,7 @@ def test_rules_give_each_parameter_a_key_of_its_own(config: ModelConfig) -> None
     assert {source.key for source in ours} == theirs - ignorable
 
 
-def test_full_size_keys_are_diffusers_own() -> None:
+def test_full_size_keys_are_diffusers_own():
     from minisd.autoencoder import Autoencoder
     from minisd.text_encoder import TextEncoder
     from minisd.unet import UNet
@@ -269,7 +264,7 @@ def test_full_size_keys_are_diffusers_own() -> None:
     assert [len(dict(module.named_parameters())) for _, module in parts.items()] == [196, 248, 686]
 
 
-def test_prediction_type_can_be_overridden(folder: Path) -> None:
+def test_prediction_type_can_be_overridden(folder):
     assert load(folder, prediction_type="v_prediction").config.schedule.prediction_type == "v_prediction"
     with pytest.raises(ValueError, match="prediction_type='noise'"):
         load(folder, prediction_type="noise")
@@ -287,7 +282,7 @@ def test_prediction_type_can_be_overridden(folder: Path) -> None:
         ("KDPM2DiscreteScheduler", {}, "ddim", 50),
     ],
 )
-def test_defaults_from_scheduler(folder: Path, name: str, options: dict, sampler: str, steps: int) -> None:
+def test_defaults_from_scheduler(folder, name, options, sampler, steps):
     path = folder / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name} | options))
     defaults = open_checkpoint(folder).defaults
@@ -302,16 +297,12 @@ def test_defaults_from_scheduler(folder: Path, name: str, options: dict, sampler
     assert defaults.sampler.spacing is None  # so the schedule's own
 
 
-def test_defaults_from_minisd_json(folder: Path) -> None:
+def test_defaults_from_minisd_json(folder):
     sampler = {"name": "euler", "karras": True, "spacing": "trailing"}
     path = folder / "minisd.json"
     path.write_text(json.dumps({"sampler": sampler, "num_inference_steps": 7, "guidance_scale": 4.0}))
     defaults = open_checkpoint(folder).defaults
-    assert (defaults.sampler.name, defaults.sampler.karras, defaults.sampler.spacing) == (
-        "euler",
-        True,
-        "trailing",
-    )
+    assert (defaults.sampler.name, defaults.sampler.karras, defaults.sampler.spacing) == ("euler", True, "trailing")
     assert (defaults.num_inference_steps, defaults.guidance_scale) == (7, 4.0)
     path.write_text(json.dumps({"sampler": sampler, "temperature": 1}))
     with pytest.raises(CheckpointError, match="minisd.json has no valid generation defaults"):
@@ -320,7 +311,7 @@ def test_defaults_from_minisd_json(folder: Path) -> None:
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_2], ids=["sd1", "sd2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_saved_folder_loads_in_diffusers(tmp_path: Path, config: ModelConfig, dtype: torch.dtype) -> None:
+def test_saved_folder_loads_in_diffusers(tmp_path, config, dtype):
     parts = make_parts(config)
     loaded = load(write_folder(tmp_path / "model", parts))
     defaults = Defaults(replace(loaded.defaults.sampler, name="dpmpp_2m", karras=True), 9, 3.0)
@@ -342,7 +333,7 @@ def test_saved_folder_loads_in_diffusers(tmp_path: Path, config: ModelConfig, dt
         assert file.get_slice("conv_in.weight").get_dtype() == {torch.float32: "F32", torch.float16: "F16"}[dtype]
 
 
-def test_saving_over_the_mapped_source(folder: Path, parts: Parts) -> None:
+def test_saving_over_the_mapped_source(folder, parts):
     """The weights in use are maps of the files that are replaced; both must survive."""
     loaded = load(folder)
     save(loaded, folder)
@@ -351,12 +342,12 @@ def test_saving_over_the_mapped_source(folder: Path, parts: Parts) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_changed_weights_do_not_reach_the_file(folder: Path, parts: Parts) -> None:
+def test_changed_weights_do_not_reach_the_file(folder, parts):
     load(folder).unet.conv_in.weight.data.zero_()
     assert_same_weights(load(folder), parts)
 
 
-def test_saving_refuses_what_it_would_destroy(folder: Path, tmp_path: Path) -> None:
+def test_saving_refuses_what_it_would_destroy(folder, tmp_path):
     loaded = load(folder)
     other = tmp_path / "thesis"
     other.mkdir()
@@ -372,7 +363,7 @@ def test_saving_refuses_what_it_would_destroy(folder: Path, tmp_path: Path) -> N
     assert (other / "draft.txt").read_text() == "years of work"
 
 
-def test_fault_while_saving_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_while_saving_leaves_nothing(folder, tmp_path, monkeypatch):
     loaded = load(folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -454,24 +445,20 @@ def whole_numbers(path: Path) -> None:
         (whole_numbers, "unet.conv_out.bias of dtype I8"),
     ],
 )
-def test_damaged_folder_is_refused(
-    folder: Path, damage: Callable[[Path], None], message: str, tally: Counter[str]
-) -> None:
+def test_damaged_folder_is_refused(folder, damage, message):
     damage(folder / UNET)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
-    tally["refused"] += 1
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
 @pytest.mark.parametrize("content", [None, "", "{", "[1]", '{"a": ' * 100_000])
-def test_damaged_json_is_refused(folder: Path, name: str, content: str | None, tally: Counter[str]) -> None:
+def test_damaged_json_is_refused(folder, name, content):
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises(CheckpointError, match=Path(name).name):
         load(folder)
-    tally["refused"] += 1
 
 
 @pytest.mark.parametrize(
@@ -489,31 +476,29 @@ def test_damaged_json_is_refused(folder: Path, name: str, content: str | None, t
         ("unet/config.json", {"cross_attention_dim": 64}, "misshaped: unet.down_blocks.0.attentions.0"),
     ],
 )
-def test_other_models_are_refused(folder: Path, name: str, change: dict, message: str, tally: Counter[str]) -> None:
+def test_other_models_are_refused(folder, name, change, message):
     path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         load(folder)
-    tally["refused"] += 1
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "x.json"])
-def test_shards_stay_beside_their_index(tmp_path: Path, name: str, tally: Counter[str]) -> None:
+def test_shards_stay_beside_their_index(tmp_path, name):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="must lie beside their index"):
         read_index(index)
-    tally["refused"] += 1
 
 
-def test_missing_shard_is_named(tmp_path: Path) -> None:
+def test_missing_shard_is_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(CheckpointError, match="names model-00001-of-00002.safetensors, which is missing"):
         read_index(index)
 
 
-def test_unknown_sources(tmp_path: Path) -> None:
+def test_unknown_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match="hub id 'owner/name'"):
         load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="expected a diffusers folder"):
@@ -555,7 +540,7 @@ def attacks(sentinel: Path) -> list[object]:
 
 @pytest.mark.parametrize("archive", [True, False], ids=["zip", "old"])
 @pytest.mark.parametrize("number", range(9))
-def test_pickles_cannot_run_code(tmp_path: Path, number: int, archive: bool, tally: Counter[str]) -> None:
+def test_pickles_cannot_run_code(tmp_path, number, archive):
     sentinel, path = tmp_path / "executed", tmp_path / "model.ckpt"
     torch.save({"x": attacks(sentinel)[number]}, path, _use_new_zipfile_serialization=archive)
     with pytest.raises(CheckpointError, match="asks for code and was refused"):
@@ -563,7 +548,6 @@ def test_pickles_cannot_run_code(tmp_path: Path, number: int, archive: bool, tal
     path.write_bytes(pickle.dumps(attacks(sentinel)[number], protocol=2))
     with pytest.raises(CheckpointError, match=str(path)):
         load(path)
-    tally.update(refused=2, executed=int(sentinel.exists()))
     assert not sentinel.exists()
 
 
@@ -584,9 +568,7 @@ def lightning_checkpoint(state: dict[str, torch.Tensor], module: str, name: str)
             del sys.modules[each]
 
 
-def test_lightning_callback_passes_as_inert(
-    tmp_path: Path, parts: Parts, state: dict[str, torch.Tensor], tally: Counter[str]
-) -> None:
+def test_lightning_callback_passes_as_inert(tmp_path, parts, state):
     path = tmp_path / "sd-v1-4.ckpt"
     module = "pytorch_lightning.callbacks.model_checkpoint"
     path.write_bytes(lightning_checkpoint(state, module, "ModelCheckpoint"))
@@ -597,20 +579,18 @@ def test_lightning_callback_passes_as_inert(
         path.write_bytes(lightning_checkpoint(state, other, name))
         with pytest.raises(CheckpointError, match=f"refused.*{name}"):
             load(path, config=SMALL)
-    tally.update(whole=1, refused=2)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.7, 0.999])
-def test_truncated_pickle(tmp_path: Path, state: dict[str, torch.Tensor], fraction: float, tally: Counter[str]) -> None:
+def test_truncated_pickle(tmp_path, state, fraction):
     path = tmp_path / "model.ckpt"
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
     with pytest.raises(CheckpointError, match="is empty|damaged or incomplete"):
         load(path, config=SMALL)
-    tally["refused"] += 1
 
 
-def test_pickles_of_other_things(tmp_path: Path) -> None:
+def test_pickles_of_other_things(tmp_path):
     path = tmp_path / "model.ckpt"
     for value in ([1, 2], torch.zeros(3), {"state_dict": [1]}):
         torch.save(value, path)
@@ -622,25 +602,17 @@ def test_pickles_of_other_things(tmp_path: Path) -> None:
         load(path)
 
 
-def test_describe_reads_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_describe_reads_no_weights(folder, monkeypatch):
     def refuse(*args: object) -> None:
         raise AssertionError("weights were read")
 
     monkeypatch.setattr("minisd.io.checkpoint.read_tensors", refuse)
     text = describe(folder)
-    for expected in (
-        "diffusers folder",
-        "epsilon",
-        "1,600,672",
-        "670,663",
-        "2,783,076",
-        "5,054,411",
-        "float32",
-    ):
+    for expected in ("diffusers folder", "epsilon", "1,600,672", "670,663", "2,783,076", "5,054,411", "float32"):
         assert expected in text
 
 
-def test_header_of_a_pickle(tmp_path: Path) -> None:
+def test_header_of_a_pickle(tmp_path):
     torch.save({"a": torch.zeros(2, 3, dtype=torch.float16), "step": 3}, tmp_path / "x.bin")
     assert read_header(tmp_path / "x.bin") == {"a": ((2, 3), "float16")}
 
@@ -669,7 +641,7 @@ print(time.perf_counter() - start)
 
 
 @pytest.mark.full
-def test_peak_memory_of_a_full_size_checkpoint(full_checkpoints: tuple[Path, Path]) -> None:
+def test_peak_memory_of_a_full_size_checkpoint(full_checkpoints):
     """VmHWM of a fresh process, mapped pages and libraries included, after reading every weight."""
     folder, file = full_checkpoints
 

@@ -12,7 +12,6 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +41,7 @@ CONTAINERS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def test_the_attacks_are_real(tmp_path: Path) -> None:
+def test_the_attacks_are_real(tmp_path):
     """Python's own unpickler carries each of them out, so a canary that stays away means something."""
     canary = tmp_path / "ran"
     for name, program in programs(canary).items():
@@ -52,7 +51,7 @@ def test_the_attacks_are_real(tmp_path: Path) -> None:
         canary.unlink()
 
 
-def test_the_attacks_of_the_hunt_are_real(tmp_path: Path) -> None:
+def test_the_attacks_of_the_hunt_are_real(tmp_path):
     """As `hunt_files.py` puts them into a checkpoint, torch carries them out where it is told to trust the file."""
     canary, path, rng, ran = tmp_path / "ran", tmp_path / "model.ckpt", random.Random(0), Counter[str]()
     for new in (True, False):
@@ -69,7 +68,7 @@ def test_the_attacks_of_the_hunt_are_real(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_no_pickle_runs(tmp_path: Path, container: str, tally: Counter[str]) -> None:
+def test_no_pickle_runs(tmp_path, container):
     canary, path = tmp_path / "ran", tmp_path / "model.ckpt"
     for name, program in (programs(canary) | REFUSED).items():
         path.write_bytes(CONTAINERS[container](program))
@@ -77,16 +76,14 @@ def test_no_pickle_runs(tmp_path: Path, container: str, tally: Counter[str]) -> 
         for read in (read_header, read_pickle, load, read_textual_inversion):
             with pytest.raises(CheckpointError) as caught:
                 read(path)
-            tally["refused"] += 1
             reason = str(caught.value)
             if name in programs(canary) and container in ("zip", "old") and "04" not in repr(program[:2]):
                 assert re.search(r"asks for code and was refused|not a checkpoint of torch \(instruction", reason), name
             assert "from a source you trust" in reason, name
-        tally["executed"] += canary.exists()
         assert not canary.exists(), name
 
 
-def test_torch_refuses_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Counter[str]) -> None:
+def test_torch_refuses_them_too(tmp_path, monkeypatch):
     """The second wall alone: what would happen if the first had a hole."""
     monkeypatch.setattr("minisd.io.tensors.check_pickle", lambda path: None)
     canary, path = tmp_path / "ran", tmp_path / "model.ckpt"
@@ -94,7 +91,6 @@ def test_torch_refuses_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         path.write_bytes(archive(program))
         with pytest.raises(CheckpointError, match="damaged or incomplete"):
             load(path)
-        tally.update(refused=1, executed=int(canary.exists()))
         assert not canary.exists(), name
 
 
@@ -109,7 +105,7 @@ def tensor(count: int, shape: bytes = b"K\x04\x85", strides: bytes = b"K\x01\x85
     return TENSOR % (STORAGE % count, shape, strides)
 
 
-def test_archives_that_lie(tmp_path: Path, tally: Counter[str]) -> None:
+def test_archives_that_lie(tmp_path):
     path = tmp_path / "model.bin"
     numbers = struct.pack("<4f", 1, 2, 3, 4)
     path.write_bytes(archive(tensor(4), **{"data/0": numbers}))
@@ -138,15 +134,13 @@ def test_archives_that_lie(tmp_path: Path, tally: Counter[str]) -> None:
             if name != "one number as a million" or read is read_header:
                 with pytest.raises(CheckpointError, match=message):
                     read(path)
-        tally["refused"] += 1
     with tarfile.open(path, "w") as tar:
         tar.add(__file__, "pickle")
     with pytest.raises(CheckpointError, match="is a tar archive"):
         read_header(path)
-    tally["refused"] += 1
 
 
-def test_old_files_that_claim_more_than_they_hold(tmp_path: Path) -> None:
+def test_old_files_that_claim_more_than_they_hold(tmp_path):
     torch.save({"a": torch.arange(64.0)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
     good = (tmp_path / "x.pt").read_bytes()
     assert good.count(b"K@") >= 2 and read_header(tmp_path / "x.pt") == {"a": ((64,), "float32")}
@@ -156,7 +150,7 @@ def test_old_files_that_claim_more_than_they_hold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["numpy.core", "numpy._core"])
-def test_what_published_checkpoints_hold_beside_tensors(tmp_path: Path, module: str, tally: Counter[str]) -> None:
+def test_what_published_checkpoints_hold_beside_tensors(tmp_path, module):
     """Steps and losses as numpy's numbers, counters, sets, attributes: read past, the tensors intact."""
     weights = nn.Linear(3, 2).state_dict()  # an OrderedDict with an attribute
     extra = {
@@ -184,4 +178,3 @@ def test_what_published_checkpoints_hold_beside_tensors(tmp_path: Path, module: 
     assert tensors.keys() == weights.keys() and all(torch.equal(tensors[key], weights[key]) for key in weights)
     step = read_pickle(path)["global_step"]
     assert type(step).__name__ == "_Inert" and not hasattr(step, "dtype") and vars(step) == {}
-    tally["whole"] += 1

@@ -171,7 +171,7 @@ def hooks(sd: StableDiffusion) -> int:
     return sum(len(module._forward_hooks) for part in (sd.unet, sd.text_encoder) for module in part.modules())
 
 
-def test_models_agree_without_adapters(ours: StableDiffusion, theirs: StableDiffusionPipeline) -> None:
+def test_models_agree_without_adapters(ours, theirs):
     assert difference(our_output(ours), their_output(theirs)) <= TOLERANCE
 
 
@@ -187,15 +187,7 @@ LAYOUTS: list[tuple[str, Spelling, str, float | None]] = [
 
 
 @pytest.mark.parametrize(("pattern", "spelling", "suffix", "alpha"), LAYOUTS)
-def test_a_file_of_every_layout_acts_as_in_diffusers(
-    ours: StableDiffusion,
-    theirs: StableDiffusionPipeline,
-    tmp_path: Path,
-    pattern: str,
-    spelling: Spelling,
-    suffix: str,
-    alpha: float | None,
-) -> None:
+def test_a_file_of_every_layout_acts_as_in_diffusers(ours, theirs, tmp_path, pattern, spelling, suffix, alpha):
     plain, before = our_output(ours), weights(ours)
     factors = random_lora(theirs, pattern)
     path = write(tmp_path / f"style{suffix}", factors, spelling, alpha)
@@ -218,9 +210,7 @@ def rename(path: Path, suffix: str) -> Path:
     return path.with_suffix(suffix)
 
 
-def test_alpha_and_rank_of_each_layer_against_the_formula(
-    ours: StableDiffusion, reference: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_alpha_and_rank_of_each_layer_against_the_formula(ours, reference, tmp_path):
     """diffusers 0.42 mistakes the layers of a text encoder whose alphas differ, so numpy says what is right."""
     tensors, expected = {}, {}
     before = weights(ours)
@@ -240,9 +230,7 @@ def test_alpha_and_rank_of_each_layer_against_the_formula(
     assert difference(our_output(ours), unfused) <= TOLERANCE
 
 
-def test_alpha_in_the_metadata_that_diffusers_writes(
-    ours: StableDiffusion, theirs: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_alpha_in_the_metadata_that_diffusers_writes(ours, theirs, tmp_path):
     factors = random_lora(theirs, ATTENTION)
     write(tmp_path / "kohya.safetensors", factors, kohya, alpha=8.0)
     theirs.load_lora_weights(tmp_path, weight_name="kohya.safetensors", adapter_name="a")
@@ -265,9 +253,7 @@ def test_alpha_in_the_metadata_that_diffusers_writes(
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_a_folder_that_peft_writes(
-    ours: StableDiffusion, theirs: StableDiffusionPipeline, tmp_path: Path, rslora: bool
-) -> None:
+def test_a_folder_that_peft_writes(ours, theirs, tmp_path, rslora):
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -292,9 +278,7 @@ def test_a_folder_that_peft_writes(
     assert difference(plain, expected) > 0.1
 
 
-def test_several_with_weights(
-    ours: StableDiffusion, theirs: StableDiffusionPipeline, reference: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_several_with_weights(ours, theirs, reference, tmp_path):
     names = ("one", "two", "three")
     for seed, (name, pattern) in enumerate(zip(names, (EVERYTHING, ATTENTION, LINEAR), strict=True)):
         path = write(tmp_path / f"{name}.safetensors", random_lora(reference, pattern, 2 + seed, seed), peft)
@@ -318,9 +302,7 @@ def test_several_with_weights(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_unfuse_restores_every_bit(
-    ours: StableDiffusion, reference: StableDiffusionPipeline, tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_unfuse_restores_every_bit(ours, reference, tmp_path, dtype):
     for part in (ours.unet, ours.text_encoder):
         part.to(dtype)
     before = weights(ours)
@@ -338,9 +320,7 @@ def test_unfuse_restores_every_bit(
     assert {p.dtype for p in ours.unet.parameters()} == {dtype}
 
 
-def test_fused_weights_are_saved_and_others_are_not(
-    ours: StableDiffusion, reference: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_fused_weights_are_saved_and_others_are_not(ours, reference, tmp_path):
     ours.load_lora(write(tmp_path / "style.safetensors", random_lora(reference, LINEAR), peft))
     expected = our_output(ours)
     with pytest.raises(ValueError, match=r"style is not fused; call fuse_lora\(\) or unload_lora\(\)"):
@@ -352,9 +332,7 @@ def test_fused_weights_are_saved_and_others_are_not(
     assert difference(our_output(again), expected) <= TOLERANCE
 
 
-def test_what_is_saved_acts_the_same_in_diffusers(
-    ours: StableDiffusion, theirs: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_what_is_saved_acts_the_same_in_diffusers(ours, theirs, tmp_path):
     layers = layers_of({"unet": ours.unet, "text_encoder": ours.text_encoder})
     torch.manual_seed(3)
     lora = LoRA({name: LowRank(layer, 4, alpha=6.0) for name, layer in layers.items()})
@@ -368,7 +346,7 @@ def test_what_is_saved_acts_the_same_in_diffusers(
     assert difference(plain, their_output(theirs)) > 0.1
 
 
-def test_a_new_lora_changes_nothing(ours: StableDiffusion) -> None:
+def test_a_new_lora_changes_nothing(ours):
     plain = our_output(ours)
     layers = layers_of({"unet": ours.unet, "text_encoder": ours.text_encoder})
     lora = LoRA({name: LowRank(layer, 4) for name, layer in layers.items()}).double()
@@ -402,7 +380,7 @@ KOHYA_NAMES = (
 
 
 @pytest.mark.parametrize("config", [SD15, SD21], ids=["SD 1", "SD 2"])
-def test_kohya_names_at_full_size(config: Any, tmp_path: Path) -> None:
+def test_kohya_names_at_full_size(config, tmp_path):
     with torch.device("meta"):
         parts = {"unet": UNet(config.unet), "text_encoder": TextEncoder(config.text_encoder)}
         reference = UNet2DConditionModel.from_config(to_dict(config.unet))
@@ -476,9 +454,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("change", DAMAGES)
-def test_what_does_not_fit_is_named_and_nothing_is_applied(
-    ours: StableDiffusion, reference: StableDiffusionPipeline, tmp_path: Path, change: str
-) -> None:
+def test_what_does_not_fit_is_named_and_nothing_is_applied(ours, reference, tmp_path, change):
     good = write(tmp_path / "good.safetensors", random_lora(reference, ATTENTION), kohya, alpha=2.0)
     ours.load_lora(good)
     before, output = weights(ours), our_output(ours)
@@ -491,9 +467,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_applied(
     assert same(ours, before) and torch.equal(our_output(ours), output)
 
 
-def test_names_weights_and_order_of_calls(
-    ours: StableDiffusion, reference: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_names_weights_and_order_of_calls(ours, reference, tmp_path):
     path = write(tmp_path / "style.safetensors", random_lora(reference, ATTENTION), peft)
     for call in (ours.fuse_lora, ours.unfuse_lora):
         with pytest.raises(ValueError, match="no LoRA is"):
@@ -522,7 +496,7 @@ def test_names_weights_and_order_of_calls(
     assert torch.equal(our_output(ours), output)
 
 
-def test_a_pickle_that_would_run_code_is_refused(ours: StableDiffusion, tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_refused(ours, tmp_path):
     class Evil:
         def __reduce__(self) -> Any:
             return (Path(tmp_path / "ran").touch, ())
@@ -555,9 +529,7 @@ TEXTS = ("a {} in the snow", "{}", "{}, {}!", "a{}b", "{}s fox", "a red fox", "<
 
 
 @pytest.mark.parametrize("name", INVERSIONS)
-def test_a_word_acts_as_in_diffusers(
-    ours: StableDiffusion, theirs: StableDiffusionPipeline, tmp_path: Path, name: str
-) -> None:
+def test_a_word_acts_as_in_diffusers(ours, theirs, tmp_path, name):
     path = tmp_path / name
     (save_file if path.suffix == ".safetensors" else torch.save)(INVERSIONS[name], path)
     table, tokenizer = ours.text_encoder.token_embedding, ours.tokenizer
@@ -582,7 +554,7 @@ def test_a_word_acts_as_in_diffusers(
     assert tokenizer.encode(prompt) == Tokenizer.from_pretrained().encode(prompt) != ours.tokenizer.encode(prompt)
 
 
-def test_added_tokens_split_texts_as_in_transformers() -> None:
+def test_added_tokens_split_texts_as_in_transformers():
     words = ("<dragon>", "s*", "café thing", "<dragon>x", "ж")
     reference = CLIPTokenizer.from_pretrained(TOKENIZER)
     ours = Tokenizer.from_pretrained()
@@ -603,9 +575,7 @@ def test_added_tokens_split_texts_as_in_transformers() -> None:
         )
 
 
-def test_another_word_and_several_in_one_model(
-    ours: StableDiffusion, theirs: StableDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_another_word_and_several_in_one_model(ours, theirs, tmp_path):
     for seed, word in enumerate(("<a>", "<b>")):
         save_file({word: vectors(2, seed)}, tmp_path / f"{seed}.safetensors")
         theirs.load_textual_inversion(tmp_path / f"{seed}.safetensors", token=f"{word}-new")
@@ -618,7 +588,7 @@ def test_another_word_and_several_in_one_model(
         ours.save_pretrained(tmp_path / "model")
 
 
-def test_a_word_beside_a_lora(ours: StableDiffusion, theirs: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_a_word_beside_a_lora(ours, theirs, tmp_path):
     path = write(tmp_path / "style.safetensors", random_lora(theirs, LINEAR), peft)
     save_file({"<new>": vectors(2)}, tmp_path / "word.safetensors")
     for load_lora, load_word in (
@@ -632,7 +602,7 @@ def test_a_word_beside_a_lora(ours: StableDiffusion, theirs: StableDiffusionPipe
     assert difference(ours.encode_text("a <new> fox"), expected) <= TOLERANCE
 
 
-def test_words_that_cannot_be_added(ours: StableDiffusion, tmp_path: Path) -> None:
+def test_words_that_cannot_be_added(ours, tmp_path):
     table, tokenizer = ours.text_encoder.token_embedding, ours.tokenizer
     bad: dict[str, tuple[Any, str]] = {
         "known.bin": ({"fox": vectors(1)}, "'fox' is a token already"),
@@ -660,13 +630,13 @@ def test_words_that_cannot_be_added(ours: StableDiffusion, tmp_path: Path) -> No
     assert read_textual_inversion(tmp_path / "new.bin")[0] == "<new>"
 
 
-def test_the_web_ui_names_its_safetensors_by_the_file(tmp_path: Path) -> None:
+def test_the_web_ui_names_its_safetensors_by_the_file(tmp_path):
     save_file({"emb_params": vectors(2)}, tmp_path / "my-style.safetensors")
     word, rows = read_textual_inversion(tmp_path / "my-style.safetensors")
     assert word == "my-style" and torch.equal(rows, vectors(2))
 
 
-def test_the_command_draws_what_python_draws(small_model: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_draws_what_python_draws(small_model, tmp_path, capsys):
     sd = StableDiffusion.from_pretrained(small_model, device="cpu")
     layers = layers_of({"unet": sd.unet})
     torch.manual_seed(5)
@@ -734,7 +704,7 @@ def small_prediction(context: Tensor, unet: Callable[..., Any]) -> Tensor:
     return out if isinstance(out, Tensor) else out.sample
 
 
-def test_which_layers_are_trained(small_model: Path, pictures: Path) -> None:
+def test_which_layers_are_trained(small_model, pictures):
     sd = StableDiffusion.from_pretrained(small_model, device="cpu")
     for layers in ("attention", "all"):
         task = LoRATask(sd, pictures, rank=2, layers=layers)
@@ -744,7 +714,7 @@ def test_which_layers_are_trained(small_model: Path, pictures: Path) -> None:
         assert (len(attention) < len(task.model.names)) == (layers == "all")
 
 
-def test_training_a_lora(small_model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_training_a_lora(small_model, pictures, tmp_path):
     """What is written acts the same in diffusers; the loss falls; the frozen weights stay."""
     sd = StableDiffusion.from_pretrained(small_model, device="cpu")
     before = weights(sd)
@@ -769,7 +739,7 @@ def test_training_a_lora(small_model: Path, pictures: Path, tmp_path: Path) -> N
     assert difference(plain, small_prediction(context, pipe.unet)) > CLEAR
 
 
-def test_training_a_word(small_model: Path, pictures: Path, tmp_path: Path) -> None:
+def test_training_a_word(small_model, pictures, tmp_path):
     """The same for textual inversion, by the command; only rows that begin as the initial word are trained."""
     output = tmp_path / "word"
     words = ["--token", "<it>", "--word", "thing", "--initial", "red fox", "--vectors", "3"]
@@ -791,7 +761,7 @@ def test_training_a_word(small_model: Path, pictures: Path, tmp_path: Path) -> N
     assert difference(ours.encode_text("a <it> on snow"), expected) <= 1e-5
 
 
-def test_a_trained_word_is_seen_as_it_will_be_loaded(small_model: Path, pictures: Path) -> None:
+def test_a_trained_word_is_seen_as_it_will_be_loaded(small_model, pictures):
     """The context in training is that of a model which has loaded the word."""
     sd = StableDiffusion.from_pretrained(small_model, device="cpu")
     task = InversionTask(sd, pictures, "<it>", "thing", "fox", vectors=2)
@@ -806,7 +776,7 @@ def test_a_trained_word_is_seen_as_it_will_be_loaded(small_model: Path, pictures
     assert sd.tokenizer.added == {} and len(sd.text_encoder.token_embedding.weight) == 49408
 
 
-def test_pictures_that_cannot_be_used(small_model: Path, pictures: Path, tmp_path: Path, capsys: Any) -> None:
+def test_pictures_that_cannot_be_used(small_model, pictures, tmp_path, capsys):
     images, captions = read_examples(pictures, 32)
     assert images.shape == (3, 3, 32, 32) and captions[2] == "a Thing on snow 2"
     assert images[0, :, 5, 9].tolist() == [1, -1, -1]
@@ -832,7 +802,7 @@ def test_pictures_that_cannot_be_used(small_model: Path, pictures: Path, tmp_pat
         assert message in capsys.readouterr().err
 
 
-def test_the_shipped_pictures() -> None:
+def test_the_shipped_pictures():
     images, captions = read_examples(EXAMPLES, 128)
     assert 20 <= len(captions) <= 60 and images.shape[2:] == (128, 128)
     assert all("unicorn" in caption and "snow" not in caption and "sea" not in caption for caption in captions)

@@ -26,14 +26,14 @@ from minisd.config import SD15, SD21, AutoencoderConfig
 from minisd.io.configs import check_config, read_config
 
 
-def test_published_configurations() -> None:
+def test_published_configurations():
     assert SD15.autoencoder == read_config(AutoencoderConfig, SD1_AUTOENCODER)
     assert SD21.autoencoder == read_config(AutoencoderConfig, {**SD1_AUTOENCODER, "sample_size": 768})
     assert SD15.autoencoder.downscale == 8
     assert SD15.autoencoder.scaling_factor == 0.18215
 
 
-def test_every_key_shape_and_epsilon() -> None:
+def test_every_key_shape_and_epsilon():
     ours, theirs = meta_autoencoders(SD1_AUTOENCODER)
     assert parameters(ours.encoder) + parameters(ours.quant_conv) == 34_163_664
     assert parameters(ours.decoder) + parameters(ours.post_quant_conv) == 49_490_199
@@ -45,16 +45,16 @@ def test_every_key_shape_and_epsilon() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (40, 24), (8, 72)])
-def test_encode_small(height: int, width: int) -> None:
+def test_encode_small(height, width):
     assert encode_difference(autoencoders(SMALL_AUTOENCODER), height, width) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (5, 9), (1, 3)])
-def test_decode_small(height: int, width: int) -> None:
+def test_decode_small(height, width):
     assert decode_difference(autoencoders(SMALL_AUTOENCODER), height, width) <= TOLERANCE
 
 
-def test_forward_decodes_the_mean_or_a_sample() -> None:
+def test_forward_decodes_the_mean_or_a_sample():
     ours, theirs = autoencoders(SMALL_AUTOENCODER)
     images, draw = noise(2, 3, 16, 24).clamp(-1, 1), noise(2, 4, 4, 6, seed=7)
     posterior = theirs.encode(images).latent_dist
@@ -63,7 +63,7 @@ def test_forward_decodes_the_mean_or_a_sample() -> None:
     assert difference(ours(images, draw)[0], expected) <= TOLERANCE
 
 
-def test_decoding_twice_gives_the_same_and_leaves_the_latents() -> None:
+def test_decoding_twice_gives_the_same_and_leaves_the_latents():
     ours, _ = autoencoders(SMALL_AUTOENCODER)
     latents = noise(1, 4, 5, 6)
     before = latents.clone()
@@ -71,7 +71,7 @@ def test_decoding_twice_gives_the_same_and_leaves_the_latents() -> None:
     assert torch.equal(latents, before)
 
 
-def test_log_variance_is_clamped() -> None:
+def test_log_variance_is_clamped():
     ours, theirs = autoencoders(SMALL_AUTOENCODER)
     ours.quant_conv.weight.mul_(40)  # one tensor, shared by both
     images = noise(2, 3, 32, 32)
@@ -81,27 +81,27 @@ def test_log_variance_is_clamped() -> None:
     assert difference(logvar, expected) <= TOLERANCE
 
 
-def test_kl_against_torch() -> None:
+def test_kl_against_torch():
     mean, logvar = noise(3, 4, 5, 6), noise(3, 4, 5, 6, seed=2)
     expected = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum((1, 2, 3))
     torch.testing.assert_close(Gaussian(mean, logvar).kl(), expected, rtol=1e-12, atol=0)
 
 
-def test_kl_by_hand() -> None:
+def test_kl_by_hand():
     # μ = 2, σ² = 4: ½ (4 + 4 − 1 − ln 4) for each of two latents
     gaussian = Gaussian(torch.full((1, 2, 1, 1), 2.0), torch.full((1, 2, 1, 1), 1.3862943611))
     assert float(gaussian.kl()) == pytest.approx(7 - 1.3862943611, rel=1e-6)
     assert float(Gaussian(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)).kl()) == 0
 
 
-def test_sample_by_hand() -> None:
+def test_sample_by_hand():
     gaussian = Gaussian(torch.tensor([1.0, -2.0]), torch.tensor([0.0, 2.1972246]))  # σ = 1, 3
     torch.testing.assert_close(gaussian.sample(torch.tensor([0.5, -1.0])), torch.tensor([1.5, -5.0]))
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_full_size() -> None:
+def test_full_size():
     start = time.perf_counter()
     pair = autoencoders(SD1_AUTOENCODER, torch.float32)
     with norms_in_float64():
@@ -114,7 +114,7 @@ def test_full_size() -> None:
     assert decode_difference(pair, 64, 64, n=1) <= LAYOUT_TOLERANCE
 
 
-def test_what_channels_last_costs() -> None:
+def test_what_channels_last_costs():
     """Why there are two tolerances: torch's own GroupNorm, in both layouts, beside float64."""
     torch.manual_seed(0)
     x = torch.randn(1, 128, 256, 256) + 3
@@ -126,7 +126,7 @@ def test_what_channels_last_costs() -> None:
     assert off[0] < 2e-6 and 10 * off[0] < off[1] < LAYOUT_TOLERANCE
 
 
-def test_bad_configurations() -> None:
+def test_bad_configurations():
     with pytest.raises(ValueError, match="has 100, which norm_num_groups=32 does not divide"):
         check_config(AutoencoderConfig(block_out_channels=(100,)))
     with pytest.raises(ValueError, match="use_quant_conv=False; minisd builds only use_quant_conv=True"):

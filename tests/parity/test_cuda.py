@@ -14,10 +14,7 @@ from PIL import Image
 from minisd import Sampler, StableDiffusion, record_attention
 from minisd.features.attention_maps import watch_attention
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.timeout(600),
-]
+pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"), pytest.mark.timeout(600)]
 
 PROMPT = "a red car on the beach at sunset"
 DDIM = Sampler("ddim", "leading")
@@ -47,27 +44,27 @@ def difference(one: Image.Image | list[Image.Image], other: Image.Image | list[I
     return found
 
 
-def test_the_first_device_is_the_gpu_and_its_usual_dtype_float16() -> None:
+def test_the_first_device_is_the_gpu_and_its_usual_dtype_float16():
     sd = StableDiffusion.from_pretrained()
     assert sd.device.type == "cuda" and sd.unet.conv_in.weight.dtype == torch.float16
     assert sd.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a", "heun", "ddim"])
-def test_float32_draws_the_picture_of_the_cpu(cpu: StableDiffusion, sampler: str) -> None:
+def test_float32_draws_the_picture_of_the_cpu(cpu, sampler):
     gpu = StableDiffusion.from_pretrained(device="cuda", dtype=torch.float32)
     choices = {"seed": [3, 4], "sampler": Sampler(sampler), "num_inference_steps": 8}
     assert difference(gpu([PROMPT] * 2, **choices), cpu([PROMPT] * 2, **choices)) <= 2
 
 
-def test_float16_stays_near_float32(cpu: StableDiffusion) -> None:
+def test_float16_stays_near_float32(cpu):
     gpu = StableDiffusion.from_pretrained(device="cuda", dtype=torch.float16)
     apart = np.abs(pixels(gpu(PROMPT, seed=3)) - pixels(cpu(PROMPT, seed=3)))
     print(f"mean {apart.mean():.3f}/255, largest {apart.max()}/255")
     assert apart.mean() < 2
 
 
-def test_editing_draws_the_picture_of_the_cpu(cpu: StableDiffusion) -> None:
+def test_editing_draws_the_picture_of_the_cpu(cpu):
     gpu = StableDiffusion.from_pretrained(device="cuda", dtype=torch.float32)
     start = cpu(PROMPT, seed=3)
     mask = Image.new("L", (128, 128))
@@ -80,7 +77,7 @@ def test_editing_draws_the_picture_of_the_cpu(cpu: StableDiffusion) -> None:
         assert difference(one, other) <= 2
 
 
-def test_maps_of_attention_are_those_of_the_cpu(cpu: StableDiffusion) -> None:
+def test_maps_of_attention_are_those_of_the_cpu(cpu):
     gpu = StableDiffusion.from_pretrained(device="cuda", dtype=torch.float32)
     maps = []
     for sd in (gpu, cpu):
@@ -98,7 +95,7 @@ def test_maps_of_attention_are_those_of_the_cpu(cpu: StableDiffusion) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}])
-def test_compiled_draws_the_same_picture(options: dict[str, str]) -> None:
+def test_compiled_draws_the_same_picture(options):
     plain, sd = (StableDiffusion.from_pretrained(device="cuda", dtype=torch.float32) for _ in range(2))
     sd.compile(**options)
     for seed in (3, 4):
@@ -115,7 +112,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("full") / "model", make_parts(SD15))
 
 
-def test_full_size_in_float16_is_as_near_to_float32_as_diffusers(full: Path) -> None:
+def test_full_size_in_float16_is_as_near_to_float32_as_diffusers(full):
     """The judge is diffusers in float32; on whole pictures, 20 guided steps at 512×512."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -148,7 +145,7 @@ def test_full_size_in_float16_is_as_near_to_float32_as_diffusers(full: Path) -> 
     assert mine.mean() <= 1.1 * other.mean() + 0.05
 
 
-def test_offloaded_parts_take_less_of_the_gpu_and_draw_the_same(full: Path) -> None:
+def test_offloaded_parts_take_less_of_the_gpu_and_draw_the_same(full):
     drawn, peaks = [], []
     for offload in (False, True):
         torch.cuda.empty_cache()

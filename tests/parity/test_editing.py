@@ -69,8 +69,7 @@ def test_image_to_image(models, picture, strength):
     ours = last(sd.denoise("a fox", picture, strength=strength, latents=noise(2)))
     generator = torch.Generator().manual_seed(3)  # whose first draw diffusers spends on the latents
     assert_close(
-        ours,
-        theirs("StableDiffusionImg2ImgPipeline", folder, image=picture, strength=strength, generator=generator),
+        ours, theirs("StableDiffusionImg2ImgPipeline", folder, image=picture, strength=strength, generator=generator)
     )
 
 

@@ -36,7 +36,7 @@ def reference(full_checkpoints: tuple[Path, Path]) -> np.ndarray:
 
 
 @pytest.mark.full
-def test_folder_draws_the_picture_of_diffusers(full_checkpoints: tuple[Path, Path], reference: np.ndarray) -> None:
+def test_folder_draws_the_picture_of_diffusers(full_checkpoints, reference):
     mine, other = draw(full_checkpoints[0], PROMPTS)
     difference, moved = np.abs(mine - reference).max(), np.abs(mine - other).max()
     print(f"difference {difference}/255, standard deviation {mine.std():.1f}/255, another prompt moves {moved}/255")
@@ -46,14 +46,14 @@ def test_folder_draws_the_picture_of_diffusers(full_checkpoints: tuple[Path, Pat
 
 
 @pytest.mark.full
-def test_single_file_draws_the_picture_of_diffusers(full_checkpoints: tuple[Path, Path], reference: np.ndarray) -> None:
+def test_single_file_draws_the_picture_of_diffusers(full_checkpoints, reference):
     (mine,) = draw(full_checkpoints[1], PROMPTS[:1])
     print(f"difference {np.abs(mine - reference).max()}/255")
     assert np.abs(mine - reference).max() <= 1
 
 
 @pytest.mark.real
-def test_published_weights_draw_the_picture_of_diffusers(real_model: str) -> None:
+def test_published_weights_draw_the_picture_of_diffusers(real_model):
     """On named weights, in float32 on the CPU; with a GPU the next test does the same in float16."""
     from diffusers import StableDiffusionPipeline
 
@@ -63,7 +63,7 @@ def test_published_weights_draw_the_picture_of_diffusers(real_model: str) -> Non
 
 @pytest.mark.real
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_published_weights_in_float16_on_cuda(real_model: str) -> None:
+def test_published_weights_in_float16_on_cuda(real_model):
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(real_model, safety_checker=None, dtype=torch.float16).to("cuda")

@@ -48,7 +48,7 @@ UNET_2: Case = partial(unets, SMALL_UNET_2), unet_difference
 
 
 @pytest.mark.parametrize("case", [TEXT, TEXT_2, ENCODE, DECODE, UNET, UNET_2])
-def test_without_a_mistake(case: Case) -> None:
+def test_without_a_mistake(case):
     build, compare = case
     assert compare(build()) <= TOLERANCE
 
@@ -71,7 +71,7 @@ NORMS: list[tuple[str, Case, str, float, float]] = [
 
 
 @pytest.mark.parametrize(("case", "pattern", "right", "wrong"), [row[1:] for row in NORMS], ids=[r[0] for r in NORMS])
-def test_epsilon_of_every_norm(case: Case, pattern: str, right: float, wrong: float) -> None:
+def test_epsilon_of_every_norm(case, pattern, right, wrong):
     build, compare = case
     pair = build()
     norms = {n: m for n, m in pair.ours.named_modules() if re.fullmatch(f"(text_model.)?(encoder.)?{pattern}", n)}
@@ -83,7 +83,7 @@ def test_epsilon_of_every_norm(case: Case, pattern: str, right: float, wrong: fl
         norm.eps = right
 
 
-def test_no_norm_was_left_out() -> None:
+def test_no_norm_was_left_out():
     covered = 0
     for build, networks in ((TEXT[0], "CLIP"), (ENCODE[0], "encoder|decoder"), (UNET[0], "UNet")):
         names = norm_epsilons(build().ours)
@@ -198,7 +198,7 @@ MISTAKES: list[tuple[Case, Callable[[Any, pytest.MonkeyPatch], None]]] = [
 
 
 @pytest.mark.parametrize(("case", "mistake"), MISTAKES, ids=[m.__name__ for _, m in MISTAKES])
-def test_mistake(case: Case, mistake: Callable[[Any, pytest.MonkeyPatch], None], monkeypatch: Any) -> None:
+def test_mistake(case, mistake, monkeypatch):
     build, compare = case
     pair = build()
     mistake(pair.ours, monkeypatch)
@@ -226,7 +226,7 @@ def scaled_decode_difference(pair: Pair) -> float:
 
 @pytest.mark.parametrize("compare", [scaled_encode_difference, scaled_decode_difference])
 @pytest.mark.parametrize("wrong", [1.0, 1 / 0.18215, 0.18216])
-def test_scale_factor(compare: Callable[[Pair], float], wrong: float) -> None:
+def test_scale_factor(compare, wrong):
     pair = autoencoders(SMALL_AUTOENCODER)
     assert compare(pair) <= TOLERANCE
     pair.ours.config = replace(pair.ours.config, scaling_factor=wrong)

@@ -59,7 +59,7 @@ def quietly(sd: StableDiffusion, prompts: str | list[str], clip_skip: int = 1) -
 
 
 @pytest.mark.parametrize("prompt", ["", "a fox in the snow", "(a fox:1) in [(the)] snow", long_prompt(75)])
-def test_weights_of_one(ours: StableDiffusion, prompt: str):
+def test_weights_of_one(ours, prompt):
     plain = prompt.translate(str.maketrans("", "", "()[]:1"))
     with torch.inference_mode():
         expected = ours.text_encoder(ours.tokenizer([plain, "a cat"]))
@@ -78,14 +78,14 @@ WEIGHTED = {
 
 
 @pytest.mark.parametrize("prompt", WEIGHTED)
-def test_weights_from_one_on(ours: StableDiffusion, compel: Compel, prompt: str):
+def test_weights_from_one_on(ours, compel, prompt):
     expected = compel(WEIGHTED[prompt])
     assert difference(ours.encode_text(prompt), expected) <= TOLERANCE
     assert difference(quietly(ours, escape(WEIGHTED[prompt])), expected) > 1e-2  # the weight matters
 
 
 @pytest.mark.parametrize("weight", [0.9, 0.5, 0.0, -1.0])
-def test_weights_below_one_by_hand(ours: StableDiffusion, models: Any, weight: float):
+def test_weights_below_one_by_hand(ours, models, weight):
     """compel does something else there: its contexts without the word are mixed in."""
     tokenizer, encoder = CLIPTokenizer.from_pretrained(TOKENIZER), models[1].text_encoder
     ids = tokenizer(["a red fox in the snow", ""], padding="max_length", return_tensors="pt").input_ids
@@ -98,13 +98,13 @@ def test_weights_below_one_by_hand(ours: StableDiffusion, models: Any, weight: f
 
 
 @pytest.mark.parametrize("tokens", [75, 76, 150, 151, 300])
-def test_long_prompts(ours: StableDiffusion, compel: Compel, tokens: int):
+def test_long_prompts(ours, compel, tokens):
     prompt, chunks = long_prompt(tokens), math.ceil(tokens / 75)
     assert quietly(ours, prompt).shape == (1, 77 * chunks, 32)
     assert difference(quietly(ours, prompt), compel(prompt)) <= TOLERANCE
 
 
-def test_weights_across_chunks(ours: StableDiffusion, compel: Compel):
+def test_weights_across_chunks(ours, compel):
     some = long_prompt(70), long_prompt(10, 3), long_prompt(90, 5)
     expected = compel("{} ({})1.6 {}".format(*some))
     assert expected.shape == (1, 77 * 3, 32)
@@ -120,7 +120,7 @@ def test_token_rows():
 
 
 @torch.inference_mode()
-def test_attention_over_repeated_contexts(models: Any):
+def test_attention_over_repeated_contexts(models):
     """Asked of diffusers' UNet and of ours; padding with the empty prompt instead is another context."""
     x, t, context = noise(1, 4, 8, 8), torch.tensor(400), noise(1, 77, 32, seed=3)
     for unet in (lambda c: models[0].unet(x, t, c), lambda c: models[1].unet(x, t, c).sample):
@@ -129,7 +129,7 @@ def test_attention_over_repeated_contexts(models: Any):
         assert difference(unet(torch.cat([context, models[0].encode_text("")], dim=1)), alone) > 1e-2
 
 
-def test_added_words_in_weights_and_at_ends_of_chunks(ours: StableDiffusion, models: Any):
+def test_added_words_in_weights_and_at_ends_of_chunks(ours, models):
     sd = copy.copy(ours)
     sd.text_encoder = copy.deepcopy(ours.text_encoder)
     sd.tokenizer = add_word(sd.tokenizer, sd.text_encoder, "<unicorn>", noise(3, 32))
@@ -164,7 +164,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def test_weighted_long_prompts_in_the_pipeline(ours: StableDiffusion, models: Any, compel: Compel):
+def test_weighted_long_prompts_in_the_pipeline(ours, models, compel):
     latents, (first, second) = noise(1, 4, 8, 8), (long_prompt(80), long_prompt(70, 2))
     mine = last(
         ours.denoise(f"{first} (fox:1.5)", negative_prompt=f"(cat:2) {second} dog, house ,", latents=latents, **PICTURE)
@@ -183,7 +183,7 @@ def test_weighted_long_prompts_in_the_pipeline(ours: StableDiffusion, models: An
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
-def test_clip_skip_of_both_prompts(ours: StableDiffusion, models: Any, monkeypatch: pytest.MonkeyPatch, clip_skip: int):
+def test_clip_skip_of_both_prompts(ours, models, monkeypatch, clip_skip):
     seen: list[Tensor] = []
     forward = ours.unet.forward
     monkeypatch.setattr(ours.unet, "forward", lambda x, t, c: seen.append(c) or forward(x, t, c))

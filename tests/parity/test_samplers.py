@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,11 +45,7 @@ VARIANTS = {
     "heun": (Sampler("heun"), HeunDiscreteScheduler, {}),
     "heun, karras": (Sampler("heun", karras=True), HeunDiscreteScheduler, {"use_karras_sigmas": True}),
     "dpmpp_2m": (Sampler("dpmpp_2m"), DPMSolverMultistepScheduler, {}),
-    "dpmpp_2m, karras": (
-        Sampler("dpmpp_2m", karras=True),
-        DPMSolverMultistepScheduler,
-        {"use_karras_sigmas": True},
-    ),
+    "dpmpp_2m, karras": (Sampler("dpmpp_2m", karras=True), DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "lcm": (Sampler("lcm"), LCMScheduler, {}),
 }
 
@@ -92,12 +87,7 @@ def run_ours(plan: Plan, latents: Tensor | None = None) -> list[Tensor]:
 
 
 def run_theirs(
-    scheduler: Any,
-    calls: list[Any],
-    x: Tensor,
-    gaps: list[int] | None = None,
-    eta: float = 0,
-    v_to_noise: bool = False,
+    scheduler: Any, calls: list[Any], x: Tensor, gaps: list[int] | None = None, eta: float = 0, v_to_noise: bool = False
 ) -> list[Tensor]:
     """The same of a diffusers scheduler; gaps: see deviation 1; v_to_noise: see deviation 2."""
     generator, seen = torch.Generator().manual_seed(5), []
@@ -137,7 +127,7 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_call(variant: str, spacing: str, prediction_type: str):
+def test_every_call(variant, spacing, prediction_type):
     sampler, worst = VARIANTS[variant][0], 0.0
     pndm = sampler.name == "pndm"
     v_to_noise = pndm and prediction_type == "v_prediction"
@@ -155,7 +145,7 @@ def test_every_call(variant: str, spacing: str, prediction_type: str):
 
 
 @pytest.mark.parametrize(("variant", "spacing", "n"), sorted(UNEVEN))
-def test_listed_deviations_are_there(variant: str, spacing: str, n: int):
+def test_listed_deviations_are_there(variant, spacing, n):
     """Deviation 1 is real: left alone, diffusers gives something else. So the list cannot grow stale."""
     sampler = VARIANTS[variant][0]
     scheduler = theirs_for(variant, spacing, "epsilon", n)
@@ -165,7 +155,7 @@ def test_listed_deviations_are_there(variant: str, spacing: str, n: int):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_image_to_image(variant: str, spacing: str):
+def test_image_to_image(variant, spacing):
     sampler, latents, n, skipped = VARIANTS[variant][0], gaussian(1), 20, 13
     plan = sampler.plan(schedule_for(spacing=spacing), n, start=skipped)
     scheduler = theirs_for(variant, spacing, "epsilon", n)
@@ -185,7 +175,7 @@ def test_image_to_image(variant: str, spacing: str):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_lcm_at_every_number_of_steps(prediction_type: str):
+def test_lcm_at_every_number_of_steps(prediction_type):
     worst = 0.0
     for n in range(1, 51):
         plan = Sampler("lcm").plan(schedule_for(prediction_type), n)
@@ -198,7 +188,7 @@ def test_lcm_at_every_number_of_steps(prediction_type: str):
     assert worst <= TOLERANCE
 
 
-def test_lcm_folder_in_diffusers(small_model: Path, tmp_path: Path):
+def test_lcm_folder_in_diffusers(small_model, tmp_path):
     sd = StableDiffusion.from_pretrained(small_model, device="cpu")
     sd.defaults = replace(sd.defaults, sampler=Sampler("lcm"), num_inference_steps=4)
     sd.save_pretrained(tmp_path / "model")

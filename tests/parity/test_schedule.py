@@ -27,7 +27,7 @@ def random(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def test_published_numbers() -> None:
+def test_published_numbers():
     schedule = Schedule()
     assert schedule.alphas_cumprod[0] == pytest.approx(0.99915, abs=1e-9)
     assert schedule.alphas_cumprod[999] == pytest.approx(0.0046601, abs=1e-7)
@@ -36,7 +36,7 @@ def test_published_numbers() -> None:
 
 
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear"])
-def test_tables_are_those_of_diffusers(beta_schedule: str) -> None:
+def test_tables_are_those_of_diffusers(beta_schedule):
     schedule = Schedule(ScheduleConfig(beta_schedule=beta_schedule))
     theirs: Any = DDPMScheduler(**SD | {"beta_schedule": beta_schedule})
     assert np.allclose(schedule.betas, theirs.betas.double().numpy(), rtol=1e-6, atol=0)
@@ -44,7 +44,7 @@ def test_tables_are_those_of_diffusers(beta_schedule: str) -> None:
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_timesteps_are_those_of_diffusers(spacing: str) -> None:
+def test_timesteps_are_those_of_diffusers(spacing):
     whole: Any = DDIMScheduler(**SD, timestep_spacing=spacing)
     fractional: Any = EulerDiscreteScheduler(
         **{k: v for k, v in SD.items() if k != "clip_sample"}, timestep_spacing=spacing
@@ -57,11 +57,11 @@ def test_timesteps_are_those_of_diffusers(spacing: str) -> None:
         assert np.allclose(ours, fractional.timesteps.numpy(), rtol=1e-6, atol=1e-6)
 
 
-def test_first_timesteps_of_leading_spacing() -> None:
+def test_first_timesteps_of_leading_spacing():
     assert [Schedule().timesteps(n)[0] for n in (20, 25, 30, 50, 1)] == [951, 961, 958, 981, 1]
 
 
-def test_trailing_spacing_gives_as_many_timesteps_as_asked() -> None:
+def test_trailing_spacing_gives_as_many_timesteps_as_asked():
     """diffusers gives n + 1 of them for n = 61, 103, 121 …, the last being -1."""
     for n in range(1, 1001):
         timesteps = Schedule().timesteps(n, "trailing")
@@ -69,7 +69,7 @@ def test_trailing_spacing_gives_as_many_timesteps_as_asked() -> None:
         assert all(a > b for a, b in zip(timesteps[:-1], timesteps[1:], strict=True))
 
 
-def test_one_jump_is_many_single_steps() -> None:
+def test_one_jump_is_many_single_steps():
     """q(x_t | x0): the mean and variance of x_t = √(1−β) x_{t−1} + √β z, followed one timestep at a time."""
     schedule = Schedule()
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -81,7 +81,7 @@ def test_one_jump_is_many_single_steps() -> None:
         assert schedule.add_noise(0 * one, one, at).item() == pytest.approx(variance**0.5, rel=1e-12)
 
 
-def test_noise_velocity_and_snr_are_those_of_diffusers() -> None:
+def test_noise_velocity_and_snr_are_those_of_diffusers():
     t, x0, noise = torch.tensor([0, 1, 500, 998, 999]), random(0), random(1)
     theirs: Any = DDPMScheduler(**SD)
     v = Schedule(ScheduleConfig(prediction_type="v_prediction"))
@@ -95,7 +95,7 @@ def test_noise_velocity_and_snr_are_those_of_diffusers() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_conversions_give_back_what_was_mixed(prediction_type: str) -> None:
+def test_conversions_give_back_what_was_mixed(prediction_type):
     schedule = Schedule(ScheduleConfig(prediction_type=prediction_type))
     t, x0, noise = torch.tensor([0, 1, 500, 998, 999]), random(0, torch.float64), random(1, torch.float64)
     noisy, prediction = schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t)
@@ -106,7 +106,7 @@ def test_conversions_give_back_what_was_mixed(prediction_type: str) -> None:
         assert torch.allclose(clean, x0[i], atol=1e-12) and torch.allclose(epsilon, noise[i], atol=1e-12)
 
 
-def test_sigma_and_timestep_are_each_others_inverse() -> None:
+def test_sigma_and_timestep_are_each_others_inverse():
     schedule = Schedule()
     for t in (0, 1, 17, 500, 999):
         assert schedule.sigma_at(t) == schedule.sigmas[t]
@@ -117,11 +117,8 @@ def test_sigma_and_timestep_are_each_others_inverse() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtype_of_the_latents_is_kept(dtype: torch.dtype) -> None:
-    schedule, t = (
-        Schedule(ScheduleConfig(prediction_type="v_prediction")),
-        torch.tensor([0, 1, 500, 998, 999]),
-    )
+def test_dtype_of_the_latents_is_kept(dtype):
+    schedule, t = (Schedule(ScheduleConfig(prediction_type="v_prediction")), torch.tensor([0, 1, 500, 998, 999]))
     x0, noise = random(0).to(dtype), random(1).to(dtype)
     exact = schedule.add_noise(x0.double(), noise.double(), t)
     noisy = schedule.add_noise(x0, noise, t)
@@ -131,7 +128,7 @@ def test_dtype_of_the_latents_is_kept(dtype: torch.dtype) -> None:
         assert convert(x0, noise, t).dtype == dtype
 
 
-def test_no_float64_reaches_a_device() -> None:
+def test_no_float64_reaches_a_device():
     """Some devices (MPS) have none: with float32 latents on one, nothing float64 may be there."""
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -148,7 +145,7 @@ def test_no_float64_reaches_a_device() -> None:
         assert Schedule().snr(t).dtype == torch.float32
 
 
-def test_tables_cannot_be_written() -> None:
+def test_tables_cannot_be_written():
     with pytest.raises(ValueError, match="read-only"):
         Schedule().betas[0] = 1.0
 
@@ -162,6 +159,6 @@ def test_tables_cannot_be_written() -> None:
         (10, "middle", "'leading', 'trailing' or 'linspace'"),
     ],
 )
-def test_errors_say_what_to_do(n: int, spacing: str, words: str) -> None:
+def test_errors_say_what_to_do(n, spacing, words):
     with pytest.raises(ValueError, match=words):
         Schedule().timesteps(n, spacing)

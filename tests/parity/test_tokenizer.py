@@ -49,7 +49,7 @@ a</w>b </w> Ġhello Ã© [PAD] <pad> #version: 0.2 # # ## http://example.com/a?b
 KNOWN_DIFFERENCES = {
     # transformers' pattern takes an end token in capitals for one word, then cuts it in three; here its "|>"
     # joins punctuation that follows directly. Typed in lower case, the end token is the same in both.
-    "<|ENDOFTEXT|>!": [27, 347, 40786, 4160, 91, 285, 256],
+    "<|ENDOFTEXT|>!": [27, 347, 40786, 4160, 91, 285, 256]
 }
 
 

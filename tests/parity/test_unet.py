@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
-from models import SD1_INPAINT_UNET, SD1_UNET, SD2_UNET, SMALL_UNET, SMALL_UNET_2, TOLERANCE, Values, difference, noise
+from models import SD1_INPAINT_UNET, SD1_UNET, SD2_UNET, SMALL_UNET, SMALL_UNET_2, TOLERANCE, difference, noise
 from pairs import (
     KERNEL_TOLERANCE,
     LAYOUT_TOLERANCE,
@@ -30,7 +29,7 @@ from minisd.unet import timestep_embedding
 SMALL = {"SD 1": SMALL_UNET, "SD 2": SMALL_UNET_2}
 
 
-def test_published_configurations() -> None:
+def test_published_configurations():
     assert SD15.unet == read_config(UNetConfig, SD1_UNET)
     assert SD15_INPAINT.unet == read_config(UNetConfig, SD1_INPAINT_UNET)
     assert SD21_BASE.unet == read_config(UNetConfig, SD2_UNET)
@@ -43,7 +42,7 @@ def test_published_configurations() -> None:
     [(SD1_UNET, 859_520_964), (SD1_INPAINT_UNET, 859_535_364), (SD2_UNET, 865_910_724)],
     ids=["SD 1.5", "SD 1.5 inpainting", "SD 2"],
 )
-def test_every_key_shape_and_epsilon(values: Values, count: int) -> None:
+def test_every_key_shape_and_epsilon(values, count):
     ours, theirs = meta_unets(values)
     assert parameters(ours) == count
     assert len(shapes(ours)) == 686
@@ -67,15 +66,15 @@ def test_every_key_shape_and_epsilon(values: Values, count: int) -> None:
     ],
     ids=str,
 )
-def test_small(values: Values, case: dict[str, Any]) -> None:
+def test_small(values, case):
     assert unet_difference(unets(values), **case) <= TOLERANCE
 
 
-def test_inpainting_takes_nine_channels() -> None:
+def test_inpainting_takes_nine_channels():
     assert unet_difference(unets({**SMALL_UNET, "in_channels": 9})) <= TOLERANCE
 
 
-def test_one_timestep_serves_the_batch() -> None:
+def test_one_timestep_serves_the_batch():
     ours, theirs = unets(SMALL_UNET)
     latents, context = noise(3, 4, 8, 8), noise(3, 77, 24, seed=3)
     expected = theirs(latents, torch.tensor([437, 437, 437]), context).sample
@@ -91,7 +90,7 @@ def full_size() -> Pair:
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 28)])
-def test_full_size(full_size: Pair, height: int, width: int) -> None:
+def test_full_size(full_size, height, width):
     start = time.perf_counter()
     with norms_in_float64():
         found = unet_difference(full_size, height, width)
@@ -102,7 +101,7 @@ def test_full_size(full_size: Pair, height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [32, 320])
-def test_timestep_embedding_by_hand(dim: int) -> None:
+def test_timestep_embedding_by_hand(dim):
     for t in (0.0, 1.0, 500.5, 999.0):
         angles = [t * 10000 ** (-i / (dim // 2)) for i in range(dim // 2)]
         expected = torch.tensor([*map(math.cos, angles), *map(math.sin, angles)])
@@ -112,7 +111,7 @@ def test_timestep_embedding_by_hand(dim: int) -> None:
     )
 
 
-def test_timestep_embedding_against_diffusers() -> None:
+def test_timestep_embedding_against_diffusers():
     timesteps = torch.tensor([0, 1, 17, 372.61, 999])
     expected = get_timestep_embedding(timesteps, 320, flip_sin_to_cos=True, downscale_freq_shift=0)
     assert torch.equal(timestep_embedding(timesteps, 320), expected)
@@ -131,7 +130,7 @@ def test_timestep_embedding_against_diffusers() -> None:
         ),
     ],
 )
-def test_bad_configurations(wrong: dict[str, Any], message: str) -> None:
+def test_bad_configurations(wrong, message):
     with pytest.raises(ValueError, match=message):
         check_config(UNetConfig(**wrong))
 
@@ -139,6 +138,6 @@ def test_bad_configurations(wrong: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     "key", ["flip_sin_to_cos", "addition_embed_type", "time_embedding_type", "transformer_layers_per_block"]
 )
-def test_a_network_of_another_kind_is_refused(key: str) -> None:
+def test_a_network_of_another_kind_is_refused(key):
     with pytest.raises(ValueError, match=f"config has {key}='other'; minisd builds only {key}="):
         read_config(UNetConfig, {**SD1_UNET, key: "other"})

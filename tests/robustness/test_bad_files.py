@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +73,16 @@ BROKEN: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_safetensors(tmp_path: Path, name: str, tally: Counter[str]) -> None:
+def test_broken_safetensors(tmp_path, name):
     path = tmp_path / "x.safetensors"
     path.write_bytes(BROKEN[name])
     for read in (read_header, load, read_textual_inversion, lambda path: read_lora(path, {})):
         with pytest.raises(CheckpointError, match="x.safetensors is damaged or incomplete"):
             read(path)
-    tally["refused"] += 1
 
 
 @pytest.mark.parametrize("dtype", ["I64", "I8", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "C64", "U16"])
-def test_dtypes_that_are_no_weights(tmp_path: Path, dtype: str, tally: Counter[str]) -> None:
+def test_dtypes_that_are_no_weights(tmp_path, dtype):
     bits = {"I64": 64, "C64": 64, "U16": 16, "F4": 4, "F6_E2M3": 6}.get(dtype, 8)
     count = 8
     path = tmp_path / "x.safetensors"
@@ -92,20 +90,19 @@ def test_dtypes_that_are_no_weights(tmp_path: Path, dtype: str, tally: Counter[s
     assert list(read_header(path)) == ["<word>"]
     with pytest.raises(CheckpointError, match="of dtype .*; expected float16"):
         read_textual_inversion(path)
-    tally["refused"] += 1
     for destination in (torch.float32, torch.float16):
         with contextlib.suppress(CheckpointError, NotImplementedError):  # who asks for them gets what torch can do
             list(read_tensors(path, read_header(path), "cpu", destination))
 
 
-def test_a_shape_of_nothing_that_overflows(tmp_path: Path) -> None:
+def test_a_shape_of_nothing_that_overflows(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(safetensors({"<word>": entry((0, 2**63 - 1, 2**62), (0, 0))}, b""))
     with pytest.raises(CheckpointError, match="which torch cannot read"):
         read_textual_inversion(path)
 
 
-def test_a_file_cut_anywhere(tmp_path: Path, tally: Counter[str]) -> None:
+def test_a_file_cut_anywhere(tmp_path):
     """Every length of a small file, and flipped bits of its header: an error, or the same names and shapes."""
     save_file({"<word>": torch.randn(3, 4)}, tmp_path / "good.safetensors")
     torch.save({"<word>": torch.randn(3, 4)}, tmp_path / "good.bin")
@@ -115,7 +112,6 @@ def test_a_file_cut_anywhere(tmp_path: Path, tally: Counter[str]) -> None:
             path.write_bytes(data[:length])
             with pytest.raises(CheckpointError, match="is empty|damaged or incomplete"):
                 read_textual_inversion(path)
-            tally["refused"] += 1
     data = (tmp_path / "good.safetensors").read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     outcomes = {"refused": 0, "renamed": 0}
@@ -131,7 +127,6 @@ def test_a_file_cut_anywhere(tmp_path: Path, tally: Counter[str]) -> None:
             else:
                 assert vectors.shape == (3, 4)
                 outcomes["renamed"] += 1
-    tally.update(refused=outcomes["refused"], other=outcomes["renamed"])
     assert outcomes["refused"] > 8 * outcomes["renamed"] > 0  # in the word, or the blanks after the header
 
 
@@ -143,17 +138,16 @@ def test_a_file_cut_anywhere(tmp_path: Path, tally: Counter[str]) -> None:
     [("empty", "is empty"), ("web page", "is a web page"), ("git-lfs", "git lfs pull"), ("git-annex", "git annex get")],
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_what_is_no_weights_at_all(tmp_path: Path, kind: str, message: str, suffix: str, tally: Counter[str]) -> None:
+def test_what_is_no_weights_at_all(tmp_path, kind, message, suffix):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(NO_WEIGHTS[kind])
     for read in (load, read_textual_inversion, lambda path: read_lora(path, {})):
         with pytest.raises(CheckpointError, match=message):
             read(path)
-        tally["refused"] += 1
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes named pipes")
-def test_what_is_no_file_on_a_disk(folder: Path, tmp_path: Path, tally: Counter[str]) -> None:
+def test_what_is_no_file_on_a_disk(folder, tmp_path):
     """Pipes, devices, folders, and links to them, to themselves or to nothing: refused, and neither waited for."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
@@ -165,7 +159,6 @@ def test_what_is_no_file_on_a_disk(folder: Path, tmp_path: Path, tally: Counter[
             for read in (load, read_textual_inversion, lambda path: read_lora(path, {})):
                 with pytest.raises((CheckpointError, OSError), match="x|folder"):
                     read(link)
-                tally["refused"] += 1
             link.unlink()
     for name in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "model_index.json"):
         good = (folder / name).rename(tmp_path / "good")
@@ -173,7 +166,6 @@ def test_what_is_no_file_on_a_disk(folder: Path, tmp_path: Path, tally: Counter[
             (folder / name).symlink_to(target)
             with pytest.raises((CheckpointError, OSError)):
                 load(folder)
-            tally["refused"] += 1
             (folder / name).unlink()
         good.rename(folder / name)
     (tmp_path / "link").symlink_to(folder)
@@ -191,7 +183,7 @@ OTHERS = {
 }
 
 
-def test_another_model_is_called_by_its_name(tmp_path: Path, tally: Counter[str]) -> None:
+def test_another_model_is_called_by_its_name(tmp_path):
     path = tmp_path / "x.safetensors"
     for part, module in make_parts(SMALL, meta=True).items():
         kind = {"unet": "a UNet alone", "vae": "an autoencoder alone", "text_encoder": "a text encoder alone"}[part]
@@ -199,24 +191,20 @@ def test_another_model_is_called_by_its_name(tmp_path: Path, tally: Counter[str]
             save_file({prefix + key: torch.zeros(1) for key in module.state_dict()}, path)
             with pytest.raises(CheckpointError, match=f"It looks like {kind}, which cannot be loaded as a model"):
                 load(path)
-            tally["refused"] += 1
     for kind, keys in OTHERS.items():
         save_file({key: torch.zeros(1) for key in keys}, path)
         with pytest.raises(CheckpointError, match=f"It looks like {kind}, which cannot be loaded as a model"):
             load(path)
-        tally["refused"] += 1
         if kind != "a textual inversion":
             with pytest.raises(CheckpointError, match=f"It looks like {kind}. Use a LoRA"):
                 read_lora(path, {})
-            tally["refused"] += 1
     for name in ("lora_unet_conv_in.lora_down.weight", "unet.conv_in.lora_A.weight"):
         save_file({name: torch.zeros(1)}, path)
         with pytest.raises(CheckpointError, match="It looks like a LoRA, which cannot be loaded as a model"):
             load(path)
-        tally["refused"] += 1
 
 
-def test_a_part_of_a_folder_is_called_by_its_name(folder: Path) -> None:
+def test_a_part_of_a_folder_is_called_by_its_name(folder):
     with pytest.raises(CheckpointError, match="only a part, UNet2DConditionModel; give the folder that holds all"):
         load(folder / "unet")
     with pytest.raises(CheckpointError, match=r"only a part, \['CLIPTextModel'\]"):
@@ -228,7 +216,7 @@ def test_a_part_of_a_folder_is_called_by_its_name(folder: Path) -> None:
         load(folder / "tokenizer")
 
 
-def test_names_from_files_do_not_steer_the_terminal(tmp_path: Path) -> None:
+def test_names_from_files_do_not_steer_the_terminal(tmp_path):
     save_file({"\x1b[2J" + "x" * 10_000: torch.zeros(1)}, tmp_path / "x.safetensors")
     for read in (load, lambda path: read_lora(path, {})):
         with pytest.raises(CheckpointError) as caught:
@@ -285,7 +273,7 @@ CONFIGS: list[tuple[str, str, Any]] = [
 ]
 
 
-def test_absurd_configurations_cost_neither_time_nor_memory(folder: Path, tally: Counter[str]) -> None:
+def test_absurd_configurations_cost_neither_time_nor_memory(folder):
     load(folder)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for name, key, value in CONFIGS:
@@ -295,14 +283,13 @@ def test_absurd_configurations_cost_neither_time_nor_memory(folder: Path, tally:
             open_checkpoint(folder)
         assert Path(name).name in str(caught.value) or name == "model_index.json"
         assert len(str(caught.value)) < 600, (name, key)
-        tally["refused"] += 1
         (folder / name).write_text(good)
     open_checkpoint(folder)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < 200e6 and time.process_time() - started < 20
 
 
-def test_the_largest_configuration_that_is_allowed_takes_no_memory_before_it_fails(folder: Path) -> None:
+def test_the_largest_configuration_that_is_allowed_takes_no_memory_before_it_fails(folder):
     """All limits at once: the parts are built without memory for their weights, and the file has none such."""
     path = folder / "unet/config.json"
     largest = {"block_out_channels": [2**20] * 3, "layers_per_block": 16, "cross_attention_dim": 2**20}
@@ -315,14 +302,14 @@ def test_the_largest_configuration_that_is_allowed_takes_no_memory_before_it_fai
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 300e6
 
 
-def test_a_json_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+def test_a_json_file_of_gigabytes_is_not_read(tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(10 * 2**30)  # takes no room on disk
     with pytest.raises(CheckpointError, match="has 10,737,418,240 bytes"):
         read_json(tmp_path / "config.json")
 
 
-def test_damaged_tokenizers(folder: Path, tmp_path: Path, tally: Counter[str]) -> None:
+def test_damaged_tokenizers(folder, tmp_path):
     vocabulary, merges = folder / "tokenizer/vocab.json", folder / "tokenizer/merges.txt"
     words, lines = json.loads(vocabulary.read_text()), merges.read_text().splitlines()
     good = vocabulary.read_bytes(), merges.read_bytes()
@@ -345,17 +332,15 @@ def test_damaged_tokenizers(folder: Path, tmp_path: Path, tally: Counter[str]) -
         merges.write_text(text_of_merges)
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint(folder)
-        tally["refused"] += 1
     vocabulary.write_bytes(good[0])
     merges.write_bytes(good[1])
     for name, content in (("special_tokens_map.json", "[]"), ("special_tokens_map.json", '{"pad_token": "<none>"}')):
         (folder / "tokenizer" / name).write_text(content)
         with pytest.raises(CheckpointError, match="is damaged"):
             open_checkpoint(folder)
-        tally["refused"] += 1
 
 
-def test_an_index_and_its_shards_must_agree(folder: Path, tally: Counter[str]) -> None:
+def test_an_index_and_its_shards_must_agree(folder):
     path = folder / "unet/diffusion_pytorch_model.safetensors"
     state = load_file(path)
     path.unlink()
@@ -377,10 +362,9 @@ def test_an_index_and_its_shards_must_agree(folder: Path, tally: Counter[str]) -
         listing.write_text(json.dumps({"weight_map": index | {keys[0]: prefix + first}}))
         with pytest.raises(CheckpointError, match="shards must lie beside their index"):
             load(folder)
-    tally["refused"] += 1 + len(outside)
 
 
-def test_a_number_that_is_none_is_found_when_it_is_used(folder: Path, tally: Counter[str]) -> None:
+def test_a_number_that_is_none_is_found_when_it_is_used(folder):
     """Flipped bits in weights cannot be seen in a file; what becomes NaN is found while drawing, by the part's name."""
     names = {"text_encoder/model": "text encoder", "unet/diffusion_pytorch_model": "UNet"}
     names["vae/diffusion_pytorch_model"] = "autoencoder's decoder"
@@ -393,12 +377,11 @@ def test_a_number_that_is_none_is_found_when_it_is_used(folder: Path, tally: Cou
         save_file(state, path)
         with pytest.raises(FloatingPointError, match=f"the {part} returned NaN"):
             StableDiffusion.from_pretrained(folder, device="cpu")("fox", seed=0, num_inference_steps=1)
-        tally["refused"] += 1
         path.unlink()
         path.write_bytes(good)
 
 
-def test_alphas_that_are_no_numbers(tmp_path: Path, tally: Counter[str]) -> None:
+def test_alphas_that_are_no_numbers(tmp_path):
     parts = {"unet": UNet(SMALL.unet), "text_encoder": TextEncoder(SMALL.text_encoder)}
     layer = layers_of(parts)["unet.conv_in"]
     weights = {"unet.conv_in.lora_A.weight": torch.zeros(1, *layer.weight.shape[1:])}
@@ -415,20 +398,16 @@ def test_alphas_that_are_no_numbers(tmp_path: Path, tally: Counter[str]) -> None
         with pytest.raises(CheckpointError, match="has no valid alpha for unet.conv_in"):
             read_lora(path, parts)
         assert time.process_time() - started < 2
-        tally["refused"] += 1
     save_file(weights, path, {"lora_adapter_metadata": '{"a":' * 100_000})
     with pytest.raises(CheckpointError, match="is not JSON"):
         read_lora(path, parts)
     save_file(weights | {"unet.conv_in.alpha": torch.tensor(float("inf"))}, path)
     with pytest.raises(CheckpointError, match="has no valid alpha"):
         read_lora(path, parts)
-    tally["refused"] += 2
 
 
-def test_hunt(capsys: pytest.CaptureFixture[str], tally: Counter[str]) -> None:
+def test_hunt(capsys):
     """As many damaged files as MINISD_HUNT says, from the seed MINISD_SEED on."""
     found = hunt(int(os.environ.get("MINISD_HUNT", "150")), int(os.environ.get("MINISD_SEED", "0")))
-    tally.update(found)
-    tally["executed"] = found["FAILED executed"]
     assert not any(name.startswith("FAILED") for name in found), capsys.readouterr().out
     assert found["refused"] > found["other"] > 0 and found["whole"] > 0

@@ -24,7 +24,7 @@ def fresh() -> Iterator[None]:
     dynamo.reset()
 
 
-def test_one_graph_each_and_no_other_from_step_to_step() -> None:
+def test_one_graph_each_and_no_other_from_step_to_step():
     plain, sd, counter = StableDiffusion.from_pretrained(), StableDiffusion.from_pretrained(), CompileCounter()
     expected = plain("a fox in the snow", seed=7, num_inference_steps=2)
     dynamo.utils.counters.clear()
@@ -57,13 +57,13 @@ for seed in (0, 1):
 """
 
 
-def test_nothing_that_a_first_call_leaves_behind_makes_another_graph() -> None:
+def test_nothing_that_a_first_call_leaves_behind_makes_another_graph():
     """In a process in which no model has run: what libraries remember of their first call is watched by dynamo."""
     done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "2"]
 
 
-def test_a_graph_that_breaks_is_an_error() -> None:
+def test_a_graph_that_breaks_is_an_error():
     """So that the test above can fail: what cannot be traced within the UNet is refused."""
     sd = StableDiffusion.from_pretrained()
     sd.unet.register_forward_pre_hook(lambda module, inputs: print("a break"))

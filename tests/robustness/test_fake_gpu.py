@@ -95,7 +95,7 @@ def tiny(dtype: torch.dtype) -> StableDiffusion:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_mixes_with_no_other(dtype: torch.dtype) -> None:
+def test_half_precision_mixes_with_no_other(dtype):
     """On the CPU, where a float16 tensor beside a float32 one is an error."""
     sd = tiny(dtype)
     for sampler in SAMPLERS:
@@ -107,7 +107,7 @@ def test_half_precision_mixes_with_no_other(dtype: torch.dtype) -> None:
         assert step.latents.dtype == torch.float32
 
 
-def test_half_precision_predicts_nearly_the_same() -> None:
+def test_half_precision_predicts_nearly_the_same():
     context, latents = noise(2, 77, 128, dtype=torch.float32), noise(1, 4, 8, 8, dtype=torch.float32)
     half = tiny(torch.float16).predict(latents, 500.0, context.half(), 7.5)
     full = tiny(torch.float32).predict(latents, 500.0, context, 7.5)

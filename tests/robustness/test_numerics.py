@@ -6,7 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,9 +72,7 @@ def planted(parameter: nn.Parameter, value: float) -> Iterator[None]:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", PLACES)
-def test_bad_number_in_a_part_names_the_part(
-    sd: StableDiffusion, place: str, value: float, tally: Counter[str]
-) -> None:
+def test_bad_number_in_a_part_names_the_part(sd, place, value):
     key, name, users = PLACES[place]
     part = {"text_encoder": sd.text_encoder, "unet": sd.unet}.get(place, sd.autoencoder)
     with planted(part.get_parameter(key), value):
@@ -83,12 +80,11 @@ def test_bad_number_in_a_part_names_the_part(
             if function in users:
                 with pytest.raises(FloatingPointError, match=f"the {name} returned NaN or infinity in torch.float32"):
                     act(sd)
-                tally["refused"] += 1
             elif function in ("encode_text", "encode_image", "predict", "decode"):
                 act(sd)  # which shows that no other part is at fault
 
 
-def test_bad_number_ends_the_work_at_once(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_number_ends_the_work_at_once(sd, monkeypatch):
     calls: list[int] = []
     forward = sd.unet.forward
     monkeypatch.setattr(sd.unet, "forward", lambda *x: calls.append(1) or forward(*x))
@@ -116,9 +112,7 @@ def test_bad_number_in_a_lora_names_the_lora(small_model, tmp_path, part, layer,
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_bad_number_in_an_argument_names_it(
-    sd: StableDiffusion, value: float, tally: Counter[str]
-) -> None:
+def test_bad_number_in_an_argument_names_it(sd, value):
     def spoilt(x: Tensor) -> Tensor:
         x = x.clone()
         x.view(-1)[-1] = value
@@ -138,7 +132,6 @@ def test_bad_number_in_an_argument_names_it(
     }.items():
         with pytest.raises(FloatingPointError, match=f"{name.strip()} holds NaN or infinity"):
             act()
-        tally["refused"] += 1
 
 
 def everything(sd: StableDiffusion) -> list[Image.Image]:
@@ -152,7 +145,7 @@ def digest(pictures: list[Image.Image]) -> str:
     return hashlib.sha256(b"".join(picture.tobytes() for picture in pictures)).hexdigest()
 
 
-def test_deterministic_algorithms(sd: StableDiffusion) -> None:
+def test_deterministic_algorithms(sd):
     """In this mode torch raises an error where an operation has no deterministic form, so passing means all have."""
     torch.use_deterministic_algorithms(True)
     try:
@@ -176,9 +169,7 @@ print(digest(pictures))
 """
 
 
-def test_other_processes_and_threads(
-    sd: StableDiffusion, small_model: Path, tmp_path: Path
-) -> None:
+def test_other_processes_and_threads(sd, small_model, tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

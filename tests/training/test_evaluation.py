@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,18 +50,18 @@ def pictures(scenes: list[Scene]) -> np.ndarray:
     ("right", "of", "low", "high"),
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
-def test_wilson_interval_is_newcombes(right: int, of: int, low: float, high: float) -> None:
+def test_wilson_interval_is_newcombes(right, of, low, high):
     assert wilson(right, of) == pytest.approx((low, high), abs=5e-5)
     assert wilson(of - right, of) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
-def test_wilson_interval_of_nothing_and_of_nonsense() -> None:
+def test_wilson_interval_of_nothing_and_of_nonsense():
     assert wilson(0, 0) == (0, 1)
     with pytest.raises(ValueError, match="3 right of 2"):
         wilson(3, 2)
 
 
-def test_psnr_of_a_constant_error() -> None:
+def test_psnr_of_a_constant_error():
     image = torch.rand(2, 3, 16, 16) * 0.5
     # an error of 1/10 everywhere is 20 dB, of 1/100 40 dB
     other = image + torch.tensor([0.1, 0.01])[:, None, None, None]
@@ -70,14 +69,14 @@ def test_psnr_of_a_constant_error() -> None:
     assert math.isinf(float(psnr(image[:1], image[:1])))
 
 
-def test_ssim_of_constants_is_its_first_factor() -> None:
+def test_ssim_of_constants_is_its_first_factor():
     a, b = torch.full((1, 3, 16, 16), 0.25), torch.full((1, 3, 16, 16), 0.75)
     expected = (2 * 0.25 * 0.75 + 1e-4) / (0.25**2 + 0.75**2 + 1e-4)
     assert float(ssim(a, b)) == pytest.approx(expected, abs=1e-4)
     assert float(ssim(a, a)) == pytest.approx(1)
 
 
-def test_ssim_is_the_loop_over_windows() -> None:
+def test_ssim_is_the_loop_over_windows():
     rng = np.random.default_rng(0)
     a = rng.random((13, 14))
     b = np.clip(a + rng.normal(0, 0.2, a.shape), 0, 1)
@@ -97,7 +96,7 @@ def test_ssim_is_the_loop_over_windows() -> None:
     assert float(ssim(first, second)) == pytest.approx(np.mean(values), abs=1e-10)
 
 
-def test_edge_energy_of_a_dot_and_of_a_slope() -> None:
+def test_edge_energy_of_a_dot_and_of_a_slope():
     dot = torch.zeros(1, 1, 5, 5)
     dot[0, 0, 2, 2] = 1
     # |−4| in the middle and |1| at four neighbours, over the 3 × 3 pixels that have all neighbours
@@ -107,7 +106,7 @@ def test_edge_energy_of_a_dot_and_of_a_slope() -> None:
     assert edge_energy(torch.cat([dot, 2 * dot])).tolist() == pytest.approx([8 / 9, 16 / 9])
 
 
-def test_frechet_distance_of_gaussians_with_a_closed_form() -> None:
+def test_frechet_distance_of_gaussians_with_a_closed_form():
     rng = np.random.default_rng(0)
     a = torch.from_numpy(rng.normal(size=(500, 3)))
     # shifted by s: ‖s‖²; scaled by k about the mean: (k − 1)² tr Σ
@@ -125,7 +124,7 @@ def test_frechet_distance_of_gaussians_with_a_closed_form() -> None:
     assert frechet_distance(a, b) == pytest.approx(float(expected))
 
 
-def test_retrieval_counts_groups_and_forgives_equal_captions() -> None:
+def test_retrieval_counts_groups_and_forgives_equal_captions():
     texts = torch.eye(4)
     assert retrieval(texts, texts, list("abcd"), group=2).right == 4
     swapped = texts[[1, 0, 2, 3]]
@@ -135,7 +134,7 @@ def test_retrieval_counts_groups_and_forgives_equal_captions() -> None:
 
 
 @pytest.mark.parametrize("mixture", [Mixture(), Mixture(single=0, relation=1, count=0), Mixture(0, 0, 1)])
-def test_targets_decode_to_what_the_scene_holds(mixture: Mixture) -> None:
+def test_targets_decode_to_what_the_scene_holds(mixture):
     scenes = [scene(SEED, i, held_out=i % 2 == 0, mixture=mixture) for i in range(300)]
     scenes += [flipped(one) for one in scenes[:50]]
     words = Vocabulary.of_scenes()
@@ -157,7 +156,7 @@ def red_car_left_of_fox() -> Scene:
     return Scene("a red car to the left of a fox in a meadow at night", things, "meadow", True, "night", "left", 1, 0)
 
 
-def test_marks_are_right_for_the_right_verdict_and_wrong_for_each_mistake() -> None:
+def test_marks_are_right_for_the_right_verdict_and_wrong_for_each_mistake():
     asked = red_car_left_of_fox()
     car, fox = Found("car", "red", 28, 92), Found("fox", "own", 100, 92)
     right = Verdict("meadow", "night", (car, fox))
@@ -183,7 +182,7 @@ def test_marks_are_right_for_the_right_verdict_and_wrong_for_each_mistake() -> N
         assert not all(given[name]) and given["everything"] == [False], name
 
 
-def test_colour_of_the_second_object_is_judged_where_it_is_tinted() -> None:
+def test_colour_of_the_second_object_is_judged_where_it_is_tinted():
     things = (Thing("car", "red", 30, 90, 50, False), Thing("balloon", "blue", 98, 92, 48, False))
     asked = replace(red_car_left_of_fox(), things=things)
     for color in ("blue", "red"):
@@ -194,7 +193,7 @@ def test_colour_of_the_second_object_is_judged_where_it_is_tinted() -> None:
     assert "second_color" not in marks(alone, Verdict("meadow", "night", (Found("car", "red", 28, 92),)))
 
 
-def test_a_relation_and_a_colour_are_judged_only_where_the_objects_are() -> None:
+def test_a_relation_and_a_colour_are_judged_only_where_the_objects_are():
     given = marks(red_car_left_of_fox(), Verdict("meadow", "night", (Found("fox", "own", 98, 92),)))
     assert given["object"] == [False, True]
     assert "left_right" not in given and "color" not in given and given["everything"] == [False]
@@ -211,13 +210,13 @@ def test_a_relation_and_a_colour_are_judged_only_where_the_objects_are() -> None
         ("left", 36, 92, "left_right", False),
     ],
 )
-def test_relations_follow_from_centres(relation: str, x: float, y: float, name: str, holds: bool) -> None:
+def test_relations_follow_from_centres(relation, x, y, name, holds):
     asked = replace(red_car_left_of_fox(), relation=relation)
     seen = Verdict("meadow", "night", (Found("car", "red", 30, 90), Found("fox", "own", x, y)))
     assert marks(asked, seen)[name] == [holds]
 
 
-def test_counts_are_exact() -> None:
+def test_counts_are_exact():
     things = tuple(Thing("cat", None, x, 60, 35, False) for x in (22, 64, 106))
     asked = Scene("three cats on a blue background", things, "blue", False, "day", None, 3, 0)
     cats = tuple(Found("cat", "own", x, 60) for x in (20, 44, 76, 108))
@@ -231,7 +230,7 @@ def test_counts_are_exact() -> None:
 
 
 @SHIPPED
-def test_shipped_judge_is_right_about_scenes_with_new_combinations() -> None:
+def test_shipped_judge_is_right_about_scenes_with_new_combinations():
     scenes = held_out(200)
     shares = tally(scenes, verdicts_of(Judge.load(), pictures(scenes), 16))
     judged = {name for name, share in shares.items() if share.of >= 5}
@@ -241,7 +240,7 @@ def test_shipped_judge_is_right_about_scenes_with_new_combinations() -> None:
 
 
 @SHIPPED
-def test_shipped_judge_sees_mistakes() -> None:
+def test_shipped_judge_sees_mistakes():
     """Beside the captions of other scenes, its verdicts are mostly wrong: it reads the picture, not the odds."""
     scenes = held_out(100)
     verdicts = verdicts_of(Judge.load(), pictures(scenes), 16)
@@ -252,12 +251,12 @@ def test_shipped_judge_sees_mistakes() -> None:
 
 
 @SHIPPED
-def test_shipped_judge_fits_the_catalogue_and_the_budget() -> None:
+def test_shipped_judge_fits_the_catalogue_and_the_budget():
     assert Judge.load().config.vocabulary == Vocabulary.of_scenes()
     assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) <= 4 * 2**20
 
 
-def test_judge_learns_saves_and_loads(tmp_path: Path) -> None:
+def test_judge_learns_saves_and_loads(tmp_path):
     small = JudgeConfig(Vocabulary.of_scenes(), widths=(8, 16, 16), groups=4)
     trainer = train(JudgeTask(small), Options(tmp_path, steps=60, batch=8, lr=1e-2, warmup=5, decays=(0.5,)))
     # day, sunset and night are the easiest to tell apart; who guesses has a loss of ln 3, or 1.04 knowing the odds
@@ -268,12 +267,12 @@ def test_judge_learns_saves_and_loads(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(images).noun, model(images).noun, atol=0.03, rtol=0.03)
 
 
-def test_missing_judge_says_how_to_make_one(tmp_path: Path) -> None:
+def test_missing_judge_says_how_to_make_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="minisd train judge"):
         Judge.load(tmp_path)
 
 
-def test_roughened_pictures_keep_their_colours() -> None:
+def test_roughened_pictures_keep_their_colours():
     images = torch.from_numpy(pictures(held_out(8))).permute(0, 3, 1, 2).float() / 127.5 - 1
     rough = roughen(images, torch.Generator().manual_seed(0))
     assert rough.abs().max() <= 1
@@ -281,7 +280,7 @@ def test_roughened_pictures_keep_their_colours() -> None:
     assert (rough - images).abs().mean() > 0.01
 
 
-def test_nearest_sprite_is_the_one_that_was_drawn() -> None:
+def test_nearest_sprite_is_the_one_that_was_drawn():
     color, noun = sorted(pair for pair in held_out_pairs() if pair[1] == "fish")[0]
     thing = Thing(noun, color, 70, 58, 80, True)
     asked = Scene(f"a {color} fish on a gray background", (thing,), "gray", False, "day", None, 1, 3)
@@ -300,9 +299,7 @@ def untrained() -> StableDiffusion:
     return StableDiffusion(TINY, Tokenizer.from_pretrained(), text_encoder, unet, autoencoder)
 
 
-def test_evaluate_writes_a_report_and_draws_nothing_twice(
-    untrained: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_writes_a_report_and_draws_nothing_twice(untrained, tmp_path, monkeypatch):
     judge = Judge(JudgeConfig(Vocabulary.of_scenes(), widths=(8, 16, 16), groups=4)).eval()
     settings = Settings(count=6, steps=1)
     result = evaluate(untrained, tmp_path, settings, judge=judge, batch=4)
@@ -319,7 +316,7 @@ def test_evaluate_writes_a_report_and_draws_nothing_twice(
     assert again == result
 
 
-def test_pictures_of_other_settings_are_not_taken_for_these(untrained: StableDiffusion, tmp_path: Path) -> None:
+def test_pictures_of_other_settings_are_not_taken_for_these(untrained, tmp_path):
     draw(untrained, ["a fox"], Settings(count=1, steps=1), tmp_path, 4)
     with pytest.raises(ValueError, match="other settings"):
         draw(untrained, ["a fox"], Settings(count=1, steps=2), tmp_path, 4)

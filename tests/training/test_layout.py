@@ -17,7 +17,7 @@ from minisd.unet import UNet
 PLAIN = [one for one in (scene(5, i) for i in range(120)) if not one.place][:24]
 
 
-def test_cells_of_objects_are_those_that_were_painted() -> None:
+def test_cells_of_objects_are_those_that_were_painted():
     kind = layouts([asdict(one) for one in PLAIN]).kind.numpy() > 0
     for one, cells in zip(PLAIN, kind, strict=True):
         empty = backgrounds.background(one.background, one.time, one.seed)
@@ -26,7 +26,7 @@ def test_cells_of_objects_are_those_that_were_painted() -> None:
         assert centres.any() and (centres != cells).mean() < 0.03, one.caption
 
 
-def test_the_object_is_named_and_its_parts_are_in_order() -> None:
+def test_the_object_is_named_and_its_parts_are_in_order():
     for one, kind, place in zip(PLAIN, *_arrays(layouts([asdict(one) for one in PLAIN])), strict=True):
         there = np.unique(kind[kind > 0]) - 1
         assert {object_names()[number] for number in there} == {thing.noun for thing in one.things}
@@ -38,7 +38,7 @@ def test_the_object_is_named_and_its_parts_are_in_order() -> None:
             assert np.corrcoef(rows, place[1][rows, columns])[0, 1] > 0.99
 
 
-def test_the_mirror_image_has_the_mirrored_layout_and_the_same_parts() -> None:
+def test_the_mirror_image_has_the_mirrored_layout_and_the_same_parts():
     kind, place = _arrays(layouts([asdict(one) for one in PLAIN]))
     mirrored_kind, mirrored_place = _arrays(layouts([asdict(flipped(one)) for one in PLAIN]))
     assert (mirrored_kind[:, :, ::-1] == kind).mean() > 0.99
@@ -46,7 +46,7 @@ def test_the_mirror_image_has_the_mirrored_layout_and_the_same_parts() -> None:
     assert np.abs(mirrored_place[..., ::-1] - place)[np.broadcast_to(same[:, None], place.shape)].max() < 0.02
 
 
-def test_layout_loss_by_hand() -> None:
+def test_layout_loss_by_hand():
     answers = 1 + len(object_names()) + 2
     layout = Layout(torch.zeros(1, 16, 16, dtype=torch.int64), torch.zeros(1, 2, 16, 16))
     layout.kind[0, 0, 0], layout.place[0, 0, 0, 0] = 3, 0.5
@@ -56,7 +56,7 @@ def test_layout_loss_by_hand() -> None:
         assert math.isclose(float(layout_loss(torch.zeros(1, answers, side, side), layout)), expected, rel_tol=1e-6)
 
 
-def test_the_extra_question_leaves_the_prediction_alone() -> None:
+def test_the_extra_question_leaves_the_prediction_alone():
     torch.manual_seed(0)
     unet = UNet(TINY.unet)
     inputs = torch.randn(2, 4, 16, 16), torch.tensor([10.0, 900.0]), torch.randn(2, 77, 128)

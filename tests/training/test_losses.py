@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -27,7 +25,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Scenes:
     return Scenes(folder)
 
 
-def test_perceptual_loss_depends_on_directions_only() -> None:
+def test_perceptual_loss_depends_on_directions_only():
     right, up = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     a, b = right.view(1, 2, 1, 1).expand(1, 2, 4, 4), up.view(1, 2, 1, 1).expand(1, 2, 4, 4)
     # ‖u − v‖² of unit vectors is 2 − 2 cos: 2 where they are orthogonal, 4 where opposite
@@ -38,7 +36,7 @@ def test_perceptual_loss_depends_on_directions_only() -> None:
     assert float(perceptual_loss([half], [a])) == pytest.approx(1)
 
 
-def test_hinge_losses_by_hand() -> None:
+def test_hinge_losses_by_hand():
     # ½ (mean of 0, 0, 1.5 + mean of 0, 0.5, 3)
     real, fake = torch.tensor([2.0, 1.0, -0.5]), torch.tensor([-1.0, -0.5, 2.0])
     assert float(discriminator_loss(real, fake)) == pytest.approx((1.5 / 3 + 3.5 / 3) / 2)
@@ -46,7 +44,7 @@ def test_hinge_losses_by_hand() -> None:
     assert float(generator_loss(fake)) == pytest.approx(-0.5 / 3)
 
 
-def test_adaptive_weight_makes_gradients_at_the_last_layer_equal() -> None:
+def test_adaptive_weight_makes_gradients_at_the_last_layer_equal():
     last = nn.Parameter(torch.tensor([[1.0, 2.0]]))
     features = torch.tensor([[3.0], [4.0]])
     output = last @ features
@@ -57,7 +55,7 @@ def test_adaptive_weight_makes_gradients_at_the_last_layer_equal() -> None:
     output.sum().backward()  # the graph is still there
 
 
-def test_fine_detail_is_the_picture_minus_its_neighbourhood() -> None:
+def test_fine_detail_is_the_picture_minus_its_neighbourhood():
     dot = torch.zeros(1, 1, 5, 5)
     dot[0, 0, 2, 2] = 9
     expected = torch.zeros(5, 5)
@@ -67,7 +65,7 @@ def test_fine_detail_is_the_picture_minus_its_neighbourhood() -> None:
     assert float(fine_detail(torch.full((1, 3, 6, 6), 0.7)).abs().max()) < 1e-6
 
 
-def test_a_score_of_the_discriminator_depends_on_70_pixels() -> None:
+def test_a_score_of_the_discriminator_depends_on_70_pixels():
     torch.manual_seed(0)
     images = torch.randn(1, 3, 128, 128, requires_grad=True)
     scores = PatchDiscriminator()(images)
@@ -79,7 +77,7 @@ def test_a_score_of_the_discriminator_depends_on_70_pixels() -> None:
     assert int(rows.max() - rows.min()) + 1 == 72
 
 
-def test_share_of_the_adversary_by_hand() -> None:
+def test_share_of_the_adversary_by_hand():
     adversary = Adversary(share=0.5, alone=300, ramp=100)
     assert [adversary.at(step) for step in (0, 300, 350, 400, 9000)] == [0, 0, 0.25, 0.5, 0.5]
 
@@ -89,7 +87,7 @@ def small_adversarial(scenes: Scenes, alone: int) -> AdversarialTask:
     return AdversarialTask(scenes, Autoencoder(SMALL), SceneFeatures(), adversary=Adversary(alone=alone, ramp=1))
 
 
-def test_decoder_and_discriminator_learn_from_their_own_losses(scenes: Scenes, tmp_path: Path) -> None:
+def test_decoder_and_discriminator_learn_from_their_own_losses(scenes, tmp_path):
     task = small_adversarial(scenes, alone=0)
     task.loss(step=1, positions=range(2), local=slice(0, 2), progress=0.0)[0].backward()
     of_discriminator = [p.grad.clone() for p in task.discriminator.parameters() if p.grad is not None]
@@ -108,7 +106,7 @@ def test_decoder_and_discriminator_learn_from_their_own_losses(scenes: Scenes, t
     assert any(not torch.allclose(a, b) for a, b in zip(of_decoder, without, strict=True)), "no adversarial gradient"
 
 
-def test_adversarial_phase_leaves_latents_as_they_are(scenes: Scenes, tmp_path: Path) -> None:
+def test_adversarial_phase_leaves_latents_as_they_are(scenes, tmp_path):
     task = small_adversarial(scenes, alone=1)
     images = scenes.images([0, 1])
     latents = task.autoencoder.encode(images).mean.detach()
@@ -120,7 +118,7 @@ def test_adversarial_phase_leaves_latents_as_they_are(scenes: Scenes, tmp_path: 
     assert lines[0]["weight"] == lines[1]["weight"] == 0 and lines[-1]["weight"] > 0
 
 
-def test_features_learn_what_is_in_a_cell(scenes: Scenes, tmp_path: Path) -> None:
+def test_features_learn_what_is_in_a_cell(scenes, tmp_path):
     task = FeaturesTask(scenes)
     trainer = Trainer(task, Options(tmp_path, steps=30, batch=8, lr=3e-3, warmup=5))
     lines = [trainer.advance(0.0) for _ in range(30)]

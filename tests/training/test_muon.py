@@ -11,7 +11,7 @@ from minisd.training.muon import Muon, orthogonalized
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (96, 40), (1, 7), (5, 5)])
-def test_orthogonalized_keeps_directions_and_evens_out_sizes(shape: tuple[int, int]) -> None:
+def test_orthogonalized_keeps_directions_and_evens_out_sizes(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
@@ -21,7 +21,7 @@ def test_orthogonalized_keeps_directions_and_evens_out_sizes(shape: tuple[int, i
     assert float(inside.diag().min()) > 0.6 and float(inside.diag().max()) < 1.3
 
 
-def test_first_steps_of_muon_by_hand() -> None:
+def test_first_steps_of_muon_by_hand():
     matrix, bias = nn.Parameter(torch.zeros(1, 4)), nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = Muon([matrix, bias], lr=0.1, weight_decay=0.5)
     matrix.grad, bias.grad = torch.tensor([[3.0, 0.0, 4.0, 0.0]]), torch.tensor([7.0, -0.01])
@@ -34,7 +34,7 @@ def test_first_steps_of_muon_by_hand() -> None:
     torch.testing.assert_close(bias.detach(), torch.tensor([0.95 - 0.1, 1.9 + 0.1]), atol=1e-5, rtol=1e-5)
 
 
-def test_muon_resumes_from_its_state() -> None:
+def test_muon_resumes_from_its_state():
     def run(steps: int, parameter: nn.Parameter, optimizer: Muon) -> None:
         for _ in range(steps):
             optimizer.zero_grad()

@@ -13,12 +13,26 @@ from minisd.training.scenes import Mixture, Scene, Thing, flipped, render, scene
 from minisd.training.sprites import COLORS, atlas, extent, paint_mask, sprite
 
 MANY = {
-    "foxes": "fox", "butterflies": "butterfly", "strawberries": "strawberry", "snowmen": "snowman",
-    "fish": "fish", "octopuses": "octopus",
-    "cactuses": "cactus", "buses": "bus", "penguins": "penguin", "tulips": "tulip",
+    "foxes": "fox",
+    "butterflies": "butterfly",
+    "strawberries": "strawberry",
+    "snowmen": "snowman",
+    "fish": "fish",
+    "octopuses": "octopus",
+    "cactuses": "cactus",
+    "buses": "bus",
+    "penguins": "penguin",
+    "tulips": "tulip",
 }
-PHRASES = {"in the snow": "snow", "under the sea": "sea", "on the beach": "beach", "in space": "space",
-           "in a meadow": "meadow", "in the desert": "desert", "in the mountains": "mountains"}
+PHRASES = {
+    "in the snow": "snow",
+    "under the sea": "sea",
+    "on the beach": "beach",
+    "in space": "space",
+    "in a meadow": "meadow",
+    "in the desert": "desert",
+    "in the mountains": "mountains",
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +75,17 @@ def test_every_held_out_scene_names_a_held_out_pair(held_out):
 def test_about_a_tenth_is_held_out_and_examples_are_not():
     forbidden, every = scenes.held_out_pairs(), scenes.all_pairs()
     assert 0.08 < len(forbidden) / len(every) < 0.12
-    assert not forbidden & {("fox", "snow"), ("panda", "snow"), ("red", "car"), ("car", "beach"),
-                            ("blue", "balloon"), ("rocket", "space"),
-                            ("penguin", "snow"), ("dolphin", "sea"), ("castle", "snow")}
+    assert not forbidden & {
+        ("fox", "snow"),
+        ("panda", "snow"),
+        ("red", "car"),
+        ("car", "beach"),
+        ("blue", "balloon"),
+        ("rocket", "space"),
+        ("penguin", "snow"),
+        ("dolphin", "sea"),
+        ("castle", "snow"),
+    }
 
 
 def test_the_pairs_held_out_stay_the_same_for_good():
@@ -108,8 +130,11 @@ def test_captions_are_correct_english(training):
         if s.count > 1:
             assert ("two" if s.count == 2 else "three") in words and len(s.things) == s.count
             assert s.things[0].noun not in words or s.things[0].noun == "fish", s.caption
-    many = {s.caption.split()[1]: s.things[0].noun for s in training
-            if s.count > 1 and s.things[0].color is None and s.caption.startswith(("two ", "three "))}
+    many = {
+        s.caption.split()[1]: s.things[0].noun
+        for s in training
+        if s.count > 1 and s.things[0].color is None and s.caption.startswith(("two ", "three "))
+    }
     assert {plural: many[plural] for plural in MANY} == MANY
 
 

@@ -58,7 +58,7 @@ def run(*arguments: str) -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_resume_after_kill_repeats_the_unbroken_run(part: str, scenes: Path, tmp_path: Path) -> None:
+def test_resume_after_kill_repeats_the_unbroken_run(part, scenes, tmp_path):
     often = "--save-every-step"
     run(*command(part, scenes, tmp_path / "whole", 12, often))
     broken = subprocess.Popen(
@@ -77,7 +77,7 @@ def test_resume_after_kill_repeats_the_unbroken_run(part: str, scenes: Path, tmp
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_two_processes_make_the_step_of_one(part: str, scenes: Path, tmp_path: Path) -> None:
+def test_two_processes_make_the_step_of_one(part, scenes, tmp_path):
     run(*command(part, scenes, tmp_path / "one", 20))
     run(*command(part, scenes, tmp_path / "two", 20, processes=2))
     one, two = np.array(losses(tmp_path / "one")), np.array(losses(tmp_path / "two"))
@@ -88,7 +88,7 @@ def test_two_processes_make_the_step_of_one(part: str, scenes: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_mixed_precision_follows_the_steps_of_float32(part: str, scenes: Path, tmp_path: Path) -> None:
+def test_mixed_precision_follows_the_steps_of_float32(part, scenes, tmp_path):
     found, losses = {}, {}
     for bfloat16 in (False, True):
         task = small_task(part, scenes, tmp_path)
@@ -102,7 +102,7 @@ def test_mixed_precision_follows_the_steps_of_float32(part: str, scenes: Path, t
     assert losses[False][-1] < losses[False][0]
 
 
-def test_clip_goes_on_from_what_it_exported(scenes: Path, tmp_path: Path) -> None:
+def test_clip_goes_on_from_what_it_exported(scenes, tmp_path):
     """From the shipped weights and back, at once: every number is where it was, unknown tokens' zeros included."""
     task = CLIPTask(Scenes(scenes), vocabulary(), TINY.text_encoder, start=SHIPPED)
     task.export(task.model, tmp_path)
@@ -113,7 +113,7 @@ def test_clip_goes_on_from_what_it_exported(scenes: Path, tmp_path: Path) -> Non
             assert torch.equal(mine[key], value.float()), key
 
 
-def test_resume_without_checkpoint_says_so(scenes: Path, tmp_path: Path) -> None:
+def test_resume_without_checkpoint_says_so(scenes, tmp_path):
     done = subprocess.run(
         command("autoencoder", scenes, tmp_path / "none", 2, "--resume"),
         env=environment(),
@@ -125,7 +125,7 @@ def test_resume_without_checkpoint_says_so(scenes: Path, tmp_path: Path) -> None
     assert "nothing to resume" in done.stderr
 
 
-def test_rendered_scenes_are_the_stream(scenes: Path) -> None:
+def test_rendered_scenes_are_the_stream(scenes):
     data = Scenes(scenes)
     assert len(data) == 48
     for index in (0, 17, 47):
@@ -136,12 +136,12 @@ def test_rendered_scenes_are_the_stream(scenes: Path) -> None:
     assert float(images.min()) >= -1 and float(images.max()) <= 1
 
 
-def test_missing_scenes_name_the_command(tmp_path: Path) -> None:
+def test_missing_scenes_name_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="minisd train scenes"):
         Scenes(tmp_path)
 
 
-def test_mirrored_caption_is_the_mirrored_scenes() -> None:
+def test_mirrored_caption_is_the_mirrored_scenes():
     sided = [one for one in (scene(9, i) for i in range(200)) if one.relation in ("left", "right")]
     assert len(sided) > 5
     for one in sided:
@@ -149,7 +149,7 @@ def test_mirrored_caption_is_the_mirrored_scenes() -> None:
         assert mirrored(mirrored(one.caption)) == one.caption
 
 
-def test_colours_are_exchanged_between_objects_only() -> None:
+def test_colours_are_exchanged_between_objects_only():
     assert colors_exchanged("a red car next to an orange cat on a blue background") == (
         "an orange car next to a red cat on a blue background"
     )
@@ -164,7 +164,7 @@ def test_colours_are_exchanged_between_objects_only() -> None:
         assert colors_exchanged(lie) == one.caption
 
 
-def test_shuffled_is_a_permutation_in_every_epoch() -> None:
+def test_shuffled_is_a_permutation_in_every_epoch():
     order = Shuffled(10, seed=3)
     first, second = order(range(10)), order(range(10, 20))
     assert sorted(first) == sorted(second) == list(range(10))
@@ -172,7 +172,7 @@ def test_shuffled_is_a_permutation_in_every_epoch() -> None:
     assert Shuffled(10, seed=3)([13, 2, 17]) == [second[3], first[2], second[7]]
 
 
-def test_learning_rate_by_hand(tmp_path: Path) -> None:
+def test_learning_rate_by_hand(tmp_path):
     options = Options(folder=tmp_path, steps=100, lr=1.0, warmup=10, decay_from=0.5)
     assert learning_rate(options, 0, 0.0) == pytest.approx(0.1)
     assert learning_rate(options, 4, 0.04) == pytest.approx(0.5)
@@ -181,18 +181,18 @@ def test_learning_rate_by_hand(tmp_path: Path) -> None:
     assert learning_rate(options, 100, 1.0) == pytest.approx(0.0)
 
 
-def test_loss_weight_by_hand() -> None:
+def test_loss_weight_by_hand():
     # as an error of the clean latents, times SNR + 1, it is min(SNR + 1/4, 5)
     weights = loss_weight(torch.tensor([0.0, 1.0, 4.75, 100.0]))
     assert torch.allclose(weights, torch.tensor([0.25, 1.25 / 2, 5 / 5.75, 5 / 101]))
 
 
-def test_options_want_a_length(tmp_path: Path) -> None:
+def test_options_want_a_length(tmp_path):
     with pytest.raises(ValueError, match="how long to train"):
         Options(folder=tmp_path)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     target = tmp_path / "weights"
     target.write_text("old")
 
@@ -206,7 +206,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
-def test_curves_are_means_of_neighbouring_steps(tmp_path: Path) -> None:
+def test_curves_are_means_of_neighbouring_steps(tmp_path):
     log = tmp_path / "losses.jsonl"
     log.write_text("".join(json.dumps({"loss": step / 3, "lr": 0.5}) + "\n" for step in range(10)))
     write_curves(tmp_path / "curves.json", {"unet": log, "short": log}, points=5)
@@ -215,7 +215,7 @@ def test_curves_are_means_of_neighbouring_steps(tmp_path: Path) -> None:
     assert curves["unet"] == {"step": [2, 4, 6, 8, 10], "loss": [0.1667, 0.8333, 1.5, 2.167, 2.833], "lr": [0.5] * 5}
 
 
-def test_a_checkpoint_is_not_lost_by_forgetting_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_is_not_lost_by_forgetting_to_resume(tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(b"hours of work")
     assert main(["train", "judge", "--output", str(tmp_path), "--steps", "1", "--batch", "2"]) == 2
     said = capsys.readouterr().err
