@@ -9,8 +9,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,7 +105,7 @@ def test_folder_layouts(folder, parts, change):
     assert_same_weights(loaded, parts)
 
 
-def test_folder_agrees_with_diffusers_output(folder, parts):
+def test_output_of_diffusers(folder, parts):
     loaded = load(folder)
     generator = torch.Generator().manual_seed(1)
     latents, context = (torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 32, generator=generator))
@@ -169,7 +167,7 @@ def test_single_file(tmp_path, config, openclip, suffix):
     assert loaded.tokenizer.pad_token_id == (0 if openclip else 49407)
 
 
-def test_old_pickle_that_is_no_archive(tmp_path, parts, state):
+def test_old_pickle(tmp_path, parts, state):
     path = tmp_path / "model.ckpt"
     torch.save(state, path, _use_new_zipfile_serialization=False)
     assert_same_weights(load(path, config=SMALL), parts)
@@ -204,7 +202,7 @@ def test_ignored_keys_of_published_single_files(tmp_path, parts, state):
     [(SD15, None), (SD15_INPAINT, None), (SD21, "v_prediction"), (SD21_BASE, "epsilon")],
     ids=["SD15", "SD15_INPAINT", "SD21", "SD21_BASE"],
 )
-def test_full_size_single_file_is_recognised(tmp_path, config, prediction_type, monkeypatch):
+def test_full_size_single_file(tmp_path, config, prediction_type, monkeypatch):
     """A sparse file with the keys and shapes that diffusers' own modules give, under the reference's names."""
     openclip = config.text_encoder.hidden_size == 1024
     state = compvis_state(make_parts(config, meta=True), openclip)
@@ -231,7 +229,7 @@ def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 
 
 @pytest.mark.parametrize("config", [SD15, SD21, SMALL], ids=["SD15", "SD21", "small"])
-def test_rules_give_each_parameter_a_key_of_its_own(config):
+def test_single_file_keys(config):
     parts = make_parts(config, meta=True)
     openclip = config.text_encoder.hidden_size == 1024
     theirs = {key for key in compvis_state(parts, openclip) if key.startswith(("model.", "first", "cond"))}
@@ -246,7 +244,7 @@ def test_rules_give_each_parameter_a_key_of_its_own(config):
     assert {source.key for source in ours} == theirs - ignorable
 
 
-def test_full_size_keys_are_diffusers_own():
+def test_folder_keys_at_full_size():
     from minisd.autoencoder import Autoencoder
     from minisd.text_encoder import TextEncoder
     from minisd.unet import UNet
@@ -264,7 +262,7 @@ def test_full_size_keys_are_diffusers_own():
     assert [len(dict(module.named_parameters())) for _, module in parts.items()] == [196, 248, 686]
 
 
-def test_prediction_type_can_be_overridden(folder):
+def test_prediction_type(folder):
     assert load(folder, prediction_type="v_prediction").config.schedule.prediction_type == "v_prediction"
     with pytest.raises(ValueError, match="prediction_type='noise'"):
         load(folder, prediction_type="noise")
@@ -342,12 +340,12 @@ def test_saving_over_the_mapped_source(folder, parts):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_changed_weights_do_not_reach_the_file(folder, parts):
+def test_weights_are_copies_on_write(folder, parts):
     load(folder).unet.conv_in.weight.data.zero_()
     assert_same_weights(load(folder), parts)
 
 
-def test_saving_refuses_what_it_would_destroy(folder, tmp_path):
+def test_saving_over_other_files(folder, tmp_path):
     loaded = load(folder)
     other = tmp_path / "thesis"
     other.mkdir()
@@ -363,47 +361,7 @@ def test_saving_refuses_what_it_would_destroy(folder, tmp_path):
     assert (other / "draft.txt").read_text() == "years of work"
 
 
-def test_fault_while_saving_leaves_nothing(folder, tmp_path, monkeypatch):
-    loaded = load(folder)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-    def full_disk(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("minisd.io.diffusers_folder.save_file", full_disk)
-    for target in (folder, tmp_path / "new"):
-        with pytest.raises(OSError, match="No space left"):
-            save(loaded, target)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def pointer(path: Path) -> None:
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3438167540\n")
-
-
-def page(path: Path) -> None:
-    path.write_text("\n<!DOCTYPE html><html><body>Please log in</body></html>")
-
-
-def absurd_header(path: Path) -> None:
-    path.write_bytes((2**62).to_bytes(8, "little") + b"{}")
-
-
-def outside_offsets(path: Path) -> None:
-    header = json.dumps({"x": {"dtype": "F32", "shape": [10], "data_offsets": [0, 40]}}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + b"0" * 8)
 
 
 def without(path: Path) -> None:
@@ -432,12 +390,6 @@ def whole_numbers(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (cut, "damaged or incomplete"),
-        (empty, "is empty"),
-        (pointer, "git lfs pull"),
-        (page, "web page"),
-        (absurd_header, "damaged or incomplete"),
-        (outside_offsets, "damaged or incomplete"),
         (without, "holds no diffusion_pytorch_model.safetensors"),
         (misshaped, r"1 misshaped: unet.conv_out.weight \[4, 16, 3, 3\], expected \[4, 32, 3, 3\]"),
         (unexpected, "1 unexpected: unet.controlnet.weight"),
@@ -445,7 +397,7 @@ def whole_numbers(path: Path) -> None:
         (whole_numbers, "unet.conv_out.bias of dtype I8"),
     ],
 )
-def test_damaged_folder_is_refused(folder, damage, message):
+def test_damaged_folder(folder, damage, message):
     damage(folder / UNET)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
@@ -453,7 +405,7 @@ def test_damaged_folder_is_refused(folder, damage, message):
 
 @pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
 @pytest.mark.parametrize("content", [None, "", "{", "[1]", '{"a": ' * 100_000])
-def test_damaged_json_is_refused(folder, name, content):
+def test_damaged_json(folder, name, content):
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
@@ -476,22 +428,14 @@ def test_damaged_json_is_refused(folder, name, content):
         ("unet/config.json", {"cross_attention_dim": 64}, "misshaped: unet.down_blocks.0.attentions.0"),
     ],
 )
-def test_other_models_are_refused(folder, name, change, message):
+def test_other_models(folder, name, change, message):
     path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         load(folder)
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "x.json"])
-def test_shards_stay_beside_their_index(tmp_path, name):
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(CheckpointError, match="must lie beside their index"):
-        read_index(index)
-
-
-def test_missing_shard_is_named(tmp_path):
+def test_missing_shard(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     with pytest.raises(CheckpointError, match="names model-00001-of-00002.safetensors, which is missing"):
@@ -511,46 +455,6 @@ def test_unknown_sources(tmp_path):
         load(tmp_path / "lora.safetensors")
 
 
-class Attack:
-    """A pickled object that names a function and its arguments: an unsafe reader calls it."""
-
-    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return self.call
-
-
-def attacks(sentinel: Path) -> list[object]:
-    import builtins
-    import os
-
-    return [
-        Attack(os.system, f"touch {sentinel}"),
-        Attack(builtins.exec, f"open({str(sentinel)!r}, 'w')"),
-        Attack(builtins.eval, f"open({str(sentinel)!r}, 'w')"),
-        Attack(builtins.open, str(sentinel), "w"),
-        Attack(subprocess.check_call, ["touch", str(sentinel)]),
-        Attack(Path.touch, sentinel),
-        Attack(torch.load, str(sentinel)),
-        Attack(getattr, Path, "touch"),
-        OrderedDict(state_dict={"x": Attack(os.system, f"touch {sentinel}")}),
-    ]
-
-
-@pytest.mark.parametrize("archive", [True, False], ids=["zip", "old"])
-@pytest.mark.parametrize("number", range(9))
-def test_pickles_cannot_run_code(tmp_path, number, archive):
-    sentinel, path = tmp_path / "executed", tmp_path / "model.ckpt"
-    torch.save({"x": attacks(sentinel)[number]}, path, _use_new_zipfile_serialization=archive)
-    with pytest.raises(CheckpointError, match="asks for code and was refused"):
-        load(path)
-    path.write_bytes(pickle.dumps(attacks(sentinel)[number], protocol=2))
-    with pytest.raises(CheckpointError, match=str(path)):
-        load(path)
-    assert not sentinel.exists()
-
-
 def lightning_checkpoint(state: dict[str, torch.Tensor], module: str, name: str) -> bytes:
     """torch.save's archive with a class as key beside the weights, as in the original sd-v1-4.ckpt."""
     stand_in = type(name, (), {"__module__": module})
@@ -568,7 +472,7 @@ def lightning_checkpoint(state: dict[str, torch.Tensor], module: str, name: str)
             del sys.modules[each]
 
 
-def test_lightning_callback_passes_as_inert(tmp_path, parts, state):
+def test_lightning_callback(tmp_path, parts, state):
     path = tmp_path / "sd-v1-4.ckpt"
     module = "pytorch_lightning.callbacks.model_checkpoint"
     path.write_bytes(lightning_checkpoint(state, module, "ModelCheckpoint"))
@@ -579,15 +483,6 @@ def test_lightning_callback_passes_as_inert(tmp_path, parts, state):
         path.write_bytes(lightning_checkpoint(state, other, name))
         with pytest.raises(CheckpointError, match=f"refused.*{name}"):
             load(path, config=SMALL)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.7, 0.999])
-def test_truncated_pickle(tmp_path, state, fraction):
-    path = tmp_path / "model.ckpt"
-    torch.save(state, path)
-    path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
-    with pytest.raises(CheckpointError, match="is empty|damaged or incomplete"):
-        load(path, config=SMALL)
 
 
 def test_pickles_of_other_things(tmp_path):
@@ -602,7 +497,7 @@ def test_pickles_of_other_things(tmp_path):
         load(path)
 
 
-def test_describe_reads_no_weights(folder, monkeypatch):
+def test_describe(folder, monkeypatch):
     def refuse(*args: object) -> None:
         raise AssertionError("weights were read")
 
