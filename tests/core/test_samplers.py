@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import FrozenInstanceError, replace
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -25,6 +26,20 @@ def test_calls_and_fresh_noise(name):
         plan = Sampler(name).plan(Schedule(), n)
         assert plan.num_calls == STEPS.get(name, lambda n: n)(n)
         assert any(plan.sigma_up) == (name in FRESH)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_plans_are_finite_and_descend(name):
+    """Or are refused: with any spacing and noise levels, from 1 to 1000 steps, from any step on."""
+    for spacing, karras, n in product((None, *SPACINGS), (False, True), (1, 2, 3, 7, 50, 333, 999, 1000)):
+        for start in {0, n // 2, n - 1}:
+            try:
+                plan = Sampler(name, spacing, karras).plan(Schedule(), n, start)
+            except ValueError:
+                continue
+            assert all(map(math.isfinite, (*plan.timesteps, *plan.sigmas, *plan.sigma_up)))
+            assert all(a >= b >= 0 for a, b in pairwise(plan.sigmas))
+            assert all(0 <= t <= 999 for t in plan.timesteps)
 
 
 def error_at_last_call(plan: Plan, c: float) -> float:
