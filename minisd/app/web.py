@@ -18,8 +18,8 @@ import gradio as gr
 from PIL import Image
 
 from minisd.app.jobs import model_side
-from minisd.app.playground import Preview, Request, Result, draw, overlay
 from minisd.app.provenance import Provenance
+from minisd.app.web_drawing import Preview, Request, Result, draw, overlay
 from minisd.pipeline.settings import SAMPLER_LABELS, SETTINGS, Settings
 from minisd.pipeline.stable_diffusion import StableDiffusion
 

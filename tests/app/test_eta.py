@@ -13,8 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from minisd import Sampler, StableDiffusion
 from minisd.app.metadata import parse_parameters, read_parameters
-from minisd.app.playground import Request, Result, draw
 from minisd.app.provenance import Provenance
+from minisd.app.web_drawing import Request, Result, draw
 
 Run = Callable[..., tuple[int, list[str], str]]
 OPTIONS = ("--seed", "7", "--sampler", "ddim", "--eta", "0.5")

@@ -30,9 +30,9 @@ from PIL import Image
 from minisd import StableDiffusion, record_attention
 from minisd.app import cli
 from minisd.app.metadata import parse_parameters
-from minisd.app.playground import Preview, Request, Result, draw, overlay
 from minisd.app.provenance import Provenance
 from minisd.app.web import SHOWN, Page, Session
+from minisd.app.web_drawing import Preview, Request, Result, draw, overlay
 from minisd.features.attention_maps import Word, WordMaps, split_words
 
 PROMPT = "a red car on the beach"
