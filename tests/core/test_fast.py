@@ -83,5 +83,5 @@ def test_operators_of_a_step_beside_the_unet():
     step.subtract(counts[0].calls)
     step.subtract(unet.calls)
     assert step["is_nonzero"] + step["_local_scalar_dense"] == 2  # where a GPU is waited for
-    assert step["clone"] <= 1 and step["_to_copy"] <= 0 and step["lift_fresh"] == 0
+    assert step["clone"] <= 1 and step["_to_copy"] <= 0 and step["lift_fresh"] <= 0
     assert min(step.values()) >= -1 and 0 < sum(step.values()) < 50
