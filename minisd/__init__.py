@@ -5,10 +5,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minisd.attention import record_attention
     from minisd.autoencoder import Autoencoder
     from minisd.config import SD15, SD15_INPAINT, SD21, SD21_BASE, TINY
-    from minisd.pipeline import StableDiffusion
+    from minisd.features.attention_maps import record_attention
+    from minisd.pipeline.stable_diffusion import StableDiffusion
     from minisd.samplers import Sampler
     from minisd.schedule import Schedule
     from minisd.text_encoder import TextEncoder
@@ -35,14 +35,14 @@ __all__ = [
 
 _MODULES = MappingProxyType(
     {
-        "StableDiffusion": "pipeline",
+        "StableDiffusion": "pipeline.stable_diffusion",
         "Tokenizer": "tokenizer",
         "TextEncoder": "text_encoder",
         "Autoencoder": "autoencoder",
         "UNet": "unet",
         "Schedule": "schedule",
         "Sampler": "samplers",
-        "record_attention": "attention",
+        "record_attention": "features.attention_maps",
     }
     | dict.fromkeys(("SD15", "SD15_INPAINT", "SD21_BASE", "SD21", "TINY"), "config")
 )

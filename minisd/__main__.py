@@ -2,6 +2,6 @@
 
 import sys
 
-from minisd.cli import main
+from minisd.app.cli import main
 
 sys.exit(main())

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from minisd.attention import Attention
-from minisd.blocks import Downsample, ResBlock, Upsample, in_order, silu
+from minisd.blocks import Downsample, ResBlock, Upsample
 from minisd.config import AutoencoderConfig
 
 EPS = 1e-6  # of every norm in the autoencoder; the UNet's residual blocks have 1e-5
@@ -60,34 +60,20 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class EncoderBlock(nn.Module):
-    """Residual blocks, then half the size unless this is the last level."""
+class Level(nn.Module):
+    """Residual blocks, then half the size, twice the size, or (at the last level) neither."""
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, downsample: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, groups: int, down: bool = False, up: bool = False
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList([ResBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:], strict=False)])
-        if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(out_channels, padding=0)])
+        self.resnets = nn.ModuleList(ResBlock(a, b, groups, EPS) for a, b in pairwise(widths))
+        self.downsamplers = nn.ModuleList([Downsample(out_channels, padding=0)] if down else [])
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if up else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in (*self.resnets, *getattr(self, "downsamplers", ())):
-            x = block(x)
-        return x
-
-
-class DecoderBlock(nn.Module):
-    """Residual blocks, then twice the size unless this is the last level."""
-
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, upsample: bool) -> None:
-        super().__init__()
-        widths = [in_channels] + [out_channels] * layers
-        self.resnets = nn.ModuleList([ResBlock(a, b, groups, EPS) for a, b in zip(widths, widths[1:], strict=False)])
-        if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in (*self.resnets, *getattr(self, "upsamplers", ())):
+        for block in (*self.resnets, *self.downsamplers, *self.upsamplers):
             x = block(x)
         return x
 
@@ -100,18 +86,19 @@ class Encoder(nn.Module):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            EncoderBlock(a, b, config.layers_per_block, groups, downsample=i < len(widths) - 1)
-            for i, (a, b) in enumerate(zip((widths[0], *widths), widths, strict=False))
+            Level(a, b, config.layers_per_block, groups, down=level < len(widths) - 1)
+            for level, (a, b) in enumerate(pairwise((widths[0], *widths)))
         )
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(in_order(images))
+        x = self.conv_in(images)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_act(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -119,22 +106,22 @@ class Decoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths: Sequence[int] = config.block_out_channels[::-1]
-        groups = config.norm_num_groups
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            DecoderBlock(a, b, config.layers_per_block + 1, groups, upsample=i < len(widths) - 1)
-            for i, (a, b) in enumerate(zip((widths[0], *widths), widths, strict=False))
+            Level(a, b, config.layers_per_block + 1, groups, up=level < len(widths) - 1)
+            for level, (a, b) in enumerate(pairwise((widths[0], *widths)))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
+        self.conv_act = nn.SiLU()
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(in_order(latents)))
+        x = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_act(self.conv_norm_out(x)))
 
 
 class Autoencoder(nn.Module):
@@ -152,13 +139,7 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, images: Tensor) -> Gaussian:
-        """Images (n, 3, h, w) in [-1, 1] to a Gaussian over latents (n, 4, h/8, w/8), not yet scaled.
-
-        Raises ValueError when height or width is not a multiple of 8.
-        """
-        height, width = images.shape[-2:]
-        if height % self.config.downscale or width % self.config.downscale:
-            raise ValueError(f"image is {width}×{height}; both sides must be multiples of {self.config.downscale}")
+        """Images (n, 3, h, w) in [-1, 1] to a Gaussian over unscaled latents (n, 4, h/8, w/8)."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return Gaussian(mean, logvar.clamp(-30, 20))
 

@@ -1,7 +1,7 @@
-"""The pictures that the notebooks draw, and what every notebook begins with: one style, small files, text for each.
+"""Figures of the notebooks, and their common setup: one style, small files, alternative text for each.
 
-Pictures are drawn pixel by pixel with Pillow, so that the same notebook gives the same bytes again. The colours can be
-told apart with any kind of colour vision (Okabe and Ito 2008; Nuñez et al. 2018 for "cividis").
+Figures are drawn pixel by pixel with Pillow, so that running a notebook again gives the same bytes. The colours are
+safe for colour-blind readers (Okabe and Ito 2008; Nuñez et al. 2018 for "cividis").
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -26,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from minisd.images import to_pil
-from minisd.parts import best_device
-from minisd.pipeline import StableDiffusion
+from minisd.pipeline.memory import best_device
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.tokenizer import Tokenizer, normalize, split_words
 
 INK, FAINT, PAPER = "#1a1a1a", "#6b6b6b", "#ffffff"
@@ -36,22 +35,22 @@ STAGES = ("tokenizer", "text encoder", "noise", "unet", "sampler", "autoencoder"
 
 
 def shipped() -> bool:
-    """Whether notebooks run on the model in this package, because MINISD_MODEL names no other."""
+    """Whether the notebooks run on the tiny model of this package, because MINISD_MODEL is not set."""
     return not os.environ.get("MINISD_MODEL")
 
 
 def model_source() -> str:
-    """Where the notebooks' model is: what MINISD_MODEL says (a hub id or a folder), or the folder of the tiny one."""
+    """The notebooks' model: the hub id or folder in MINISD_MODEL, or else the folder of the tiny model."""
     return os.environ.get("MINISD_MODEL") or str(resources.files("minisd") / "assets/tiny")
 
 
 def load_model() -> StableDiffusion:
-    """The notebooks' model. The tiny one runs on the CPU everywhere, so that its pictures are the same everywhere."""
+    """Load the notebooks' model. The tiny one always runs on the CPU, so that all machines draw the same pictures."""
     return StableDiffusion.from_pretrained(model_source(), device="cpu" if shipped() else best_device())
 
 
 def notebook_setup(seed: int = 0) -> None:
-    """Begin a notebook: fix the seeds and the resolution of plots, and say which model it runs on."""
+    """Set up a notebook: fix the seeds and the style of plots, and print which model it runs on."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -67,9 +66,9 @@ def notebook_setup(seed: int = 0) -> None:
 
 
 def show(picture: Image.Image | Figure, alt: str) -> None:
-    """Show a picture or a plot, with a text for those who cannot see it. Raises ValueError where the text is missing.
+    """Show a PIL picture, or a plot, which is closed, with its alternative text. Raises ValueError if `alt` is empty.
 
-    Few colours are kept exactly, as PNG; what the model draws is shown as JPEG, which takes a fifth of the space.
+    Pictures of few colours are stored as PNG, without loss; others as JPEG, which takes a fifth of the space.
     """
     if not alt.strip():
         raise ValueError("the picture has no text; say in `alt` what it shows")
@@ -87,15 +86,21 @@ def show(picture: Image.Image | Figure, alt: str) -> None:
 
 
 def enlarge(picture: Image.Image, side: int = 256) -> Image.Image:
-    """Repeat pixels, a whole number of times, until the longer side is near `side`; a larger picture stays as it is."""
+    """Scale a picture up by an integer factor, until its longer side is about `side` pixels; never down."""
     factor = max(1, round(side / max(picture.size)))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def film_strip(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), side: int = 128) -> Image.Image:
-    """Lay pictures of one size out as a table, with a name above each column and left of each row.
+    """Arrange pictures in a table.
 
-    side: about how many pixels a picture gets. Raises ValueError where rows differ in length.
+    Args:
+        rows: the pictures of each row, all of one size, by the row's name.
+        columns: the names of the columns, if any.
+        side: the approximate side of a picture in the table, in pixels.
+
+    Raises:
+        ValueError: the rows differ in length, or the columns do not match them.
     """
     lengths = {len(row) for row in rows.values()}
     if len(lengths) != 1 or 0 in lengths or (columns and len(columns) not in lengths):
@@ -117,7 +122,7 @@ def film_strip(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str]
 
 
 def paint(values: Tensor, low: float | None = None, high: float | None = None, colors: str = "cividis") -> Image.Image:
-    """A matrix (h, w) as a picture of h × w pixels, from the darkest colour at `low` to the brightest at `high`."""
+    """Map a matrix (h, w) to a picture of h × w pixels: the darkest colour is `low`, the brightest is `high`."""
     table = values.detach().float().cpu().numpy()
     low, high = float(table.min()) if low is None else low, float(table.max()) if high is None else high
     unit = np.clip((table - low) / max(high - low, 1e-12), 0, 1)
@@ -125,18 +130,18 @@ def paint(values: Tensor, low: float | None = None, high: float | None = None, c
 
 
 def channels(latents: Tensor) -> list[Image.Image]:
-    """The channels of latents (1, c, h, w), each as a grey picture: black is −3, white is 3, about what noise spans."""
+    """The channels of latents (1, c, h, w) as grey pictures: black is −3, white is 3, about the range of unit noise."""
     return [paint(channel, -3, 3, "gray") for channel in latents[0]]
 
 
 def heat_over(picture: Image.Image, weights: Tensor, strength: float = 0.65) -> Image.Image:
-    """Lay weights (h, w) ≥ 0 over a picture as a heat map: bright where they are large."""
+    """Overlay a picture with weights (h, w) ≥ 0 as a heat map: bright where they are large."""
     heat = paint(weights, 0).resize(picture.size, Image.Resampling.BICUBIC)
     return Image.blend(picture.convert("L").convert("RGB"), heat, strength)
 
 
 def token_row(tokens: Sequence[str], below: Sequence[object] = (), weights: Iterable[float] = ()) -> Image.Image:
-    """Tokens in boxes, with something below each, such as its id; weights in [0, 1] colour the boxes."""
+    """Draw tokens in boxes, each with a note below, such as its id; weights in [0, 1] colour the boxes."""
     shares = [float(weight) for weight in weights] or [0.0] * len(tokens)
     notes = [str(note) for note in below] or [""] * len(tokens)
     names = [token.replace("</w>", "") for token in tokens]
@@ -153,7 +158,7 @@ def token_row(tokens: Sequence[str], below: Sequence[object] = (), weights: Iter
 
 
 def you_are_here(*lit: str) -> Image.Image:
-    """The diagram of the pipeline with some of its parts lit, by their names in `STAGES`; none lights all."""
+    """Draw the pipeline with the named `STAGES` highlighted; without names, all are."""
     if unknown := set(lit) - set(STAGES):
         raise ValueError(f"no part is called {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     sheet = Image.new("RGB", (880, 132), PAPER)
@@ -194,7 +199,7 @@ def you_are_here(*lit: str) -> Image.Image:
 
 
 def slider(draw: Callable[[int], Image.Image], name: str, count: int, alt: str) -> None:
-    """A slider over the pictures draw(0) … draw(count − 1), for a running notebook only: it is never stored."""
+    """Show a slider over the pictures draw(0) … draw(count − 1), in a running notebook only; it is not stored."""
     from ipywidgets import HTML, IntSlider, VBox
     from ipywidgets import Image as Frame
 
@@ -210,7 +215,7 @@ def slider(draw: Callable[[int], Image.Image], name: str, count: int, alt: str) 
 
 
 def check(question: Callable[[], bool]) -> None:
-    """Say "yes" where an exercise is solved and "not yet" where it is not, or where the answer raises an error."""
+    """Print "yes" if an exercise is solved, or else "not yet", with the error if the answer raises one."""
     try:
         print("yes" if question() else "not yet")
     except NotImplementedError:
@@ -227,18 +232,18 @@ def _arrow(draw: ImageDraw.ImageDraw, start: tuple[int, int], end: tuple[int, in
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    # matplotlib brings DejaVu Sans along, so letters look the same on every machine
+    # DejaVu Sans comes with matplotlib, so text looks the same on every machine
     path = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def merge_tree(tokenizer: Tokenizer, prompt: str) -> Image.Image:
-    """How the bytes of a prompt become tokens: a tree for each word, a rank at each merge, the ids on top."""
+    """Draw how the bytes of a prompt are merged into tokens: a tree per word, a rank at each merge, the ids on top."""
     words = [_word_tree(tokenizer.merge_steps(word)) for word in split_words(normalize(prompt))]
     top = max(level for nodes in words for _, level, *_ in nodes)
     pitch, gap, bottom = 54, 16, 66 * top + 46
-    bytes_in_all = sum(1 for nodes in words for node in nodes if node[1] == 0)
-    sheet = Image.new("RGB", (pitch * bytes_in_all + gap * (len(words) - 1), bottom + 22), PAPER)
+    leaves = sum(node[1] == 0 for nodes in words for node in nodes)
+    sheet = Image.new("RGB", (pitch * leaves + gap * (len(words) - 1), bottom + 22), PAPER)
     draw, left = ImageDraw.Draw(sheet), pitch / 2
     for nodes in words:
         places = [(left + pitch * x, bottom - 66 * level) for x, level, *_ in nodes]
@@ -255,24 +260,25 @@ def merge_tree(tokenizer: Tokenizer, prompt: str) -> Image.Image:
             draw.text((x, y + 14), rank, FAINT if number in below else INK, _font(11), anchor="mm")
             if number not in below:
                 draw.text((x, y - 26), str(tokenizer.vocabulary[symbol]), BLUE, _font(14), anchor="mm")
-        left += pitch * sum(1 for node in nodes if node[1] == 0) + gap
+        left += pitch * sum(node[1] == 0 for node in nodes) + gap
     return sheet.quantize(32)
 
 
 def _word_tree(steps: list[list[str]]) -> list[tuple[float, int, str, tuple[int, ...]]]:
-    """The nodes of a word's tree, each (place, level, symbol, numbers of its two children)."""
+    """The nodes of a word's tree: (x, level, symbol, indices of the two children)."""
     nodes: list[tuple[float, int, str, tuple[int, ...]]] = [(x, 0, symbol, ()) for x, symbol in enumerate(steps[0])]
     row = list(range(len(nodes)))
-    for before, after in pairwise(steps):
-        at = next(i for i, symbol in enumerate(after) if symbol != before[i])
-        (left, low, *_), (right, high, *_) = nodes[row[at]], nodes[row[at + 1]]
-        nodes.append(((left + right) / 2, max(low, high) + 1, after[at], (row[at], row[at + 1])))
-        row[at : at + 2] = [len(nodes) - 1]
+    for symbols in steps[1:]:
+        for at, symbol in enumerate(symbols):  # a step may merge the same pair in several places
+            if symbol != nodes[row[at]][2]:
+                (left, low, *_), (right, high, *_) = nodes[row[at]], nodes[row[at + 1]]
+                nodes.append(((left + right) / 2, max(low, high) + 1, symbol, (row[at], row[at + 1])))
+                row[at : at + 2] = [len(nodes) - 1]
     return nodes
 
 
 def token_rows(tokenizer: Tokenizer, prompts: Sequence[str], length: int = 77) -> Image.Image:
-    """What becomes of prompts in `length` places: start, text, end and padding; behind the bar, what is cut off."""
+    """Draw the tokens of prompts in a context of `length`; those behind the bar are cut off."""
     kinds = {"start": INK, "text": SKY, "end": ORANGE, "padding": "#e2e2e2", "cut off": PURPLE}
     counts = [len(tokenizer.encode(prompt)) for prompt in prompts]
     side, pitch = 9, 52
@@ -297,9 +303,9 @@ def token_rows(tokenizer: Tokenizer, prompts: Sequence[str], length: int = 77) -
 
 
 def shape_ladder(maps: Mapping[str, Tensor], sheets: int = 2) -> Image.Image:
-    """Feature maps (1, c, h, w) from left to right, each a pile of its most varied channels, as large as h and w say.
+    """Draw feature maps (1, c, h, w) from left to right, each as a stack of its channels with the largest range.
 
-    Three channels are taken for a picture in [-1, 1]. Below stand the name, the shape and how many numbers it holds.
+    Maps of three channels are drawn as images in [-1, 1]. Below each stand its name, its shape and its element count.
     """
     tiles = []
     for name, x in maps.items():
@@ -308,7 +314,7 @@ def shape_ladder(maps: Mapping[str, Tensor], sheets: int = 2) -> Image.Image:
         if c == 3:
             faces = to_pil(x)
         else:
-            low, high = x[0].flatten(1).quantile(torch.tensor([0.01, 0.99]), dim=1)  # single places may stick out
+            low, high = x[0].flatten(1).quantile(torch.tensor([0.01, 0.99]), dim=1)  # robust to single outliers
             order = (high - low).argsort(descending=True)[: sheets if c > 4 else c].tolist()
             faces = [paint(x[0, channel], low[channel].item(), high[channel].item()) for channel in order]
         tiles.append(
@@ -320,9 +326,9 @@ def shape_ladder(maps: Mapping[str, Tensor], sheets: int = 2) -> Image.Image:
     sheet = Image.new("RGB", (sum(widths), top + foot), PAPER)
     draw, left = ImageDraw.Draw(sheet), 0
     for (*texts, faces), width in zip(tiles, widths, strict=True):
-        pile = faces[0].width + step * (len(faces) - 1)
+        stack = faces[0].width + step * (len(faces) - 1)
         for depth, face in reversed(list(enumerate(faces))):
-            x0 = left + (width - pile) // 2 + step * depth
+            x0 = left + (width - stack) // 2 + step * depth
             y0 = top - face.height - step * depth
             sheet.paste(face, (x0, y0))
             draw.rectangle((x0, y0, x0 + face.width - 1, y0 + face.height - 1), None, PAPER)
@@ -341,9 +347,17 @@ def heat_map(
     digits: int | None = 2,
     cell: int = 40,
 ) -> Image.Image:
-    """A matrix as a table of coloured cells, dark at `low` and bright at `high`, with a word or a picture at each line.
+    """Draw a matrix as a table of coloured cells.
 
-    digits: decimals written into the cells, None for no numbers. Raises ValueError where names do not match the matrix.
+    Args:
+        values: (rows, columns).
+        rows, columns: a label for each, a word or a picture.
+        low, high: the values of the darkest and the brightest colour; by default those of the matrix.
+        digits: decimals of the numbers in the cells; None writes no numbers.
+        cell: the side of a cell, in pixels.
+
+    Raises:
+        ValueError: the labels do not match the matrix.
     """
     if values.shape != (len(rows), len(columns)):
         raise ValueError(f"a matrix of {tuple(values.shape)} with {len(rows)} row and {len(columns)} column names")
@@ -368,7 +382,7 @@ def heat_map(
 
 
 def _label(name: str | Image.Image, side: int) -> Image.Image:
-    """A name as a picture of its letters; a picture shrunk to the side of a cell."""
+    """A name as a picture of its letters, or a picture resized to fit a cell."""
     if isinstance(name, Image.Image):
         return name.convert("RGB").resize((side - 4, side - 4), Image.Resampling.LANCZOS)
     label = Image.new("RGB", (int(_font(12).getlength(name)) + 2, 16), PAPER)
@@ -377,7 +391,7 @@ def _label(name: str | Image.Image, side: int) -> Image.Image:
 
 
 def plot_picture(figure: Figure, colors: int = 64) -> Image.Image:
-    """A plot as a picture of few colours, which takes a third of the space in a notebook; the figure is closed."""
+    """Convert a plot to a picture of few colours, which takes a third of the space in a notebook, and close it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=72, bbox_inches="tight")
     plt.close(figure)

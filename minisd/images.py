@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def to_images(pixels: np.ndarray) -> Tensor:
@@ -33,75 +27,8 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def from_pil(picture: Image.Image) -> Tensor:
-    """A PIL picture to an image (1, 3, h, w) in [-1, 1].
-
-    The camera's rotation (EXIF) is applied, and transparency is laid over white. White is 65535 in mode I;16, and in
-    mode I where a number exceeds 255; in mode F it is the largest number, but at least 1. Raises TypeError for what is
-    no PIL picture, ValueError for a mode that PIL cannot turn into RGB, and FloatingPointError for NaN.
-    """
-    picture = upright(picture)
-    if {"A", "a"} & {*picture.getbands()} or "transparency" in picture.info:
-        picture = picture.convert("LA" if picture.mode == "La" else "RGBA").convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return to_images(np.array(_eight_bits(picture, "RGB"))[None])
-
-
-def upright(picture: Image.Image) -> Image.Image:
-    """A PIL picture as the camera's rotation (EXIF) wants it; TypeError for anything else."""
-    if not isinstance(picture, Image.Image):
-        raise TypeError(f"expected a PIL picture, got {type(picture).__name__}; open files with PIL.Image.open(path)")
-    if not picture.width or not picture.height:
-        raise ValueError(f"the picture is {picture.width}×{picture.height}; expected at least one pixel")
-    return ImageOps.exif_transpose(picture)
-
-
-def gray(picture: Image.Image) -> np.ndarray:
-    """The brightness of a PIL picture of any mode, (h, w) in [0, 1], read as by `from_pil`; alpha is ignored."""
-    picture = upright(picture)
-    if "a" in picture.getbands():
-        picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
-    return np.asarray(_eight_bits(picture, "L"), dtype=np.float32) / 255
-
-
-def _eight_bits(picture: Image.Image, mode: str) -> Image.Image:
-    """A picture in mode L or RGB."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture, dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise FloatingPointError("the picture holds NaN or infinity; expected finite numbers")
-        eight = picture.mode == "I" and values.max() <= 255
-        scale = max(float(values.max()), 1.0) if picture.mode == "F" else 255 if eight else 65535
-        picture = Image.fromarray((values / scale * 255).clip(0, 255).round().astype(np.uint8))
-    try:
-        return picture.convert(mode)
-    except ValueError as error:
-        raise ValueError(f"a picture of mode {picture.mode} cannot be used ({error}); convert it to RGB") from error
-
-
-@contextmanager
-def opened_picture(path: str | PathLike[str]) -> Iterator[Image.Image]:
-    """A picture file, open within this block. Raises OSError, naming the file, for whatever goes wrong in the block.
-
-    Only the first frame of a film is seen. Pictures of more than 179 million pixels are refused before they are
-    unpacked (Pillow's limit), and so are formats whose readers start other programs, such as EPS.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")  # a broken description of an unbroken picture
-            with Image.open(path, formats=FORMATS) as picture:
-                yield picture
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged or hostile file provokes in its reader
-        raise OSError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
-
-
-def read_picture(path: Path, width: int, height: int) -> Image.Image:
-    """Read a picture file as RGB, scaled and cropped to a size. Raises OSError, naming the file, for anything else."""
-    with opened_picture(path) as opened:
-        picture = to_pil(from_pil(opened))[0]
-    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    """An RGB picture to an image (1, 3, h, w) in [-1, 1]; other modes are converted as Pillow does."""
+    return to_images(np.array(picture.convert("RGB"))[None])
 
 
 def grid(

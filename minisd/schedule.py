@@ -26,9 +26,8 @@ Table = NDArray[np.float64]
 class Schedule:
     """The noise schedule of a model: tables over the training timesteps, and the conversions built on them.
 
-    Tables are float64 NumPy arrays of length `num_train_timesteps`, read-only. They never travel to a device
-    as they are: what meets a tensor is a Python float, or a copy in float32 (float64 beside float64
-    latents).
+    Tables are read-only float64 NumPy arrays of length `num_train_timesteps`. Tensors meet them as Python floats, or as
+    float32 copies (float64 for float64 latents).
     Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic Models"; Salimans and Ho 2022, "Progressive
     Distillation for Fast Sampling of Diffusion Models" (v-prediction).
     """
@@ -63,14 +62,20 @@ class Schedule:
         """The timestep, often fractional, of a σ: interpolated in log σ, clamped to the ends of the table."""
         return float(np.interp(np.log(max(sigma, 1e-10)), np.log(self.sigmas), np.arange(len(self.sigmas))))
 
-    def timesteps(self, n: int, spacing: str | None = None, whole: bool = True) -> tuple[float, ...]:
+    def timesteps(self, n: int, spacing: str | None = None, rounded: bool = True) -> tuple[float, ...]:
         """Choose n of the training timesteps, largest first.
 
-        spacing: "leading", "trailing" or "linspace"; None takes the configuration's. whole: round those of
-        linspace. Only trailing and linspace begin at the last timestep, where latents are almost pure noise;
-        with n = 1, leading and linspace give only the clean end (1 and 0). Raises ValueError when n do not
-        fit.
+        Only trailing and linspace begin at the last timestep, where latents are almost pure noise. With n = 1, leading
+        and linspace give only the clean end (1 and 0).
         Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", table 2.
+
+        Args:
+            n: how many.
+            spacing: "leading", "trailing" or "linspace"; None takes the configuration's.
+            rounded: whether the timesteps of linspace are rounded to whole numbers.
+
+        Raises:
+            ValueError: n timesteps do not fit the schedule.
         """
         total, spacing = self.config.num_train_timesteps, spacing or self.config.timestep_spacing
         if not 1 <= n <= total:
@@ -82,7 +87,7 @@ class Schedule:
             chosen = np.arange(total, 0, -total / n)[:n].round() - 1
         elif spacing == "linspace":
             chosen = np.linspace(0, total - 1, n)[::-1]
-            chosen = chosen.round() if whole else chosen
+            chosen = chosen.round() if rounded else chosen
         else:
             raise ValueError(f"spacing={spacing!r}; expected 'leading', 'trailing' or 'linspace'")
         if chosen[0] > total - 1:
@@ -93,7 +98,7 @@ class Schedule:
         return tuple(float(t) for t in chosen)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Jump from clean latents (n, …) to timesteps (n,) in one go; noise: unit Gaussian, (n, …)."""
+        """Add unit Gaussian noise (n, …) to clean latents (n, …), as much as timesteps (n,) have."""
         signal, spread = self._signal_and_noise(latents, timesteps)
         # x = √ᾱ x₀ + √(1−ᾱ) ε                     (Ho et al. 2020, equation 4)
         return (signal * latents + spread * noise).to(latents.dtype)
@@ -105,7 +110,7 @@ class Schedule:
         return (signal * noise - spread * latents).to(latents.dtype)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet should predict, by the prediction type: the noise, v, or the clean latents."""
+        """The training target of the UNet, by the prediction type: the noise, v, or the clean latents."""
         if self.config.prediction_type == "v_prediction":
             return self.to_v(latents, noise, timesteps)
         return noise if self.config.prediction_type == "epsilon" else latents
@@ -128,7 +133,7 @@ class Schedule:
     def _convert(
         self, prediction: Tensor, x: Tensor, signal: Tensor | float, spread: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        # every line solves x = √ᾱ x₀ + √(1−ᾱ) ε for what is missing
+        # each case solves x = √ᾱ x₀ + √(1−ᾱ) ε, given one of x₀, ε, v = √ᾱ ε − √(1−ᾱ) x₀
         if self.config.prediction_type == "epsilon":
             return (x - spread * prediction) / signal, prediction
         if self.config.prediction_type == "v_prediction":
@@ -148,7 +153,7 @@ class Schedule:
 
 
 def _look_up(table: Table, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-    # cast first and move then: Apple's MPS has no float64
+    # cast before moving: Apple's MPS has no float64
     return torch.tensor(table, dtype=dtype).to(timesteps.device)[timesteps]
 
 

@@ -9,16 +9,14 @@ from torch import Tensor, nn
 from minisd.attention import attend
 from minisd.config import TextEncoderConfig
 
-TABLE = "text_model.embeddings.token_embedding.weight"  # the rows of the tokens, in the state of a TextEncoder
-
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """Return x · sigmoid(1.702 x), the approximation of GELU that CLIP was trained with."""
+    """The sigmoid approximation of GELU that OpenAI trained CLIP with."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class Embeddings(nn.Module):
-    """A learned vector for the token plus a learned vector for its position. ids (n, tokens) -> (n, tokens, width)."""
+    """A learned token vector plus a learned position vector. ids (n, tokens) -> (n, tokens, width)."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -32,7 +30,7 @@ class Embeddings(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and those before it. (n, tokens, width) -> the same."""
+    """Multi-head attention in which a token sees itself and the tokens before it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -40,12 +38,11 @@ class CausalSelfAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.out_proj(attend(self, q, k, v, self.heads, causal=True))
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True))
 
 
 class MLP(nn.Module):
-    """Two linear layers with CLIP's activation in between. (n, tokens, width) -> the same."""
+    """Two linear layers with a GELU in between."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -58,7 +55,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer: attention, then MLP, each added to its input. (n, tokens, width) -> the same."""
+    """A pre-norm transformer layer. (n, tokens, width) -> (n, tokens, width)."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -73,7 +70,7 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The text half of CLIP, with the parameter names of transformers' `CLIPTextModel` as published (`text_model.…`).
+    """The text half of CLIP. Parameters are named as in published `CLIPTextModel` checkpoints (`text_model.…`).
 
     Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.4.
     """
@@ -97,21 +94,19 @@ class TextEncoder(nn.Module):
 
     @property
     def token_embedding(self) -> nn.Embedding:
-        """The table of token vectors; a row of zeros belongs to a token that was never trained."""
+        """The table of token vectors. A row of zeros belongs to a token that was never trained."""
         return self.text_model["embeddings"].token_embedding  # type: ignore[return-value]
 
     def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
-        """Token ids (n, tokens) to vectors (n, tokens, width): the last layer's output after the final LayerNorm.
+        """Encode token ids.
 
-        `clip_skip` counts as the community does: 1 uses every layer, 2 stops before the last one. Raises ValueError
-        for more tokens than there are positions, or a clip_skip outside 1…layers.
+        Args:
+            ids: (n, tokens), at most 77 tokens.
+            clip_skip: 1 runs every layer, 2 stops one layer before the last, and so on.
+
+        Returns:
+            One vector per token, (n, tokens, width), after the final LayerNorm.
         """
-        if ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{ids.shape[1]} tokens; the text encoder has {self.config.max_position_embeddings} positions"
-            )
-        if not 1 <= clip_skip <= len(self.layers):
-            raise ValueError(f"clip_skip={clip_skip}; expected 1 (every layer) to {len(self.layers)}")
         x = self.text_model["embeddings"](ids)
         for layer in self.layers[: len(self.layers) + 1 - clip_skip]:
             x = layer(x)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minisd.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
+from minisd.io.configs import to_dict
 
 TOKENIZER = Path(__file__).parents[1] / "minisd/assets/tiny/tokenizer"
 
@@ -49,13 +50,13 @@ class Parts:
 def make_parts(config: ModelConfig, seed: int = 0, scale: float = 1.0, meta: bool = False) -> Parts:
     """diffusers' modules of the given sizes; the weights are random and `scale` times He's, or on the meta device."""
     text = CLIPTextConfig(
-        **config.text_encoder.to_dict() | {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
+        **to_dict(config.text_encoder) | {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1}
     )
     with torch.device("meta"):
         parts = Parts(
             CLIPTextModel(text),
-            AutoencoderKL.from_config(config.autoencoder.to_dict()),
-            UNet2DConditionModel.from_config(config.unet.to_dict()),
+            AutoencoderKL.from_config(to_dict(config.autoencoder)),
+            UNet2DConditionModel.from_config(to_dict(config.unet)),
         )
     if meta:
         return parts

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,16 +39,34 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # the longest ones come first, so that under `-n 2` no process is left with one of them at the end
-    items.sort(key=lambda item: 0 if item.get_closest_marker("full") else 1 if item.path.suffix == ".ipynb" else 2)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run files, and tests within them, in another order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is quick, and order the tests.
+
+    quick: the tests of core and parity, and one picture from the command line, but for what is marked slow or full.
+    """
     for item in items:
+        folder = item.path.parent.name
+        if (folder in ("core", "parity") or item.path.name == "test_cli.py") and not any(
+            item.get_closest_marker(name) for name in ("slow", "full", "real")
+        ):
+            item.add_marker(pytest.mark.quick)
         if item.get_closest_marker("full"):
             item.add_marker(pytest.mark.timeout(1200))
-    if not os.environ.get("MINISD_MODEL"):
-        for item in items:
-            if item.get_closest_marker("real"):
-                item.add_marker(pytest.mark.skip(reason=REAL))
+        if item.get_closest_marker("real") and not os.environ.get("MINISD_MODEL"):
+            item.add_marker(pytest.mark.skip(reason=REAL))
+    # the longest ones come first, so that under `-n 2` no process is left with one of them at the end
+    items.sort(key=lambda item: 0 if item.get_closest_marker("full") else 1 if item.path.suffix == ".ipynb" else 2)
+    if (seed := config.getoption("--shuffle")) is not None:
+        cells = [item for item in items if item.path.suffix == ".ipynb"]  # their order is their meaning
+        tests = [item for item in items if item.path.suffix != ".ipynb"]
+        shuffled = random.Random(seed)
+        places = {path: shuffled.random() for path in {item.path for item in tests}}
+        shuffled.shuffle(tests)
+        items[:] = [*cells, *sorted(tests, key=lambda item: places[item.path])]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -57,30 +75,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(f"To test them, {REAL}, and run: python -m pytest -m real")
 
 
-@pytest.fixture
-def tally(record_property: Callable[[str, object], None]) -> Iterator[Counter[str]]:
-    """How many inputs a test really tried, by what came of them (refused, drawn, kills …); `hunt.py` adds them up."""
-    counted: Counter[str] = Counter()
-    yield counted
-    for name, count in counted.items():
-        record_property(name, count)
-
-
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small random model for 32×32 pictures, which knows the words "fox", "snow" and "red" only."""
     from dataclasses import replace
 
     import torch
+    from models import SMALL
 
-    from minisd import TINY, Autoencoder, Sampler, StableDiffusion, TextEncoder, Tokenizer, UNet
-    from minisd.folder import Defaults
+    from minisd import Autoencoder, Sampler, StableDiffusion, TextEncoder, Tokenizer, UNet
+    from minisd.io.diffusers_folder import Defaults
 
-    text = replace(TINY.text_encoder, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    vae = replace(TINY.autoencoder, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, sample_size=32)
-    widths = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "attention_head_dim": 2}
-    unet = replace(TINY.unet, sample_size=4, cross_attention_dim=16, **widths)
-    config = replace(TINY, text_encoder=text, autoencoder=vae, unet=unet)
+    text = replace(SMALL.text_encoder, num_hidden_layers=1)
+    vae, unet = replace(SMALL.autoencoder, sample_size=32), replace(SMALL.unet, sample_size=4)
+    config = replace(SMALL, text_encoder=text, autoencoder=vae, unet=unet)
     torch.manual_seed(0)
     tokenizer, encoder = Tokenizer.from_pretrained(), TextEncoder(text)
     known = [tokenizer.bos_token_id, tokenizer.eos_token_id, *tokenizer.encode("fox snow red")]
@@ -98,7 +106,7 @@ def run(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, list[str], str]]:
     """Run `minisd` in an empty folder, and return its exit code, the lines it printed, and its standard error."""
-    from minisd import cli
+    from minisd.app import cli
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MINISD_DEBUG", raising=False)

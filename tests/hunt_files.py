@@ -2,7 +2,7 @@
 
 python tests/hunt_files.py [--count 6000] [--seed 0]
 
-`hunt.py` does this as well. A file is cut, flipped, spliced or edited, exchanged for another one, or a pickle that runs
+A file is cut, flipped, spliced or edited, exchanged for another one, or a pickle that runs
 code is put into it. Every case runs in one worker process with limited memory and time, so a crash or a hang is caught
 as well. A case ends
 
@@ -216,7 +216,7 @@ class Hunt:
         from safetensors.torch import load_file, save_file
 
         from minisd import TINY, Autoencoder, StableDiffusion, TextEncoder, Tokenizer, UNet
-        from minisd.keys import single_file_sources
+        from minisd.io.key_names import single_file_sources
 
         torch.set_num_threads(1)
         torch.manual_seed(0)
@@ -299,17 +299,18 @@ class Hunt:
 
     def _gather_strangers(self) -> None:
         """What is put in the place of a file, and into pickles."""
-        from test_pickles import REFUSED, programs
+        from hostile_pickles import REFUSED, programs
 
         self.hostile = [*programs(self.canary).values()] * 3 + [each for each in REFUSED.values() if len(each) < 10_000]
         self.strange = [*NO_WEIGHTS.values(), *self.hostile]
         self.strange += [path.read_bytes() for path in sorted({self.folder / name for name, _ in self.cases})]
 
     def _cases(self) -> list[tuple[str, Callable[[Path], Any]]]:
-        from minisd import Tokenizer, checkpoint
-        from minisd.adapters import read_lora, read_textual_inversion
-        from minisd.images import read_picture
-        from minisd.metadata import read_parameters
+        from minisd.app.metadata import read_parameters
+        from minisd.io import checkpoint
+        from minisd.io.adapter_files import read_lora, read_textual_inversion
+        from minisd.io.pictures import read_picture
+        from minisd.io.tokenizer_files import read_tokenizer
 
         def model(path: Path) -> Any:
             loaded = checkpoint.load(path, config=self.config) if path.is_file() else checkpoint.load(path)
@@ -327,7 +328,7 @@ class Hunt:
             return read_picture(path, 16, 16).tobytes()
 
         def tokens(path: Path) -> Any:
-            return Tokenizer.from_pretrained(path.parent).vocabulary
+            return read_tokenizer(path.parent).vocabulary
 
         inside = {"model": [], "shards": []}
         for name, files in inside.items():

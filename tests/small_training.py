@@ -18,7 +18,7 @@ from minisd.text_encoder import TextEncoder
 from minisd.training.autoencoder import AutoencoderTask, Weights
 from minisd.training.clip import CLIPTask, ImageEncoderConfig
 from minisd.training.data import Scenes
-from minisd.training.layout import layouts
+from minisd.training.layout_loss import layouts
 from minisd.training.loop import Options, Task, rank, train
 from minisd.training.scenes import vocabulary
 from minisd.training.unet import UNetTask

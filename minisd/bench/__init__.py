@@ -1,1 +1,1 @@
-"""Measurements of minisd: beside diffusers, with presets, in training; `command.py` is the command for them."""
+"""Benchmarks: minisd against diffusers, presets, training, throughput; `command.py` is their command."""

@@ -1,57 +1,65 @@
-"""The `minisd bench` command: what is measured is in the files beside this one."""
+"""The `minisd bench` command; the benchmarks are in the other files of this folder."""
 
 from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from minisd.processes import say
+from minisd.features.distributed import log
+
+CORES = os.cpu_count() or 1
+Model = Annotated[
+    str | None, typer.Option(help='A model folder, "tiny", or "full": SD 1.5 with random weights. [default: full]')
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="A .json file; a plot is written beside it.")]
+Sizes = Annotated[list[int] | None, typer.Option(help="In pixels; may be repeated. [default: 512, with tiny 128]")]
+Steps = Annotated[int, typer.Option(min=0, help="Number of sampling steps of the complete picture; 0 skips it.")]
+Repeats = Annotated[int, typer.Option(min=1, help="How often each measurement is repeated.")]
+Device = Annotated[str | None, typer.Option(help="cuda or cpu. [default: the first there is]")]
+DType = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="[default: float16 on cuda, else float32]")
+]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of each process, on a CPU. [default: all cores]")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile the UNet and the decoder of both libraries.")]
+Alone = Annotated[bool, typer.Option("--alone", help="Measure minisd only, without diffusers.")]
+Loading = Annotated[bool, typer.Option("--loading/--no-loading", help="Measure imports and loading too.")]
+PresetName = Annotated[
+    Literal["fast"] | None, typer.Option(help="Compare this preset with --steps without it, instead of with diffusers.")
+]
+Pictures = Annotated[
+    int | None,
+    typer.Option(min=1, help="How many, with --preset [default: 256, full: 1] or --throughput [default: 64]."),
+]
+Training = Annotated[bool, typer.Option("--training", help="Measure training steps of the tiny model's parts instead.")]
+Throughput = Annotated[
+    bool, typer.Option("--throughput", help="Draw a prompts file with one process, and with one per thread.")
+]
 
 
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Option(help='A model folder, "tiny", or "full": SD 1.5 with random weights. [default: full]'),
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .json file; a picture is drawn beside it.")] = Path(
-        "runs/bench.json"
-    ),
-    size: Annotated[
-        list[int] | None, typer.Option(help="In pixels; may be repeated. [default: 512, with tiny 128]")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=0, help="Of the whole picture; 0 draws none.")] = 20,
-    repeats: Annotated[int, typer.Option(min=1, help="How often each part is timed.")] = 5,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: the first there is]")] = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="[default: float16 on cuda, else float32]")
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of each process, on a CPU. [default: its cores]")] = (
-        os.cpu_count() or 1
-    ),
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile UNet and decoder, of both libraries.")] = False,
-    alone: Annotated[bool, typer.Option("--alone", help="Measure minisd only, without diffusers.")] = False,
-    loading: Annotated[bool, typer.Option("--loading/--no-loading", help="Measure imports and loading too.")] = True,
-    preset: Annotated[
-        Literal["fast"] | None,
-        typer.Option(help="Measure this preset beside --steps without it, in place of diffusers."),
-    ] = None,
-    pictures: Annotated[
-        int | None, typer.Option(min=1, help="Of --preset [default: 256, full: 1] and --throughput [default: 64].")
-    ] = None,
-    train: Annotated[
-        bool, typer.Option("--training", help="Measure the training of the tiny model's parts, in place of drawing.")
-    ] = False,
-    throughput: Annotated[
-        bool, typer.Option("--throughput", help="Draw a prompts file in one process, and in one for each thread.")
-    ] = False,
+    model: Model = None,
+    output: Output = Path("runs/bench.json"),
+    size: Sizes = None,
+    steps: Steps = 20,
+    repeats: Repeats = 5,
+    device: Device = None,
+    dtype: DType = None,
+    threads: Threads = CORES,
+    compiled: Compile = False,
+    alone: Alone = False,
+    loading: Loading = True,
+    preset: PresetName = None,
+    pictures: Pictures = None,
+    train: Training = False,
+    throughput: Throughput = False,
 ) -> None:
-    """Time minisd and diffusers in turns, on the same weights: import, load, text, step, decode, a picture; and memory.
+    """Time minisd and diffusers in turn, with the same weights: import, load, text, step, decode, picture; and memory.
 
-    Nothing else should be running. At full size on two cores this takes about half an hour; --steps 2 a third of it.
+    Nothing else should be running. At full size on two cores this takes about half an hour, with --steps 2 a third.
 
     \b
     Examples:
@@ -62,51 +70,49 @@ def bench(
       minisd bench --training --threads 1 --dtype bfloat16
       minisd bench --throughput
     """
-    from importlib.util import find_spec
+    from minisd.features.validate import check_writable
 
-    from minisd.bench import compare
-    from minisd.checks import writable
-    from minisd.parts import best_device, usable_device
-
-    writable(output.parent)
+    check_writable(output.parent)
     if train:
-        if dtype == "float16":
-            raise typer.BadParameter("--training is done in float32, or with --dtype bfloat16 in mixed precision")
-        _training(output, repeats, threads, dtype == "bfloat16")
-        return
-    if throughput:
+        _training(output, repeats, threads, dtype)
+    elif throughput:
         _throughput(model or "tiny", output, repeats, threads, pictures or 64)
-        return
+    elif preset is not None:
+        _preset(preset, model or "full", output, steps, pictures, *_device_and_dtype(device, dtype), threads)
+    else:
+        place, kind = _device_and_dtype(device, dtype)
+        sizes = tuple(size or [128 if model == "tiny" else 512])
+        options = {"steps": steps, "repeats": repeats, "device": place, "dtype": kind, "threads": threads}
+        _compare(model or "full", output, alone, sizes=sizes, compiled=compiled, loading=loading, **options)
+
+
+def _device_and_dtype(device: str | None, dtype: str | None) -> tuple[str, str]:
+    from minisd.pipeline.memory import best_device, usable_device
+
     try:
         place = str(best_device() if device is None else usable_device(device))
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from error
-    kind = dtype or ("float16" if place.startswith("cuda") else "float32")
-    if preset is not None:
-        _preset(preset, model or "full", output, steps, pictures, place, kind, threads)
-        return
-    settings = compare.Settings(
-        sizes=tuple(size or [128 if model == "tiny" else 512]),
-        steps=steps,
-        repeats=repeats,
-        device=place,
-        dtype=kind,
-        threads=threads,
-        compiled=compiled,
-        loading=loading,
-        libraries=("minisd",) if alone or find_spec("diffusers") is None else compare.LIBRARIES,
-    )
-    with _model(model or "full") as folder:
-        report = compare.run(folder, settings, say=say)
+    return place, dtype or ("float16" if place.startswith("cuda") else "float32")
+
+
+def _compare(model: str, output: Path, alone: bool, **options: Any) -> None:
+    from importlib.util import find_spec
+
+    from minisd.bench import compare
+
+    libraries = ("minisd",) if alone or find_spec("diffusers") is None else compare.LIBRARIES
+    with _model(model) as folder:
+        report = compare.run(folder, compare.Settings(libraries=libraries, **options), log=log)
     compare.write(report, output)
-    say(compare.table(report))
+    log(compare.table(report))
     print(output)
 
 
 def _model(name: str) -> AbstractContextManager[Path]:
-    """The folder of a model to measure: the shipped one, one with random weights, or one that is there."""
+    """The folder of the model to measure: the shipped one, a temporary one with random weights, or an existing one."""
     from minisd.bench.compare import random_weights
-    from minisd.checkpoint import SHIPPED
+    from minisd.io.checkpoint import SHIPPED
 
     if name == "full":
         return random_weights()
@@ -120,29 +126,32 @@ def _preset(
 
     from minisd.bench import compare
     from minisd.bench import preset as presets
-    from minisd.pipeline import StableDiffusion
-    from minisd.weights import save_atomically
+    from minisd.io.atomic import save_atomically
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
     torch.set_num_threads(threads)
     settings = presets.Settings(preset, pictures or (1 if model == "full" else 256), steps=steps)
     with _model(model) as folder:
         sd = StableDiffusion.from_pretrained(folder, device=device, dtype=getattr(torch, dtype))
-        report, picture = presets.run(sd, settings, say=say)
+        report, picture = presets.run(sd, settings, log=log)
     machine = compare.machine(compare.Settings(device=device, libraries=("minisd",)))
     report["machine"] = machine | {"dtype": dtype, "threads": threads}
     compare.write_json(report, output)
     save_atomically(lambda path: picture.save(path, format="PNG"), output.with_suffix(".png"))
-    say(presets.table(report))
+    log(presets.table(report))
     print(output)
 
 
-def _training(output: Path, repeats: int, threads: int, bfloat16: bool) -> None:
+def _training(output: Path, repeats: int, threads: int, dtype: str | None) -> None:
     from minisd.bench import compare
     from minisd.bench import training as trainings
 
-    report = trainings.run(trainings.Settings(steps=4 * repeats, threads=threads, bfloat16=bfloat16), say=say)
+    if dtype == "float16":
+        raise typer.BadParameter("--training runs in float32, or with --dtype bfloat16 in mixed precision")
+    settings = trainings.Settings(steps=4 * repeats, threads=threads, bfloat16=dtype == "bfloat16")
+    report = trainings.run(settings, log=log)
     compare.write_json(report, output)
-    say(trainings.table(report))
+    log(trainings.table(report))
     print(output)
 
 
@@ -151,7 +160,7 @@ def _throughput(model: str, output: Path, repeats: int, threads: int, pictures: 
     from minisd.bench import throughput as throughputs
 
     with _model(model) as folder:
-        report = throughputs.run(folder, throughputs.Settings(pictures, repeats, threads), say=say)
+        report = throughputs.run(folder, throughputs.Settings(pictures, repeats, threads), log=log)
     compare.write_json(report, output)
-    say(throughputs.table(report))
+    log(throughputs.table(report))
     print(output)

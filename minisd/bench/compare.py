@@ -1,7 +1,7 @@
-"""`minisd bench`: minisd and diffusers on the same weights, in turns, on this machine.
+"""`minisd bench`: minisd and diffusers on this machine, with the same weights.
 
-A time holds only beside another one of the same run. So each library loads the same folder into a process of its own,
-and the two are asked in turns, A B A B …; the table gives medians, the middle half of the times, and their ratio.
+Times are comparable only within one run. So each library loads the same folder into a process of its own, and the
+processes take turns, A B A B …; the table has the medians, the interquartile ranges, and the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from minisd.bench.process import Process
 from minisd.config import SD15, ModelConfig
-from minisd.weights import save_atomically
+from minisd.io.atomic import save_atomically
 
 CEILING_SIDE = 4096
 LIBRARIES = ("minisd", "diffusers")
@@ -35,9 +36,16 @@ LIBRARIES = ("minisd", "diffusers")
 class Settings:
     """What is measured.
 
-    sizes: sides of pictures in pixels; the first is that of the whole picture, drawn in `steps` steps (0: not at all).
-    repeats: how often each part is timed. loading: measure imports and loading too. libraries: "minisd" and, where it
-    is installed, "diffusers".
+    Args:
+        sizes: sides of pictures in pixels; the complete picture has the first.
+        steps: sampling steps of the complete picture; 0 skips it.
+        repeats: how often each measurement is repeated.
+        device: "cpu" or "cuda".
+        dtype: the name of the weights' dtype.
+        threads: of each process.
+        compiled: compile the UNet and the decoder.
+        loading: also measure imports and loading.
+        libraries: "minisd" and, if it is installed, "diffusers".
     """
 
     sizes: tuple[int, ...] = (512,)
@@ -58,50 +66,11 @@ class Settings:
                 raise ValueError(f"size={size}; expected a multiple of 64 from 64 to 8192, such as 512")
 
 
-class Process:
-    """A worker process with one library."""
-
-    def __init__(self, library: str, settings: Settings) -> None:
-        self.library = library
-        environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "minisd.bench.worker", library]
-        self._noise = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`): what libraries print while they load
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._noise, text=True, env=environment
-        )
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and wait for the answer. Raises RuntimeError with what went wrong there."""
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            code = self._process.wait()
-            self._noise.seek(0)
-            said = self._noise.read().strip().splitlines()[-1:] or ["it said nothing"]
-            raise RuntimeError(f"the process of {self.library} ended at {do!r} with exit code {code}: {said[0]}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(f"{self.library} failed at {do!r}: {answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-        self._noise.close()
-
-
 @contextmanager
 def random_weights(config: ModelConfig = SD15) -> Iterator[Path]:
-    """A folder, in diffusers' layout, with random weights for the whole of `config`; removed afterwards."""
+    """Create a temporary model folder in diffusers' layout, with random weights."""
     from minisd.autoencoder import Autoencoder
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.stable_diffusion import StableDiffusion
     from minisd.text_encoder import TextEncoder
     from minisd.tokenizer import Tokenizer
     from minisd.unet import UNet
@@ -115,7 +84,10 @@ def random_weights(config: ModelConfig = SD15) -> Iterator[Path]:
 
 
 def flops(config: ModelConfig, size: int) -> dict[str, int]:
-    """Floating-point operations of a guided step and of decoding, at a size in pixels: counted on shapes alone."""
+    """Count the floating-point operations of a step with guidance and of decoding, at a size in pixels.
+
+    Nothing is computed: the networks run on the meta device.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     from minisd.autoencoder import Autoencoder
@@ -138,27 +110,27 @@ def flops(config: ModelConfig, size: int) -> dict[str, int]:
     return counts
 
 
-def run(source: str | Path, settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure a model folder, and return the report: machine, settings, rows (see `row`) and picture difference.
+def run(source: str | Path, settings: Settings, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure a model folder, and return the report: machine, settings, rows (see `row`), profile, picture difference.
 
-    Raises RuntimeError, with the reason, when a process fails.
+    Raises RuntimeError, with the reason, if a process fails.
     """
-    from minisd.checkpoint import open_checkpoint
+    from minisd.io.checkpoint import open_checkpoint
 
     config = open_checkpoint(source).config
     rows = []
     if settings.loading:
         for name in ["torch", *settings.libraries]:
-            say(f"import {name}")
+            log(f"import {name}")
             rows.append(row(f"import {name}", name, [_import_seconds(name) for _ in range(settings.repeats)]))
-        rows += _cold_loads(source, settings, say)
+        rows += _cold_loads(source, settings, log)
     with ExitStack() as stack:
         processes = []
         loads: dict[str, list[float]] = {name: [] for name in settings.libraries}
-        # the first pair warms the file cache and is not counted
+        # the first pair fills the page cache and is not counted
         for last in (False, False, True) if settings.loading else (True,):
             for name in settings.libraries:
-                say(f"load: {name}")
+                log(f"load: {name}")
                 process = Process(name, settings)
                 if last:
                     stack.callback(process.close)
@@ -168,12 +140,12 @@ def run(source: str | Path, settings: Settings, say: Callable[[str], None] = pri
                     process.close()
         if settings.loading:
             rows += [row("load, first step included", name, times[1:]) for name, times in loads.items()]
-        rows += _measure(processes, config, settings, say)
+        rows += _measure(processes, config, settings, log)
         report: dict[str, Any] = {"machine": machine(settings), "settings": asdict(settings), "rows": rows}
-        if not settings.compiled:  # whose operators are few, and have no names
-            report["profile"] = _profiles(processes, settings, say)
+        if not settings.compiled:  # a compiled step has few operators, without names
+            report["profile"] = _profiles(processes, settings, log)
         if settings.steps:
-            report["picture_difference"] = _pictures(processes, settings, rows, say)
+            report["picture_difference"] = _pictures(processes, settings, rows, log)
     return report
 
 
@@ -185,16 +157,16 @@ def _load(process: Process, source: str | Path, settings: Settings) -> float:
     return float(answer["seconds"])
 
 
-def _cold_loads(source: str | Path, settings: Settings, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Loading when the system has forgotten the files, as on the first time of a day. Linux only.
+def _cold_loads(source: str | Path, settings: Settings, log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Time loading with the files evicted from the page cache, on Linux only.
 
-    What a process has mapped is not forgotten: none may be there yet.
+    Files that a process has mapped are not evicted, so no other worker may be running yet.
     """
     if not hasattr(os, "posix_fadvise"):
         return []
     rows = []
     for name in settings.libraries:
-        say(f"load, cold: {name}")
+        log(f"load, cold: {name}")
         for path in Path(source).rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
@@ -207,12 +179,12 @@ def _cold_loads(source: str | Path, settings: Settings, say: Callable[[str], Non
 
 
 def _measure(
-    processes: Sequence[Process], config: ModelConfig, settings: Settings, say: Callable[[str], None]
+    processes: Sequence[Process], config: ModelConfig, settings: Settings, log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
-    def in_turns(what: str, do: str, flop: int = 0, **arguments: Any) -> None:
-        say(what)
+    def time_in_turn(what: str, do: str, flop: int = 0, **arguments: Any) -> None:
+        log(what)
         turns = [
             [process.ask(do, **arguments)["seconds"] for process in processes] for _ in range(settings.repeats + 1)
         ]
@@ -220,62 +192,70 @@ def _measure(
             rows.append(row(what, process.library, times, flop))
 
     first = settings.sizes[0]
-    for process in processes:  # the peak of a life with one step and one decode, before anything else
-        say(f"peak memory: {process.library}")
+    for process in processes:  # before anything else: peak memory never decreases
+        log(f"peak memory: {process.library}")
         process.ask("step", size=first)
         process.ask("decode", size=first)
         peak = process.ask("peak")["bytes"]
         rows.append(row(f"peak memory, step and decode at {first}", process.library, [], peak=peak))
     ceiling = [processes[0].ask("ceiling", side=CEILING_SIDE)["seconds"] for _ in range(settings.repeats + 1)][1:]
     rows.append(row(f"matrix product {CEILING_SIDE}³", "torch", ceiling, 2 * CEILING_SIDE**3))
-    in_turns("text encoder, two prompts", "text")
+    time_in_turn("text encoder, two prompts", "text")
     for size in settings.sizes:
         cost = flops(config, size)
-        in_turns(f"one guided UNet step at {size}", "step", cost["step"], size=size)
-        in_turns(f"decode at {size}", "decode", cost["decode"], size=size)
+        time_in_turn(f"one guided UNet step at {size}", "step", cost["step"], size=size)
+        time_in_turn(f"decode at {size}", "decode", cost["decode"], size=size)
     return rows
 
 
-def _profiles(processes: Sequence[Process], settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
-    """Where the time of a step and of decoding goes: for each library the share of each kind of operator."""
+def _profiles(processes: Sequence[Process], settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:
+    """Profile a step and a decoding: for each library, the share of the time per kind of operator."""
     from minisd.bench.operators import shares
 
-    found: dict[str, Any] = {}
+    profiles: dict[str, Any] = {}
     for what in ("step", "decode"):
         for process in processes:
-            say(f"profile of one {what}: {process.library}")
-            seen = process.ask("profile", what=what, size=settings.sizes[0])
-            found.setdefault(what, {})[process.library] = shares(seen["operators"], seen["seconds"])
-    return found
+            log(f"profile of one {what}: {process.library}")
+            answer = process.ask("profile", what=what, size=settings.sizes[0])
+            profiles.setdefault(what, {})[process.library] = shares(answer["operators"], answer["seconds"])
+    return profiles
 
 
 def _pictures(
-    processes: Sequence[Process], settings: Settings, rows: list[dict[str, Any]], say: Callable[[str], None]
+    processes: Sequence[Process], settings: Settings, rows: list[dict[str, Any]], log: Callable[[str], None]
 ) -> int | None:
-    """Time whole pictures; return the largest difference between the libraries', in 1/255."""
+    """Time complete pictures; return the largest difference between those of both libraries, in 1/255."""
     import numpy as np
     from PIL import Image
 
-    size, drawn = settings.sizes[0], []
+    size, pixels = settings.sizes[0], []
     what = f"picture {size}×{size}, {settings.steps} steps"
-    say(what)
-    # on a CPU one picture takes minutes, and its steps are warm already; on a GPU the first one is thrown away
+    log(what)
+    # on a CPU one picture takes minutes, and its steps are warm already; on a GPU the first one is discarded
     turns = settings.repeats + 1 if settings.device.startswith("cuda") else 1
     with tempfile.TemporaryDirectory() as folder:
         times: dict[str, list[float]] = {process.library: [] for process in processes}
         for _ in range(turns):
             for process in processes:
                 path = Path(folder) / f"{process.library}.png"
-                asked = process.ask("picture", size=size, steps=settings.steps, path=str(path))
-                times[process.library].append(asked["seconds"])
+                answer = process.ask("picture", size=size, steps=settings.steps, path=str(path))
+                times[process.library].append(answer["seconds"])
         for process in processes:
             rows.append(row(what, process.library, times[process.library][-settings.repeats :]))
-            drawn.append(np.asarray(Image.open(Path(folder) / f"{process.library}.png"), dtype=int))
-    return int(np.abs(drawn[0] - drawn[1]).max()) if len(drawn) == 2 else None
+            pixels.append(np.asarray(Image.open(Path(folder) / f"{process.library}.png"), dtype=int))
+    return int(np.abs(pixels[0] - pixels[1]).max()) if len(pixels) == 2 else None
 
 
 def row(what: str, library: str, times: Sequence[float], flop: int = 0, peak: int | None = None) -> dict[str, Any]:
-    """One line of the report: median seconds, the middle half of them, FLOPs a second, peak memory; None: not taken."""
+    """Make one row of the report: median and quartiles of the times, GFLOP/s, peak memory; None is not measured.
+
+    Args:
+        what: what was measured.
+        library: "minisd", "diffusers" or "torch".
+        times: in seconds.
+        flop: floating-point operations of one repetition.
+        peak: in bytes.
+    """
     low = median = high = None
     if times:
         quarters = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
@@ -292,17 +272,17 @@ def row(what: str, library: str, times: Sequence[float], flop: int = 0, peak: in
 
 
 def _import_seconds(name: str) -> float:
-    """Seconds of `import name` in a fresh process, the interpreter's own start not counted."""
-    what = "from diffusers import StableDiffusionPipeline" if name == "diffusers" else f"import {name}"
+    """Time `import name` in a new process, without the start of the interpreter, in seconds."""
+    statement = "from diffusers import StableDiffusionPipeline" if name == "diffusers" else f"import {name}"
     if name == "minisd":
-        what += "; minisd.StableDiffusion"
-    code = f"import time; s = time.perf_counter(); {what}; print(time.perf_counter() - s)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+        statement += "; minisd.StableDiffusion"
+    code = f"import time; s = time.perf_counter(); {statement}; print(time.perf_counter() - s)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(process.stdout.split()[-1])
 
 
 def machine(settings: Settings) -> dict[str, Any]:
-    """What the figures hold for."""
+    """Describe the machine and the versions that the measurements were made with."""
     if settings.device.startswith("cuda"):
         chip = torch.cuda.get_device_name()
     else:
@@ -320,21 +300,21 @@ def machine(settings: Settings) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text: a line for each measurement, minisd beside diffusers, and their ratio.
+    """Format the report as text: a line for each measurement with minisd, diffusers and their ratio.
 
-    ± is half of what the middle half of the times spans; the percentage is of the speed of the matrix product.
+    ± is half of the interquartile range; percentages are relative to the speed of the matrix product.
     """
     by_what: dict[str, dict[str, dict[str, Any]]] = {}
     ceiling = next((line["gflops"] for line in report["rows"] if line["what"].startswith("matrix product")), None)
     for line in report["rows"]:
         by_what.setdefault(_what(line), {})[line["library"]] = line
     lines = [f"{'':<38}{'minisd':>30}{'diffusers':>30}{'ratio':>8}"]
-    for what, found in by_what.items():
-        texts = [_cell(found.get("minisd") or found.get("torch"), ceiling), _cell(found.get("diffusers"), ceiling)]
+    for what, rows in by_what.items():
+        texts = [_cell(rows.get("minisd") or rows.get("torch"), ceiling), _cell(rows.get("diffusers"), ceiling)]
         ratio = ""
-        if {"minisd", "diffusers"} <= set(found):
-            key = "peak_gb" if found["minisd"]["seconds"] is None else "seconds"
-            ratio = f"{found['minisd'][key] / found['diffusers'][key]:.2f}"
+        if {"minisd", "diffusers"} <= set(rows):
+            key = "peak_gb" if rows["minisd"]["seconds"] is None else "seconds"
+            ratio = f"{rows['minisd'][key] / rows['diffusers'][key]:.2f}"
         lines.append(f"{what:<38}{texts[0]:>30}{texts[1]:>30}{ratio:>8}")
     if report.get("picture_difference") is not None:
         lines.append(f"largest difference of the two pictures: {report['picture_difference']}/255")
@@ -364,7 +344,7 @@ def _cell(line: dict[str, Any] | None, ceiling: float | None) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars, minisd beside diffusers, one group for each time that all who were measured have."""
+    """Plot the times as bars, one group for each that was measured for all libraries."""
     from matplotlib.figure import Figure
 
     times: dict[str, dict[str, float]] = {}
@@ -385,12 +365,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write a report, whole or not at all."""
+    """Write a report as JSON, atomically."""
     save_atomically(lambda target: target.write_text(json.dumps(report, indent=1) + "\n"), path)
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """Write the report as JSON and, where matplotlib is installed, its picture beside it; each whole or not at all."""
+    """Write a report as JSON and, if matplotlib is installed, its plot beside it; both atomically."""
     write_json(report, path)
     if find_spec("matplotlib") is not None:
         draw(report, path.with_suffix(".png"))

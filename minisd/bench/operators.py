@@ -1,11 +1,11 @@
-"""Where the time goes: torch's profile of a computation, summed over kinds of operators."""
+"""Where the time goes: a profile by torch, summed over kinds of operators."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-# The beginning of an operator's name, and what it is of; the first that fits counts.
+# Prefixes of operator names, by kind; the first match counts.
 KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "convolution": ("conv", "_conv", "cudnn_conv", "mkldnn_conv", "slow_conv", "_slow_conv", "thnn_conv"),
@@ -21,20 +21,22 @@ PYTHON = "Python, data and the rest"
 
 
 def kind(operator: str) -> str:
-    """What an operator does, by its name in torch, such as aten::mm."""
+    """The kind of an operator, by its name in torch, such as aten::mm."""
     if not operator.startswith("aten::"):
         return PYTHON
     name = operator.removeprefix("aten::")
-    return next((found for found, beginnings in KINDS.items() if name.startswith(beginnings)), "element by element")
+    return next((kind for kind, prefixes in KINDS.items() if name.startswith(prefixes)), "element by element")
 
 
 def shares(seconds: Mapping[str, float], total: float) -> dict[str, float]:
-    """The share of the total that each kind of operator took, the largest first; what no operator took is Python's.
+    """The share of the time per kind of operator, the largest first. Time outside of operators counts as Python's.
 
-    seconds: of each operator by its name, without what it calls.
+    Args:
+        seconds: the time of each operator by its name, without the operators it calls.
+        total: the total time, in seconds.
     """
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for operator, own in seconds.items():
-        found[kind(operator)] = found.get(kind(operator), 0) + own / total
-    found[PYTHON] = max(0.0, 1 - sum(share for name, share in found.items() if name != PYTHON))
-    return {name: round(share, 4) for name, share in sorted(found.items(), key=lambda item: -item[1])}
+        result[kind(operator)] = result.get(kind(operator), 0) + own / total
+    result[PYTHON] = max(0.0, 1 - sum(share for name, share in result.items() if name != PYTHON))
+    return {name: round(share, 4) for name, share in sorted(result.items(), key=lambda item: -item[1])}

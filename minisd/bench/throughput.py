@@ -1,4 +1,4 @@
-"""`minisd bench --throughput`: a prompts file drawn by one process with all threads, or by one for each thread."""
+"""`minisd bench --throughput`: a prompts file drawn by one process with all threads, or by one process per thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from minisd.bench.compare import machine
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: so many pictures, drawn both ways in turns, `repeats` times; `threads` in all."""
+    """What is measured.
+
+    Args:
+        pictures: how many pictures are drawn in each way.
+        repeats: how often, with the ways taking turns.
+        threads: how many threads all processes have together.
+    """
 
     pictures: int = 64
     repeats: int = 3
@@ -27,21 +33,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.pictures < self.threads or self.repeats < 1 or self.threads < 2:
-            raise ValueError(f"{self}; expected two threads or more, a picture for each, and repeats ≥ 1")
+            raise ValueError(f"{self}; expected at least two threads, a picture per thread, and repeats ≥ 1")
 
 
-def run(model: Path, settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Time whole commands, their start included, and return the report. Raises RuntimeError where one fails."""
+def run(model: Path, settings: Settings, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Time complete commands, including their startup, and return the report. Raises RuntimeError if one fails."""
     from minisd.training.unet import PROMPTS
 
-    alone = [sys.executable, "-m", "minisd"]
-    together = [
+    single = [sys.executable, "-m", "minisd"]
+    distributed = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(settings.threads), "-m", "minisd"),
     ]
     ways = {
-        f"one process, {settings.threads} threads": (alone, settings.threads),
-        f"{settings.threads} processes, 1 thread each": (together, 1),
+        f"one process, {settings.threads} threads": (single, settings.threads),
+        f"{settings.threads} processes, 1 thread each": (distributed, 1),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory(prefix="minisd-bench-") as name:
@@ -50,7 +56,7 @@ def run(model: Path, settings: Settings, say: Callable[[str], None] = print) -> 
         prompts.write_text("".join(lines))
         for turn in range(settings.repeats + 1):
             for way, (command, threads) in ways.items():
-                say(f"{settings.pictures} pictures: {way}")
+                log(f"{settings.pictures} pictures: {way}")
                 seconds = _time(command, threads, model, prompts, Path(name) / f"{turn} {threads}")
                 times[way] += [seconds] if turn else []  # the first turn warms up
     rows = [{"way": way, "seconds": [round(value, 2) for value in values]} for way, values in times.items()]
@@ -63,21 +69,22 @@ def _time(command: list[str], threads: int, model: Path, prompts: Path, output: 
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     arguments = ["generate", "--model", str(model), "--prompts", str(prompts), "--output", str(output), "--seed", "0"]
     started = time.perf_counter()
-    done = subprocess.run([*command, *arguments, "--device", "cpu"], env=environment, capture_output=True, text=True)
+    process = subprocess.run([*command, *arguments, "--device", "cpu"], env=environment, capture_output=True, text=True)
     seconds = time.perf_counter() - started
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+    if process.returncode:
+        error = process.stderr.strip()[-500:]
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}: {error}")
     return seconds
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text."""
+    """Format the report as text."""
     pictures = report["settings"]["pictures"]
     lines = [f"{f'{pictures} pictures':<32}{'median':>10}{'from':>10}{'to':>10}{'pictures/s':>12}"]
     for row in report["rows"]:
         values = row["seconds"]
-        middle = statistics.median(values)
-        spread = f"{middle:>8.1f} s{min(values):>8.1f} s{max(values):>8.1f} s"
-        lines.append(f"{row['way']:<32}{spread}{pictures / middle:>12.2f}")
+        median = statistics.median(values)
+        spread = f"{median:>8.1f} s{min(values):>8.1f} s{max(values):>8.1f} s"
+        lines.append(f"{row['way']:<32}{spread}{pictures / median:>12.2f}")
     lines.append(f"throughput of the second over the first: {report['throughput_ratio']}")
     return "\n".join(lines)

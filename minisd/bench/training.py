@@ -1,7 +1,7 @@
-"""`minisd bench --training`: how fast the tiny model's parts are trained here, and where the time goes.
+"""`minisd bench --training`: how fast the parts of the tiny model train on this machine, and where the time goes.
 
-Each part takes steps of its recipe (minisd/assets/tiny/README.md) in this one process, on scenes rendered for it. Work
-is counted by torch, forward and backward; what this machine can do at best is a matrix product, timed in the same run.
+Each part runs steps of its recipe (minisd/assets/tiny/README.md) in this process, on freshly rendered scenes. FLOPs are
+those torch counts, forward and backward. The ceiling is the speed of a large matrix product, timed in the same run.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from minisd.bench.compare import Settings as Machine
 from minisd.bench.compare import machine
 from minisd.bench.operators import shares
 from minisd.bench.worker import operator_seconds
-from minisd.checkpoint import SHIPPED
 from minisd.config import TINY
+from minisd.io.checkpoint import SHIPPED
+from minisd.io.diffusers_folder import load_autoencoder, load_text_encoder
 from minisd.training.autoencoder import AutoencoderTask
 from minisd.training.clip import CLIPTask
 from minisd.training.data import Scenes, render_scenes
-from minisd.training.layout import layouts
+from minisd.training.layout_loss import layouts
 from minisd.training.loop import Options, Task, Trainer
-from minisd.training.parts import load_autoencoder, load_text_encoder
 from minisd.training.scenes import vocabulary
 from minisd.training.unet import UNetTask
 
@@ -38,9 +38,14 @@ CEILING_SIDE = 2048
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: so many steps of each part, after four that warm up, on so many scenes.
+    """What is measured.
 
-    Of the autoencoder's steps one in four does more: choose a multiple of 4. bfloat16: in mixed precision.
+    Args:
+        steps: of each part, after four to warm up; a multiple of 4, since every fourth of the autoencoder does more.
+        scenes: how many scenes are rendered.
+        threads: of torch.
+        bfloat16: train in mixed precision.
+        parts: what is trained.
     """
 
     steps: int = 8
@@ -57,7 +62,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the shipped part was trained: global batch, and how many pictures of it are read in a step."""
+    """How a shipped part was trained: its task, its global batch, and how many samples of it a step uses."""
 
     batch: int
     read: int
@@ -83,7 +88,7 @@ def _unet(folder: Path) -> Task:
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        # whole pictures: a quarter of the batch
+        # full pictures: a quarter of the batch
         "autoencoder": Recipe(16, 4, _autoencoder),
         "clip": Recipe(64, 64, _clip),
         "unet": Recipe(32, 32, _unet),
@@ -91,31 +96,31 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 )
 
 
-def run(settings: Settings | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure, and return the report: the machine, its ceiling, and for each part its speed and its profile."""
+def run(settings: Settings | None = None, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure, and return the report: the machine, and for each part its speed, the ceiling and a profile."""
     settings = settings or Settings()
     torch.set_num_threads(settings.threads)
     rows = []
     with tempfile.TemporaryDirectory(prefix="minisd-bench-") as name:
         folder = Path(name)
-        say(f"render {settings.scenes} scenes")
+        log(f"render {settings.scenes} scenes")
         render_scenes(folder, settings.scenes)
         for part in settings.parts:
-            say(f"{part}: {settings.steps} steps")
+            log(f"{part}: {settings.steps} steps")
             ceiling = [_product(settings.bfloat16) for _ in range(3)]
             row = measure(part, folder, settings)
-            fastest = 2 * CEILING_SIDE**3 / min(*ceiling, *(_product(settings.bfloat16) for _ in range(3))) / 1e9
-            of_ceiling = round(row["gflops"] / fastest, 3)
-            rows.append(row | {"ceiling_gflops": round(fastest, 1), "of_ceiling": of_ceiling})
+            peak = 2 * CEILING_SIDE**3 / min(*ceiling, *(_product(settings.bfloat16) for _ in range(3))) / 1e9
+            of_ceiling = round(row["gflops"] / peak, 3)
+            rows.append(row | {"ceiling_gflops": round(peak, 1), "of_ceiling": of_ceiling})
     return {"machine": machine(Machine(libraries=("minisd",))), "settings": asdict(settings), "parts": rows}
 
 
 def measure(part: str, folder: Path, settings: Settings) -> dict[str, Any]:
-    """Samples a second, FLOP for a sample, FLOPs a second and the profile of one part, on scenes in `folder`."""
+    """Measure one part on the scenes in `folder`: samples per second, FLOP per sample, FLOP/s, and a profile."""
     recipe = RECIPES[part]
     trainer = Trainer(recipe.task(folder), Options(folder, 1000, batch=recipe.batch, bfloat16=settings.bfloat16))
     trainer.task.model.train()
-    # four steps, since one of the autoencoder's in four decodes once more; they warm up, too
+    # four steps, since every fourth of the autoencoder decodes once more; they also warm up
     with FlopCounterMode(display=False) as counter:
         for _ in range(4):
             trainer.advance(0.5)
@@ -129,7 +134,7 @@ def measure(part: str, folder: Path, settings: Settings) -> dict[str, Any]:
         for _ in range(settings.steps):
             trainer.advance(0.5)
 
-    seen = operator_seconds(steps)
+    measured = operator_seconds(steps)
     return {
         "part": part,
         "batch": recipe.batch,
@@ -138,12 +143,12 @@ def measure(part: str, folder: Path, settings: Settings) -> dict[str, Any]:
         "samples_per_second": round(recipe.read / seconds, 2),
         "gflop_per_sample": round(flop / recipe.read / 1e9, 3),
         "gflops": round(flop / seconds / 1e9, 1),
-        "profile": shares(seen["operators"], seen["seconds"]),
+        "profile": shares(measured["operators"], measured["seconds"]),
     }
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text: a line for each part, then where the time goes."""
+    """Format the report as text: a line for each part, then where the time goes."""
     lines = [f"{'':<14}{'samples/s':>12}{'s/step':>10}{'GFLOP/sample':>14}{'GFLOP/s':>10}{'ceiling':>10}{'share':>8}"]
     for row in report["parts"]:
         lines.append(
@@ -158,7 +163,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _product(bfloat16: bool) -> float:
-    """Seconds of one product of two square matrices."""
+    """Time the product of two square matrices, in seconds."""
     a, b = (torch.ones(CEILING_SIDE, CEILING_SIDE, dtype=torch.bfloat16 if bfloat16 else None) for _ in range(2))
     started = time.perf_counter()
     a @ b

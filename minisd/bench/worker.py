@@ -1,7 +1,7 @@
-"""One library in one process: it reads requests, a line of JSON each, computes, and answers with seconds.
+"""The worker process of one library: it reads requests as lines of JSON, computes, and answers with times.
 
-Both libraries get the same weights, the same inputs and the same number of threads. `python -m minisd.bench.worker
-minisd|diffusers` is started by `minisd.bench`; nothing else should be running.
+Both libraries get the same weights, inputs and number of threads. `minisd.bench.compare` starts
+`python -m minisd.bench.worker minisd|diffusers`.
 """
 
 from __future__ import annotations
@@ -23,27 +23,23 @@ TIMESTEP = 481
 
 
 class Library(Protocol):
-    """What is measured, of either library. Sizes are in pixels, latents (n, 4, h/8, w/8)."""
+    """What is measured of each library. Sizes are in pixels, latents are (n, 4, h/8, w/8)."""
 
     def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool) -> None: ...
     def text(self) -> Tensor:
-        """The prompt and the empty one to contexts (2, 77, width), the empty one first."""
+        """Encode the empty prompt and the prompt to a context (2, 77, width)."""
         ...
 
-    def keep(self, context: Tensor) -> Any:
-        """What is made of the context once for all steps of a run."""
-        ...
-
-    def step(self, latents: Tensor, context: Any) -> Tensor:
-        """One guided prediction: a batch of two through the UNet, and their combination. context: as kept."""
+    def step(self, latents: Tensor, context: Tensor) -> Tensor:
+        """Predict with guidance: a batch of two through the UNet, and their combination."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to images (n, 3, h, w)."""
+        """Decode latents to images (n, 3, h, w)."""
         ...
 
     def picture(self, latents: Tensor, size: int, steps: int) -> Any:
-        """The prompt to a PIL picture, with DDIM from this first noise."""
+        """Draw the prompt as a PIL picture, with DDIM from the given noise."""
         ...
 
 
@@ -60,16 +56,9 @@ class Minisd:
     def text(self) -> Tensor:
         return self.sd.encode_text(["", PROMPT])
 
-    def keep(self, context: Tensor) -> Any:
-        return context, {}
-
     @torch.inference_mode()
-    def step(self, latents: Tensor, context: Any) -> Tensor:
-        from minisd.attention import keep_projections
-
-        words, projections = context
-        with keep_projections(projections):
-            return self.sd.predict(latents, TIMESTEP, words, GUIDANCE)
+    def step(self, latents: Tensor, context: Tensor) -> Tensor:
+        return self.sd.predict(latents, TIMESTEP, context, GUIDANCE)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.sd.decode_to_tensor(latents)
@@ -85,7 +74,7 @@ class Minisd:
 
 
 class Diffusers:
-    """diffusers, as its documentation tells to use it."""
+    """diffusers, used as its documentation recommends."""
 
     def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool) -> None:
         from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -103,17 +92,14 @@ class Diffusers:
 
     @torch.no_grad()
     def text(self) -> Tensor:
-        plain, empty = self.pipe.encode_prompt(PROMPT, self.pipe.device, 1, True, "")
-        return torch.cat([empty, plain])
-
-    def keep(self, context: Tensor) -> Any:
-        return context
+        cond, uncond = self.pipe.encode_prompt(PROMPT, self.pipe.device, 1, True, "")
+        return torch.cat([uncond, cond])
 
     @torch.no_grad()
-    def step(self, latents: Tensor, context: Any) -> Tensor:
+    def step(self, latents: Tensor, context: Tensor) -> Tensor:
         both = torch.cat([latents, latents]).to(self.pipe.unet.dtype)
-        empty, plain = self.pipe.unet(both, TIMESTEP, context, return_dict=False)[0].chunk(2)
-        return empty + GUIDANCE * (plain - empty)
+        uncond, cond = self.pipe.unet(both, TIMESTEP, context, return_dict=False)[0].chunk(2)
+        return uncond + GUIDANCE * (cond - uncond)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -131,16 +117,16 @@ LIBRARIES: dict[str, Callable[[], Library]] = {"minisd": Minisd, "diffusers": Di
 
 
 def noise(size: int, device: str) -> Tensor:
-    """The first latents (1, 4, size/8, size/8) of a picture: the same in both processes."""
+    """The initial noise (1, 4, size/8, size/8) of a picture, the same for both libraries."""
     return torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(7)).to(device)
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes this process ever held: of the GPU's memory, or resident (mapped files included) on a CPU."""
+    """The peak memory of this process in bytes: allocated on the GPU, or resident (with mapped files) on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says on Linux holds the peak of whoever started this process too
+    if status.exists():  # on Linux, getrusage includes the peak of the parent process
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     import resource
 
@@ -149,9 +135,11 @@ def peak_memory(device: str) -> int:
 
 
 def operator_seconds(call: Callable[[], object], device: str = "cpu") -> dict[str, Any]:
-    """Run something under torch's profiler: {"seconds": of the whole, "operators": {name: seconds of its own}}.
+    """Run a function under torch's profiler.
 
-    On a GPU the operators' seconds are those of their kernels.
+    Returns:
+        {"seconds": total, "operators": {name: seconds without the operators it calls}}; on a GPU, the operators'
+        seconds are those of their kernels.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -168,7 +156,7 @@ def operator_seconds(call: Callable[[], object], device: str = "cpu") -> dict[st
 
 
 class Worker:
-    """Answers the requests of `minisd.bench`: {"do": …} with seconds, bytes or what else was asked for."""
+    """Answers requests {"do": method, …} of `minisd.bench.compare`; each method below returns an answer."""
 
     def __init__(self, library: str) -> None:
         self.library = LIBRARIES[library]()
@@ -178,7 +166,7 @@ class Worker:
         return getattr(self, request.pop("do"))(**request)  # type: ignore[no-any-return]
 
     def load(self, folder: str, device: str, dtype: str, threads: int, compiled: bool) -> dict[str, Any]:
-        """Load the model, and count it as loaded when a first, tiny UNet call has ended."""
+        """Time loading the model, including a first, small call of the UNet."""
         torch.set_num_threads(threads)
         torch.randn(256, 256) @ torch.randn(256, 256)  # start the threads, and CUDA
         self.device = device
@@ -187,7 +175,7 @@ class Worker:
         self.library.load(folder, device, getattr(torch, dtype), compiled)
         self.context = self.library.text()
         if not compiled:
-            self.library.step(noise(64, device), self.library.keep(self.context))
+            self.library.step(noise(64, device), self.context)
             self._wait()
         return {"seconds": time.perf_counter() - started}
 
@@ -195,7 +183,7 @@ class Worker:
         return self._time(lambda: self.library.text())
 
     def step(self, size: int) -> dict[str, Any]:
-        latents, context = noise(size, self.device), self.library.keep(self.context)
+        latents, context = noise(size, self.device), self.context
         return self._time(lambda: self.library.step(latents, context))
 
     def decode(self, size: int) -> dict[str, Any]:
@@ -213,14 +201,14 @@ class Worker:
         return {"bytes": peak_memory(self.device)}
 
     def ceiling(self, side: int) -> dict[str, Any]:
-        """Seconds of one product of two square matrices: what this machine can do at best, 2·side³ FLOPs."""
+        """Time the product of two square matrices, 2·side³ FLOP: the ceiling of this machine."""
         dtype = self.context.dtype
         a, b = (torch.randn(side, side, device=self.device, dtype=dtype) for _ in range(2))
         return self._time(lambda: a @ b)
 
     def profile(self, what: str, size: int) -> dict[str, Any]:
-        """Seconds of each operator, by its name in torch, in one step ("step") or one decoding ("decode")."""
-        latents, context = noise(size, self.device), self.library.keep(self.context)
+        """Profile one step ("step") or one decoding ("decode"), by operator."""
+        latents, context = noise(size, self.device), self.context
         calls: dict[str, Callable[[], object]] = {
             "step": lambda: self.library.step(latents, context),
             "decode": lambda: self.library.decode(latents),
@@ -228,7 +216,7 @@ class Worker:
         return operator_seconds(calls[what], self.device)
 
     def _time(self, call: Callable[[], object]) -> dict[str, Any]:
-        if self.device.startswith("cuda"):  # the GPU's own clock: what waiting for it and Python cost is not in it
+        if self.device.startswith("cuda"):  # by the GPU's own clock, without launch and synchronization overhead
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             call()
@@ -240,14 +228,14 @@ class Worker:
         return {"seconds": time.perf_counter() - started}
 
     def _wait(self) -> None:
-        """Until the GPU has done what it was asked; a CPU has already."""
+        """Wait until the GPU is done."""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
 
 
 def main() -> None:
     worker, answers = Worker(sys.argv[1]), sys.stdout
-    with redirect_stdout(sys.stderr):  # libraries may print; answers are one line each
+    with redirect_stdout(sys.stderr):  # libraries may print; only answers go to stdout
         for line in sys.stdin:
             try:
                 answer = worker.answer(json.loads(line))

@@ -1,5 +1,1 @@
-"""How good is a model of scenes: does a drawn picture show what its prompt asked for?"""
-
-from minisd.evaluation.measure import evaluate, evaluate_model
-
-__all__ = ["evaluate", "evaluate_model"]
+"""Evaluation of models of scenes: do the pictures show what their prompts describe? `measure.py` does it."""

@@ -1,4 +1,4 @@
-"""What a prompt asks for, attribute by attribute, and whether the judge saw it in a picture."""
+"""The attributes of a prompt, and whether the attribute classifier finds them in a picture."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ATTRIBUTES = {
     "above": "above, where both objects are there",
     "next": "next to each other, where both objects are there",
     "count": "two or three of a kind",
-    "nothing_else": "no object that was not asked for",
-    "everything": "all of the above that the prompt asks for",
+    "nothing_else": "no object that the prompt does not name",
+    "everything": "all of the above that the prompt names",
 }
 GOALS = {
     "object": 0.95,
@@ -27,11 +27,11 @@ GOALS = {
     "left_right": 0.80,
     "count": 0.75,
 }
-BESIDE = 16  # pixels between two centres that make the one left of, or above, the other
+MIN_DISTANCE = 16  # between the centres, in pixels, for one object to count as left of, or above, the other
 
 
 def marks(scene: Scene, verdict: Verdict) -> dict[str, list[bool]]:
-    """For every attribute that the scene's caption names, whether the verdict agrees: one mark for each case."""
+    """For every attribute that the scene's caption names, whether the verdict agrees: one value for each case."""
     seen: dict[str, list[Found]] = {}
     for found in verdict.things:
         seen.setdefault(found.noun, []).append(found)
@@ -59,21 +59,26 @@ def marks(scene: Scene, verdict: Verdict) -> dict[str, list[bool]]:
 def related(first: Found, second: Found, relation: str) -> bool:
     """Whether the first object is left of, right of, above or (on either side) next to the second."""
     right, down = first.x - second.x, first.y - second.y
-    holds = {"left": right <= -BESIDE, "right": right >= BESIDE, "above": down <= -BESIDE, "next": abs(right) >= BESIDE}
+    holds = {
+        "left": right <= -MIN_DISTANCE,
+        "right": right >= MIN_DISTANCE,
+        "above": down <= -MIN_DISTANCE,
+        "next": abs(right) >= MIN_DISTANCE,
+    }
     return holds[relation]
 
 
 def tally(scenes: list[Scene], verdicts: list[Verdict]) -> dict[str, Share]:
-    """The share of right cases of every attribute."""
+    """Count the correct cases of every attribute."""
     cases: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     for scene, verdict in zip(scenes, verdicts, strict=True):
-        for name, given in marks(scene, verdict).items():
-            cases[name] += given
-    return {name: Share(sum(given), len(given)) for name, given in cases.items()}
+        for name, results in marks(scene, verdict).items():
+            cases[name] += results
+    return {name: Share(sum(results), len(results)) for name, results in cases.items()}
 
 
 def in_words(verdict: Verdict) -> str:
-    """What the judge saw, in a few words."""
+    """Describe a verdict in a few words."""
     things = [
         " ".join(filter(None, (found.color if found.color != "own" else "", found.noun)))
         for found in sorted(verdict.things, key=lambda found: found.x)

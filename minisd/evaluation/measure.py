@@ -1,4 +1,4 @@
-"""`minisd evaluate`: draw what the held-out prompts ask for, and let the judge and CLIP say what came of it."""
+"""`minisd evaluate`: draw held-out prompts, and score the pictures with the attribute classifier and CLIP."""
 
 from __future__ import annotations
 
@@ -14,26 +14,32 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd.checks import real, whole
 from minisd.evaluation import memory, report
 from minisd.evaluation.attributes import ATTRIBUTES, GOALS, tally
 from minisd.evaluation.metrics import Share, edge_energy, frechet_distance, psnr, retrieval, ssim
+from minisd.features.validate import check_float, check_int
 from minisd.images import to_images, to_pixels
-from minisd.pipeline import StableDiffusion
+from minisd.io.atomic import save_atomically
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.training.clip import CLIP
 from minisd.training.judge import Judge, Verdict
 from minisd.training.scenes import Mixture, Scene, render, scene
-from minisd.weights import save_atomically
 
 EVALUATION_SEED = 3_000_017
-QUOTED_FROM = 0.97  # an attribute's figures count if the judge is right about this share of real scenes
+QUOTED_FROM = 0.97  # an attribute is quoted if the classifier is right about at least this share of real scenes
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is drawn: `count` scenes of the stream `seed`, picture i from noise i, in `steps` steps.
+    """What is drawn.
 
-    held_out: prompts with a pair that training never had. guidance: None for the model's default.
+    Args:
+        count: how many scenes; picture i has seed i.
+        seed: of the stream of scenes.
+        held_out: only prompts with a combination that training never had.
+        steps: sampling steps.
+        guidance: the guidance scale; None for the model's default.
+        mixture: of the kinds of scenes.
     """
 
     count: int = 1000
@@ -44,10 +50,10 @@ class Settings:
     mixture: Mixture = field(default_factory=lambda: Mixture(single=0.5, relation=0.3, count=0.2))
 
     def __post_init__(self) -> None:
-        whole("count", self.count, 1, 1_000_000)
-        whole("steps", self.steps, 1, 1000)
+        check_int("count", self.count, 1, 1_000_000)
+        check_int("steps", self.steps, 1, 1000)
         if self.guidance is not None:
-            real("guidance", self.guidance)
+            check_float("guidance", self.guidance)
 
     def scenes(self) -> list[Scene]:
         """The scenes whose captions are the prompts."""
@@ -57,10 +63,18 @@ class Settings:
 def evaluate_model(
     source: Path | None, output: Path, settings: Settings | None = None, batch: int = 16
 ) -> dict[str, Any]:
-    """Load a model (None: the shipped one), evaluate it, and write evaluation.json and evaluation.png into `output`.
+    """Load a model, evaluate it, and write evaluation.json and evaluation.png.
 
-    Where the model's folder has clip/, CLIP's figures are taken too. Drawn pictures are kept in `output`: the same
-    call, after a break, goes on where it stopped. Raises FileNotFoundError when no judge is there.
+    Pictures are stored in `output`: after an interruption, the same call continues.
+
+    Args:
+        source: the model's folder; None for the shipped model. If it has clip/, CLIP scores are computed too.
+        output: the folder to write to.
+        settings: what is drawn.
+        batch: how many pictures are drawn at a time.
+
+    Raises:
+        FileNotFoundError: the attribute classifier is missing.
     """
     sd = StableDiffusion.from_pretrained(source)
     folder = Path(__file__).parent.parent / "assets" / "tiny" if source is None else Path(source)
@@ -109,9 +123,9 @@ def evaluate(
 
 
 def draw(sd: StableDiffusion, prompts: list[str], settings: Settings, folder: Path, batch: int) -> np.ndarray:
-    """Draw every prompt, (n, h, w, 3) uint8; batches that `folder` has from an earlier call are not drawn again.
+    """Draw every prompt, (n, h, w, 3) uint8. Batches that an earlier call left in `folder` are not drawn again.
 
-    Raises ValueError when these were drawn with other settings or another model.
+    Raises ValueError if these are of other settings or another model.
     """
     choices = {"guidance": guidance(sd, settings), "batch": batch, "model": fingerprint(sd)}
     described = {"settings": asdict(settings), **choices}
@@ -131,12 +145,12 @@ def draw(sd: StableDiffusion, prompts: list[str], settings: Settings, folder: Pa
 
 
 def guidance(sd: StableDiffusion, settings: Settings) -> float:
-    """The guidance that is used."""
+    """The guidance scale that is used."""
     return sd.defaults.guidance_scale if settings.guidance is None else settings.guidance
 
 
 def fingerprint(sd: StableDiffusion) -> str:
-    """A short name of the weights: equal for equal ones."""
+    """A digest of the weights."""
     digest = hashlib.sha256()
     for part in (sd.text_encoder, sd.unet, sd.autoencoder):
         for value in part.state_dict().values():
@@ -146,17 +160,17 @@ def fingerprint(sd: StableDiffusion) -> str:
 
 @torch.inference_mode()
 def reconstruct(sd: StableDiffusion, real: np.ndarray, batch: int) -> tuple[np.ndarray, dict[str, float]]:
-    """The scenes encoded and decoded again, and how near they come to the originals."""
+    """Encode and decode scenes; return the result, with its PSNR and SSIM."""
     again = [sd.decode_to_tensor(sd.encode_image(images)) for images in batches(real, batch)]
     decoded = np.concatenate([to_pixels(images) for images in again])
     pairs = [((a + 1) / 2, (b + 1) / 2) for a, b in zip(batches(real, batch), batches(decoded, batch), strict=True)]
-    loudness = torch.cat([psnr(a, b) for a, b in pairs]).mean()
-    likeness = torch.cat([ssim(a, b) for a, b in pairs]).mean()
-    return decoded, {"psnr": round(float(loudness), 2), "ssim": round(float(likeness), 4)}
+    mean_psnr = torch.cat([psnr(a, b) for a, b in pairs]).mean()
+    mean_ssim = torch.cat([ssim(a, b) for a, b in pairs]).mean()
+    return decoded, {"psnr": round(float(mean_psnr), 2), "ssim": round(float(mean_ssim), 4)}
 
 
 def verdicts_of(judge: Judge, pixels: np.ndarray, batch: int) -> list[Verdict]:
-    """What the judge sees in pictures (n, 128, 128, 3)."""
+    """Classify pictures (n, 128, 128, 3)."""
     return [verdict for images in batches(pixels, batch) for verdict in judge.verdicts(images)]
 
 
@@ -180,7 +194,7 @@ def frechet(judge: Judge, pictures: dict[str, np.ndarray], batch: int) -> dict[s
 
 
 def attributes(scenes: list[Scene], verdicts: dict[str, list[Verdict]]) -> dict[str, Any]:
-    """For every attribute its meaning, goal, the shares of each kind of picture, and whether they may be quoted."""
+    """For every attribute: its meaning, its goal, the shares for each kind of picture, and whether they are quoted."""
     tallies = {kind: tally(scenes, seen) for kind, seen in verdicts.items()}
     result = {}
     for name, meaning in ATTRIBUTES.items():
@@ -196,7 +210,7 @@ def attributes(scenes: list[Scene], verdicts: dict[str, list[Verdict]]) -> dict[
 def clip_figures(
     sd: StableDiffusion, clip: CLIP, drawn: np.ndarray, real: np.ndarray, captions: list[str], batch: int
 ) -> dict[str, Any]:
-    """Mean cosine of picture and caption, for drawn, real and shuffled pictures; finding a caption among 64."""
+    """CLIP score (mean cosine of picture and caption) of drawn, real and shuffled pictures; retrieval among 64."""
     groups = [captions[start : start + batch] for start in range(0, len(captions), batch)]
     texts = torch.cat([clip.encode_text(sd.tokenizer(group)) for group in groups])
     seen = {
@@ -204,14 +218,14 @@ def clip_figures(
         for name, pixels in (("drawn", drawn), ("real", real))
     }
     scores = {name: (images * texts).sum(1).mean() for name, images in seen.items()}
-    # a picture beside the caption of another: what a cosine is worth that means nothing
+    # each picture with the caption of another: the baseline
     scores["shuffled"] = (seen["drawn"] * texts.roll(max(1, len(texts) // 2), 0)).sum(1).mean()
     found = {name: retrieval(images, texts, captions).to_dict() for name, images in seen.items()}
     return {"score": {name: round(float(score), 4) for name, score in scores.items()}, "right_of_64": found}
 
 
 def nearest(scenes: list[Scene], drawn: np.ndarray, count: int = 8) -> list[dict[str, Any]]:
-    """For the first drawings of one object in a colour new to it: the nearest sprite, and the nearest in training."""
+    """For the first pictures of an object in a held-out colour: the nearest sprite, and the nearest in training."""
     result = []
     for index in [i for i, one in enumerate(scenes) if memory.suits(one)][:count]:
         best, trained = memory.nearest_sprites(drawn[index], scenes[index])
@@ -228,7 +242,7 @@ def nearest(scenes: list[Scene], drawn: np.ndarray, count: int = 8) -> list[dict
 
 
 def batches(pixels: np.ndarray, batch: int) -> Iterator[Tensor]:
-    """Pictures (n, h, w, 3) uint8 as images in [-1, 1], a batch at a time."""
+    """Convert pictures (n, h, w, 3) uint8 to images in [-1, 1], a batch at a time."""
     return (to_images(pixels[start : start + batch]) for start in range(0, len(pixels), batch))
 
 

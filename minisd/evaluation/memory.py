@@ -1,4 +1,4 @@
-"""Memory or composition? Which sprite of which colour comes nearest to a drawn object."""
+"""Memorisation or composition: which sprite, in which colour, is nearest to a drawn object?"""
 
 from __future__ import annotations
 
@@ -16,35 +16,39 @@ from minisd.training.scenes import Scene, Thing, held_out_pairs, render
 from minisd.training.sprites import entries, extent, sprite
 
 SIZES = range(56, 105, 4)
-SHRINK = 2  # pictures are compared at half size, which is where sprites are moved by 2 pixels
-REACH = 32  # pixels around the middle in which a centre is looked for
+SHRINK = 2  # pictures are compared at half size, so sprites are moved by 2 pixels
+REACH = 32  # how far from the middle centres are searched, in pixels
 
 
 class Match(NamedTuple):
-    """A sprite laid over a picture: its placement and the root mean square error, on [0, 1], of the whole picture."""
+    """A sprite laid over a picture: its placement, and the root mean square error of the picture, in [0, 1]."""
 
     thing: Thing
     error: float
 
     @property
     def trained(self) -> bool:
-        """Whether training pictures hold this object in this colour."""
+        """Whether training pictures have this object in this colour."""
         return (self.thing.color, self.thing.noun) not in held_out_pairs()
 
 
 def suits(scene: Scene) -> bool:
-    """Whether the question can be put: one object on a plain colour, in a colour that training never gave it."""
+    """Whether a scene can be tested: one object on a plain background, in a colour held out of training."""
     thing = scene.things[0]
     return not scene.place and len(scene.things) == 1 and (thing.color, thing.noun) in held_out_pairs()
 
 
 @torch.inference_mode()
 def nearest_sprites(pixels: np.ndarray, scene: Scene) -> tuple[Match, Match]:
-    """The sprite that comes nearest to the drawn picture (128, 128, 3), and the nearest one that training had.
+    """Find the sprite nearest to a drawn picture, and the nearest one that training had.
 
-    Every object is tried in every colour it takes, in several sizes and places, mirrored and not, on the scene's
-    background. An object in a colour it never had in training that is nearest to its own sprite in that colour, which
-    the model has not seen, was composed; one that is nearer to a sprite of the training was remembered.
+    Every object is tried in all its colours, in several sizes and places, mirrored and not, on the scene's background.
+    If the nearest is the object's own sprite in the held-out colour, which the model has not seen, the object was
+    composed; if a sprite from training is nearer, it was memorised.
+
+    Args:
+        pixels: the picture, (128, 128, 3) uint8.
+        scene: what it was to show.
     """
     behind = torch.from_numpy(background(scene.background, scene.time, scene.seed) / 255).float().permute(2, 0, 1)
     drawn = F.avg_pool2d(torch.from_numpy(pixels / 255).float().permute(2, 0, 1) - behind, SHRINK)
@@ -55,12 +59,12 @@ def nearest_sprites(pixels: np.ndarray, scene: Scene) -> tuple[Match, Match]:
 
 
 def shown(match: Match, scene: Scene) -> np.ndarray:
-    """The scene with the match's sprite in place of its object, (128, 128, 3) uint8."""
+    """Render the scene with the match's sprite in place of its object, (128, 128, 3) uint8."""
     return render(Scene(scene.caption, (match.thing,), scene.background, False, scene.time, None, 1, scene.seed))
 
 
 def _best_of_size(drawn: Tensor, plain: Tensor, size: int) -> list[Match]:
-    """The best placement of every sprite of one size over `drawn` (3, 64, 64), the picture less its background."""
+    """Find the best place of every sprite of one size over `drawn` (3, 64, 64), the picture minus its background."""
     things, kernels, alphas = _sprites(size)
     # what the sprite adds to the background: d = α (s − b) = αs − αb
     added = kernels - alphas * plain[:, None, None]
@@ -82,7 +86,7 @@ def _best_of_size(drawn: Tensor, plain: Tensor, size: int) -> list[Match]:
 
 @lru_cache(maxsize=len(SIZES))
 def _sprites(size: int) -> tuple[list[Thing], Tensor, Tensor]:
-    """All objects in all colours, mirrored and not, in the middle of squares: premultiplied RGB, and opacity."""
+    """All objects in all colours, mirrored and not, centred in squares: premultiplied RGB, and opacity."""
     things, squares = [], []
     for entry in entries().values():
         for color in (None, *entry.colors):

@@ -14,20 +14,20 @@ Z95 = 1.959964  # the standard normal's 97.5% quantile
 
 @dataclass(frozen=True)
 class Share:
-    """How many of the cases were right."""
+    """How many of the cases were correct."""
 
     right: int
     of: int
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """The counts, the share, and its 95% interval; the share of no cases is None."""
+        """The counts, the share and its 95% interval; without cases, the share is None."""
         low, high = wilson(self.right, self.of)
         share = round(self.right / self.of, 4) if self.of else None
         return {"right": self.right, "of": self.of, "share": share, "low": round(low, 4), "high": round(high, 4)}
 
 
 def wilson(right: int, of: int, z: float = Z95) -> tuple[float, float]:
-    """The interval that holds the true share behind `right` of `of` with 95% confidence; (0, 1) for no cases.
+    """The 95% Wilson score interval of a proportion, `right` of `of` cases; (0, 1) without cases.
 
     Source: Wilson 1927; method 3 of Newcombe 1998, "Two-sided confidence intervals for the single proportion".
     """
@@ -44,7 +44,7 @@ def wilson(right: int, of: int, z: float = Z95) -> tuple[float, float]:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images (n, c, h, w) in [0, 1], one number each; infinite for equal ones."""
+    """Peak signal-to-noise ratio in dB of images (n, c, h, w) in [0, 1], one number each; infinite for equal images."""
     # PSNR = −10 log₁₀ mean (a − b)²
     return -10 * (a - b).square().mean((1, 2, 3)).log10()
 
@@ -52,7 +52,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def ssim(a: Tensor, b: Tensor, size: int = 11, sigma: float = 1.5) -> Tensor:
     """Structural similarity of images (n, c, h, w) in [0, 1], one number each in [-1, 1]; 1 for equal images.
 
-    Taken in every channel, where the Gaussian window fits, and averaged.
+    The mean over channels and over all places where the Gaussian window fits.
     Source: Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity", equation 13.
     """
     channels = a.shape[1]
@@ -105,10 +105,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def retrieval(images: Tensor, texts: Tensor, captions: list[str], group: int = 64) -> Share:
-    """How often a picture's own caption is the nearest among the `group` captions of its group.
+    """Count how often a picture's own caption is the nearest among the captions of its group.
 
-    images and texts (n, d), unit vectors; captions of the same words count as the same. What does not fill a group is
-    left out, unless there is no full one.
+    Args:
+        images, texts: unit vectors, (n, d).
+        captions: their texts; equal captions count as the same.
+        group: the number of captions to choose from. An incomplete last group is left out, unless it is the only one.
     """
     group = min(group, len(captions))
     right = 0

@@ -1,4 +1,4 @@
-"""The evaluation as one picture: shares with their intervals, samples with what the judge saw, the nearest sprites."""
+"""The evaluation as one picture: shares with their intervals, samples with their verdicts, the nearest sprites."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RIGHT, WRONG = "#2e7d32", "#c62828"
 
 
 def picture(result: dict[str, Any], scenes: list[Scene], drawn: np.ndarray, verdicts: list[Verdict]) -> Image.Image:
-    """Draw the report. The samples are the first ones, not chosen ones."""
+    """Draw the report. The samples are the first ones, not cherry-picked."""
     samples = min(COLUMNS * ROWS, len(scenes))
     rows, sprites = -(-samples // COLUMNS), result["nearest_sprites"][:COLUMNS]
     figure = Figure(figsize=(16, 5.2 + 2.9 * rows + (4.4 if sprites else 0)), layout="constrained")
@@ -45,7 +45,7 @@ def picture(result: dict[str, Any], scenes: list[Scene], drawn: np.ndarray, verd
 
 
 def _bars(axes: Axes, result: dict[str, Any]) -> None:
-    """One group of bars for every attribute that the prompts asked for, goals as black lines."""
+    """Draw a group of bars for every attribute that the prompts name, with goals as black lines."""
     names = [name for name, figures in result["attributes"].items() if figures["drawn"]["of"]]
     for shift, (kind, color) in enumerate(KINDS.items()):
         figures = [result["attributes"][name][kind] for name in names]
@@ -76,7 +76,7 @@ def _bars(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _sample(axes: Axes, pixels: np.ndarray, scene: Scene, verdict: Verdict) -> None:
-    """A drawing between its prompt and what the judge saw, green or red, with the attributes that are wrong."""
+    """Draw a sample between its prompt and its verdict, in green, or in red with the attributes that are wrong."""
     wrong = [name for name, cases in marks(scene, verdict).items() if not all(cases) and name != "everything"]
     words = [in_words(verdict)] if not wrong else [f"wrong: {', '.join(wrong)}".replace("_", " "), in_words(verdict)]
     axes.imshow(pixels)

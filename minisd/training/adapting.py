@@ -19,14 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minisd.adapters import INVERSION_FILES, LORA_FILES, LoRA, LowRank, add_word, layers_of
-from minisd.checks import texts, whole
-from minisd.images import from_pil, grid, read_picture
-from minisd.pipeline import StableDiffusion
-from minisd.prompts import ROOM, read
-from minisd.text_encoder import TABLE
+from minisd.features.adapters import layers_of
+from minisd.features.prompts import TOKENS_PER_CHUNK, read
+from minisd.features.textual_inversion import TABLE, add_token, add_word
+from minisd.features.validate import check_int, check_strings
+from minisd.images import from_pil, grid
+from minisd.io.adapter_files import INVERSION_FILES, LORA_FILES, save_lora
+from minisd.io.atomic import save_atomically
+from minisd.io.pictures import read_picture
+from minisd.lora import LoRA, LowRank
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.training.loop import Shuffled, channels_last, generator
-from minisd.weights import save_atomically
 
 EXAMPLES = Path(__file__).parent.parent / "assets" / "examples"
 LAYERS = {"attention": r"unet\..*\.to_(q|k|v|out\.0)", "all": r"unet\..*"}
@@ -71,7 +74,7 @@ class Adapting:
         self.latents = torch.cat([sd.encode_image(image) for image in images.split(8)]).clone()
         self.sd, self.seed = sd, seed
         for prompt in prompts:  # a sheet that cannot be drawn would end the training with an error
-            texts("prompt", prompt)
+            check_strings("prompt", prompt)
             read(prompt, sd.tokenizer)
         self.prompts = list(prompts) or self.captions[:: max(len(self.captions) // 4, 1)][:4]
         self.order = Shuffled(len(self.captions), seed)
@@ -131,7 +134,7 @@ class LoRATask(Adapting):
         found = {
             name: layer for name, layer in layers_of({"unet": sd.unet}).items() if re.fullmatch(LAYERS[layers], name)
         }
-        whole("rank", rank, 1, max(min(len(layer.weight), layer.weight[0].numel()) for layer in found.values()))
+        check_int("rank", rank, 1, max(min(len(layer.weight), layer.weight[0].numel()) for layer in found.values()))
         self.model: LoRA = LoRA({name: LowRank(layer, rank) for name, layer in found.items()}).to(sd.device)
         self.model.attach(found)
         with torch.no_grad():
@@ -152,7 +155,7 @@ class LoRATask(Adapting):
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write pytorch_lora_weights.safetensors, which diffusers loads as well."""
-        save_atomically(self.model.save, folder / f"{LORA_FILES[0]}.safetensors")
+        save_lora(self.model, folder / f"{LORA_FILES[0]}.safetensors")
 
 
 class Word(nn.Module):
@@ -184,14 +187,14 @@ class InversionTask(Adapting):
     ) -> None:
         super().__init__(sd, folder, seed, prompts)
         self.token, self.word = token, word
-        whole("vectors", vectors, 1, ROOM)
+        check_int("vectors", vectors, 1, TOKENS_PER_CHUNK)
         if not word.strip():
             raise ValueError(f"word={word!r}; expected a word of the captions, for which {token!r} is to stand")
         if lacking := [caption for caption in self.captions if self.renamed(caption) == caption]:
             raise ValueError(f"the caption {lacking[0]!r} lacks the word {word!r}, for which {token!r} is to stand")
         if sd.unknown_words(initial) or not sd.tokenizer.encode(initial):
             raise ValueError(f"the model does not know {initial!r}; begin with a word that it has learned")
-        self.tokenizer = sd.tokenizer.with_token(token, vectors)
+        self.tokenizer = add_token(sd.tokenizer, token, vectors)
         for prompt in self.prompts:
             read(self.renamed(prompt), self.tokenizer)
         ids = sd.tokenizer.encode(initial)

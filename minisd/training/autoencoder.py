@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig
 from minisd.images import to_images, to_pixels
+from minisd.io.atomic import save_atomically
+from minisd.io.configs import to_dict
 from minisd.training.data import Scenes
 from minisd.training.features import SceneFeatures
 from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.training.losses import perceptual_loss
 from minisd.training.scenes import render, scene
-from minisd.weights import save_atomically
 
 HELD_OUT_SEED = 1_000_003
 
@@ -201,7 +202,7 @@ def normalised(model: Autoencoder, scenes: Scenes, count: int = 512) -> Autoenco
 
 def save_autoencoder(model: Autoencoder, folder: Path) -> None:
     """Write config.json and the weights, float32, under diffusers' names."""
-    config = {"_class_name": "AutoencoderKL", **model.config.to_dict()}
+    config = {"_class_name": "AutoencoderKL", **to_dict(model.config)}
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_atomically(lambda path: save_file(weights, path), folder / "diffusion_pytorch_model.safetensors")
     save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), folder / "config.json")

@@ -22,14 +22,16 @@ from torch import Tensor, nn
 
 from minisd.blocks import Downsample, ResBlock
 from minisd.config import TextEncoderConfig
-from minisd.processes import processes
-from minisd.text_encoder import TABLE, TextEncoder
+from minisd.features.distributed import world_size
+from minisd.features.textual_inversion import TABLE
+from minisd.io.atomic import save_atomically
+from minisd.io.configs import read_config, to_dict
+from minisd.io.diffusers_folder import load_text_encoder
+from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.captions import colors_exchanged, mirrored
 from minisd.training.data import Scenes
 from minisd.training.loop import Shuffled, channels_last, generator
-from minisd.training.parts import load_text_encoder
-from minisd.weights import save_atomically
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class CLIP(nn.Module):
         """Write the image tower, the text projection and the temperature; the text tower is saved as text_encoder/."""
         keep = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("text_encoder.")}
         config = {
-            "text": self.text_encoder.config.to_dict(),
+            "text": to_dict(self.text_encoder.config),
             "image": asdict(self.image_encoder.config),
             "eos": self.eos,
         }
@@ -108,7 +110,7 @@ class CLIP(nn.Module):
         config = json.loads((folder / "config.json").read_text())
         image = ImageEncoderConfig(**config["image"] | {"widths": tuple(config["image"]["widths"])})
         with torch.device("meta"):
-            model = cls(TextEncoderConfig.from_dict(config["text"]), image, config["eos"])
+            model = cls(read_config(TextEncoderConfig, config["text"]), image, config["eos"])
         model.text_encoder = text_encoder
         weights = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
         missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
@@ -197,7 +199,7 @@ class CLIPTask:
         image = self.model.encode_image(images.contiguous(memory_format=torch.channels_last))
         texts = self.model.encode_text(torch.cat([rows[local], sides[local], tints[local]]))
         text, *others = texts.chunk(3)
-        if processes() > 1:
+        if world_size() > 1:
             image, text, *others = (torch.cat(dist.all_gather(x.contiguous())) for x in (image, text, *others))
         lies = torch.cat(others)
         scale = self.model.logit_scale.clamp(max=4.6052).exp()
@@ -214,7 +216,7 @@ class CLIPTask:
         table = torch.zeros(self.full.vocab_size, self.full.hidden_size)
         table[self.known] = weights[TABLE].float()
         weights[TABLE] = table
-        config = {"architectures": ["CLIPTextModel"], **self.full.to_dict()}
+        config = {"architectures": ["CLIPTextModel"], **to_dict(self.full)}
         target = folder / "text_encoder"
         save_atomically(lambda path: save_file(weights, path), target / "model.safetensors")
         save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), target / "config.json")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
 app = typer.Typer(no_args_is_help=True, help="Train the parts of the tiny model, one after the other.")
 
@@ -76,10 +76,10 @@ def autoencoder(
 ) -> None:
     """Train the autoencoder on crops, then on whole pictures."""
     from minisd.config import TINY
+    from minisd.io.diffusers_folder import load_autoencoder
     from minisd.training.autoencoder import AutoencoderTask
     from minisd.training.data import Scenes
     from minisd.training.features import SceneFeatures
-    from minisd.training.parts import load_autoencoder
 
     model = None if start is None else load_autoencoder(start / "vae")
     config = TINY.autoencoder if model is None else model.config
@@ -134,10 +134,10 @@ def decoder(
     bfloat16: Mixed = False,
 ) -> None:
     """Train the autoencoder's decoder alone, against a discriminator; latents stay valid."""
+    from minisd.io.diffusers_folder import load_autoencoder
     from minisd.training.adversarial import AdversarialTask, Adversary
     from minisd.training.data import Scenes
     from minisd.training.features import SceneFeatures
-    from minisd.training.parts import load_autoencoder
 
     autoencoder, network = load_autoencoder(start / "vae"), SceneFeatures.load(features)
     task = AdversarialTask(Scenes(scenes), autoencoder, network, seed=seed, adversary=Adversary(share=share))
@@ -171,9 +171,9 @@ def clip(
 @app.command()
 def latents(scenes: SceneFolder = Path("runs/scenes"), model: Model = Path("runs/autoencoder/export")) -> None:
     """Encode every scene once, for the training of the UNet; under torchrun on several processes."""
-    from minisd.processes import process_group
+    from minisd.features.distributed import process_group
+    from minisd.io.diffusers_folder import load_autoencoder
     from minisd.training.data import Scenes
-    from minisd.training.parts import load_autoencoder
     from minisd.training.unet import cache_latents
 
     with process_group():
@@ -201,9 +201,9 @@ def unet(
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
     from minisd.config import TINY
+    from minisd.io.diffusers_folder import load_autoencoder, load_text_encoder, load_unet
     from minisd.training.data import Scenes
-    from minisd.training.layout import layouts
-    from minisd.training.parts import load_autoencoder, load_text_encoder, load_unet
+    from minisd.training.layout_loss import layouts
     from minisd.training.unet import UNetTask
 
     data = Scenes(scenes)
@@ -314,12 +314,12 @@ def sheet(
     seeds: Annotated[int, typer.Option(min=1, help="How many pictures of each prompt, from seed 0 on.")] = 4,
 ) -> None:
     """Draw the sixteen fixed prompts with the first seeds, as one picture: the contact sheet of the README."""
-    from minisd.checks import writable
+    from minisd.features.validate import check_writable
     from minisd.images import grid
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.stable_diffusion import StableDiffusion
     from minisd.training.unet import PROMPTS
 
-    writable(output.parent)
+    check_writable(output.parent)
     if output.suffix.lower() not in (".png", ".webp", ".jpg"):
         raise typer.BadParameter(f"{output} is no picture's name; end it in .png, .webp or .jpg")
     sd = StableDiffusion.from_pretrained(model)
@@ -331,7 +331,7 @@ def sheet(
 def _base(model: str | None) -> StableDiffusion:
     import torch
 
-    from minisd.pipeline import StableDiffusion
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
     return StableDiffusion.from_pretrained(model, dtype=torch.float32)
 
@@ -354,7 +354,7 @@ def _told() -> Iterator[None]:
 
 def _train(task: Any, output: Path, **choices: Any) -> None:
     """Run the task, and add a line about this sitting to `log.jsonl` in its folder."""
-    from minisd.processes import rank
+    from minisd.features.distributed import rank
     from minisd.training.export import Sitting, log_sitting
     from minisd.training.loop import CHECKPOINT, Options, train
 
@@ -385,11 +385,11 @@ def _train(task: Any, output: Path, **choices: Any) -> None:
 
 def _command() -> str:
     """What was typed: `minisd train …`, or this module under torchrun."""
-    from minisd.processes import processes
+    from minisd.features.distributed import world_size
 
     words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
-    together = f"torchrun --nproc-per-node {processes()} -m minisd.training.commands"
-    return " ".join(["minisd train" if processes() == 1 else together, *words])
+    together = f"torchrun --nproc-per-node {world_size()} -m minisd.training.commands"
+    return " ".join(["minisd train" if world_size() == 1 else together, *words])
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd.checks import whole
+from minisd.features.validate import check_int
 from minisd.images import to_images
+from minisd.io.atomic import save_atomically
 from minisd.training.scenes import SIZE, render, scene
-from minisd.weights import save_atomically
 
 
 def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> None:
@@ -23,8 +23,8 @@ def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> No
 
     Raises ValueError where the disk has no room for them.
     """
-    whole("count", count, 1, 2**31)
-    whole("seed", seed, 0, 2**63 - 1)
+    check_int("count", count, 1, 2**31)
+    check_int("seed", seed, 0, 2**63 - 1)
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     need, free = count * SIZE * SIZE * 3, shutil.disk_usage(there).free
     if need > free:

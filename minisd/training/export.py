@@ -12,15 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisd.config import TINY
-from minisd.folder import Defaults
 from minisd.images import to_images
-from minisd.pipeline import StableDiffusion
+from minisd.io.atomic import save_atomically
+from minisd.io.diffusers_folder import Defaults, load_autoencoder, load_text_encoder, load_unet
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.preview import fit_preview
 from minisd.tokenizer import Tokenizer
-from minisd.training.parts import load_autoencoder, load_text_encoder, load_unet
 from minisd.training.scenes import render, scene
 from minisd.training.unet import SAMPLING
-from minisd.weights import save_atomically
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minisd.blocks import Downsample, ResBlock
+from minisd.io.atomic import save_atomically
 from minisd.training.data import Scenes
-from minisd.training.layout import layout_loss, layouts
+from minisd.training.layout_loss import layout_loss, layouts
 from minisd.training.loop import Shuffled, channels_last
 from minisd.training.scenes import object_names
-from minisd.weights import save_atomically
 
 WIDTHS = (16, 32, 64, 128)
 GROUPS = 4

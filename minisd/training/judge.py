@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from minisd.blocks import Downsample, ResBlock
 from minisd.images import to_images, to_pixels
+from minisd.io.atomic import save_atomically
 from minisd.training.backgrounds import SIZE, TIMES
 from minisd.training.loop import channels_last, generator
 from minisd.training.scenes import Mixture, Scene, colors, object_names, places, plain_backgrounds, render, scene
 from minisd.training.sprites import entries
-from minisd.weights import save_atomically
 
 WEIGHTS = Path(__file__).parent.parent / "assets" / "judge"
 TRAINING_SEED = 2_000_003

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -21,12 +21,14 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from minisd.checks import real, whole, writable
-from minisd.processes import process_group, processes, rank
+from minisd.features.distributed import process_group, rank, world_size
+from minisd.features.validate import check_float, check_int, check_writable
+from minisd.io.atomic import save_atomically
+from minisd.io.tensors import CheckpointError, read_pickle
 from minisd.training.muon import Muon
-from minisd.weights import CheckpointError, read_pickle, save_atomically
 
 CHECKPOINT = "checkpoint.pt"  # of a training, in its folder
 
@@ -63,15 +65,15 @@ class Options:
         if self.steps is None and self.minutes is None:
             raise ValueError("say how long to train: steps, minutes, or both")
         if self.steps is not None:
-            whole("steps", self.steps, 1, 2**31)
+            check_int("steps", self.steps, 1, 2**31)
         if self.minutes is not None:
-            real("minutes", self.minutes, 0, 1e6)
-        whole("batch", self.batch, 1, 2**20)
-        whole("seed", self.seed, 0, 2**63 - 1)
-        real("lr", self.lr, 0)
-        writable(self.folder)
-        if self.batch % processes():
-            raise ValueError(f"batch={self.batch} does not divide over {processes()} processes; choose a multiple")
+            check_float("minutes", self.minutes, 0, 1e6)
+        check_int("batch", self.batch, 1, 2**20)
+        check_int("seed", self.seed, 0, 2**63 - 1)
+        check_float("lr", self.lr, 0)
+        check_writable(self.folder)
+        if self.batch % world_size():
+            raise ValueError(f"batch={self.batch} does not divide over {world_size()} processes; choose a multiple")
 
 
 class Task(Protocol):
@@ -138,12 +140,12 @@ def learning_rate(options: Options, step: int, progress: float) -> float:
 
 def average_gradients(parameters: list[nn.Parameter], *numbers: float) -> tuple[float, ...]:
     """Replace every gradient by its mean over all processes; return the means of the numbers too."""
-    if processes() == 1:
+    if world_size() == 1:
         return numbers
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients] + [torch.tensor(numbers, dtype=torch.float32)])
     dist.all_reduce(flat)
-    flat /= processes()
+    flat /= world_size()
     pieces = flat.split([gradient.numel() for gradient in gradients] + [len(numbers)])
     for gradient, piece in zip(gradients, pieces, strict=False):
         gradient.copy_(piece.view_as(gradient))
@@ -266,9 +268,11 @@ class Trainer:
         """Make one step: loss, gradients, clipping, AdamW, averages. Raises FloatingPointError for a loss of NaN."""
         options = self.options
         first = self.step * options.batch
-        share = options.batch // processes()
+        share = options.batch // world_size()
         local = slice(rank() * share, (rank() + 1) * share)
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
+        # on a CPU, torch's fused attention walks back slowly in bfloat16: 10 ms a layer, plain products 1 to 2
+        attention = sdpa_kernel(SDPBackend.MATH) if options.bfloat16 else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16), attention:
             loss, details = self.task.loss(self.step, range(first, first + options.batch), local, progress)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -314,7 +318,7 @@ class Trainer:
         self.save()
 
     def _agree(self, *numbers: float) -> tuple[float, ...]:
-        if processes() == 1:
+        if world_size() == 1:
             return numbers
         values = torch.tensor(numbers, dtype=torch.float64)
         dist.broadcast(values, 0)
@@ -329,6 +333,6 @@ def train(task: Task, options: Options) -> Trainer:
         if rank() == 0:
             with trainer.averaged() as model:
                 task.export(model, options.folder / "export")
-        if processes() > 1:
+        if world_size() > 1:
             dist.barrier()
     return trainer

@@ -36,7 +36,7 @@ def atlas() -> dict[str, Image.Image]:
         if picture.size != (COLUMNS * CELL, rows * CELL):
             raise ValueError(
                 f"{ATLAS} measures {picture.size}, but {len(CATALOGUE)} sprites need "
-                f"{(COLUMNS * CELL, rows * CELL)}: rebuild it with minisd.training.build_atlas"
+                f"{(COLUMNS * CELL, rows * CELL)}: rebuild it with tools/build_atlas.py"
             )
         sheet = picture.convert("RGBA")
     sprites = {}

@@ -19,21 +19,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisd.autoencoder import Autoencoder
-from minisd.checks import writable
 from minisd.config import ModelConfig
-from minisd.folder import Defaults
+from minisd.features.distributed import rank, world_size
+from minisd.features.validate import check_writable
 from minisd.images import grid
-from minisd.pipeline import StableDiffusion
-from minisd.processes import processes, rank
+from minisd.io.atomic import save_atomically
+from minisd.io.configs import to_dict
+from minisd.io.diffusers_folder import Defaults
+from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.samplers import Sampler
 from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.training.data import Scenes
-from minisd.training.layout import Layout, WithLayout, layout_loss
+from minisd.training.layout_loss import Layout, WithLayout, layout_loss
 from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.unet import UNet
-from minisd.weights import save_atomically
 
 SAMPLING = Defaults(Sampler("dpmpp_2m", spacing="trailing"), num_inference_steps=20, guidance_scale=4.0)
 
@@ -63,16 +64,16 @@ def cache_latents(autoencoder: Autoencoder, scenes: Scenes, path: Path, batch: i
 
     Under torchrun each process encodes its share of the scenes, and the first one writes the file.
     """
-    writable(path.parent)
+    check_writable(path.parent)
     autoencoder = channels_last(autoencoder.eval())
-    share = torch.arange(len(scenes)).tensor_split(processes())[rank()]
+    share = torch.arange(len(scenes)).tensor_split(world_size())[rank()]
     parts = [
         autoencoder.encode(scenes.images(indices.tolist()).contiguous(memory_format=torch.channels_last)).mean
         for indices in tqdm(share.split(batch), unit="batch", mininterval=10, disable=rank() > 0)
     ]
     latents = torch.cat(parts) * autoencoder.config.scaling_factor
-    shares: list[Any] = [None] * processes()
-    if processes() > 1:
+    shares: list[Any] = [None] * world_size()
+    if world_size() > 1:
         dist.gather_object(latents, shares if rank() == 0 else None)
     else:
         shares = [latents]
@@ -154,7 +155,7 @@ class UNetTask:
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write `unet/` as diffusers does."""
         model = _unet(model)
-        config = {"_class_name": "UNet2DConditionModel", **model.config.to_dict()}
+        config = {"_class_name": "UNet2DConditionModel", **to_dict(model.config)}
         weights = {key: value.contiguous() for key, value in model.state_dict().items()}
         target = folder / "unet"
         save_atomically(lambda path: save_file(weights, path), target / "diffusion_pytorch_model.safetensors")

@@ -1,0 +1,1 @@
+"""The programs: command line, batches, the page in the browser."""

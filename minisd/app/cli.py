@@ -1,0 +1,289 @@
+"""The `minisd` command: draw pictures, describe models and pictures, train the tiny model.
+
+What takes long to import is imported by the command that needs it, so that `--help` answers at once. File names go to
+standard output, everything else to standard error. Exit codes: 0 done, 1 failed, 2 invalid request, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from minisd import __version__
+from minisd.app.options import (
+    MAX_IMAGES,
+    LoadOptions,
+    Output,
+    Overwrite,
+    Prediction,
+    RequestOptions,
+    SettingsOptions,
+    Variant,
+    option_groups,
+)
+from minisd.app.serve import serve
+from minisd.bench.command import bench
+from minisd.evaluation.command import evaluate
+from minisd.features import distributed
+from minisd.features.distributed import rank, world_size
+from minisd.features.presets import PRESETS, find_preset
+from minisd.training.commands import app as training
+
+if TYPE_CHECKING:
+    from minisd.app.from_image import ImageSettings
+    from minisd.app.prompts_file import Prompt
+    from minisd.io.diffusers_folder import Defaults
+    from minisd.pipeline.settings import Settings
+    from minisd.pipeline.stable_diffusion import StableDiffusion
+
+JOB_KEYS = ("prompt", "negative_prompt", "seed", "images", "outpaint")  # of a picture's record, beside its settings
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+app = typer.Typer(
+    name="minisd",
+    help="Draw pictures from words with Stable Diffusion.",
+    epilog='Start with: minisd generate "a fox in the snow"',
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(training, name="train")
+app.command()(bench)
+app.command()(evaluate)
+app.command()(serve)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code. An error becomes one message or, with MINISD_DEBUG=1, a traceback."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: distributed.log(f"warning: {message}")
+        try:
+            code = app(arguments, prog_name="minisd", standalone_mode=False) or 0
+        except Exception as error:
+            if os.environ.get("MINISD_DEBUG") == "1":
+                raise
+            code, message = _explain(error)
+            distributed.log(message)
+    if code == 130:
+        distributed.log("interrupted")
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def minisd(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        print(f"minisd {__version__}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+@option_groups
+def generate(context: typer.Context, request: RequestOptions, changes: SettingsOptions, loading: LoadOptions) -> None:
+    """Draw pictures from words. What is not given comes from the model's own defaults.
+
+    (words) in brackets count 1.1 times as much, [words] less by that, and (words:1.3) 1.3 times. \\( is a bracket.
+
+    \b
+    Examples:
+      minisd generate "a (fox:1.3) in the [snow]"
+      minisd generate "a castle at night" --seed 7 --preset fast --output castle.png
+      minisd generate "a red car" --images 9 --grid --steps 30 --sampler euler
+      minisd generate "a snowman" --image photo.jpg --mask mask.png --strength 0.6
+      minisd generate "a fox" --model stable-diffusion-v1-5/stable-diffusion-v1-5
+      minisd generate --like castle.png --steps 50
+      minisd generate --prompts prompts.txt --output out/
+
+    With --prompts, a .txt file has a prompt on each line; lines that begin with # are skipped. Each line of a .jsonl
+    file is an object: {"prompt": "a fox", "seed": 7, "name": "fox"}. Its other keys are negative_prompt, images, preset
+    and the settings by their names in Python, such as num_inference_steps; the options here are their defaults. All
+    lines are checked before the first picture is drawn. The same command again draws what is missing, and
+    `torchrun --nproc-per-node 2 -m minisd generate …` shares the work.
+    """
+    _check_modes(context, request)
+    from minisd.app.prompts_file import read_prompts
+
+    prompts = [] if request.prompts is None else read_prompts(request.prompts)
+    values = request.values() | {name: value for name, value in vars(changes).items() if value is not None}
+    like = None if request.like is None else _read_image(request.like, request, values, loading)
+    if like is not None:
+        values = {name: like.record[name] for name in JOB_KEYS if name in like.record} | values
+    _draw(request, values, loading, like, prompts)
+
+
+def _read_image(path: Path, request: RequestOptions, values: Mapping[str, Any], loading: LoadOptions) -> ImageSettings:
+    """How the picture of --like was drawn; what the options give need not be readable."""
+    from minisd.app.from_image import settings_from_image
+
+    known = {**find_preset(request.preset).settings, **values} | ({"image": request.image} if request.image else {})
+    like = settings_from_image(path, known)
+    like.check_options(request.image, request.mask, loading.model, loading.lora or [])
+    return like
+
+
+def _draw(
+    request: RequestOptions,
+    values: Mapping[str, Any],
+    loading: LoadOptions,
+    like: ImageSettings | None,
+    prompts: Sequence[Prompt],
+) -> None:
+    """Load the model and draw one job, or one for each prompt of a file."""
+    from minisd.app.jobs import Job, Source, Target, draw_images, model_side
+    from minisd.app.manifest import draw_missing
+    from minisd.app.prompts_file import plan_jobs
+    from minisd.app.provenance import Provenance
+    from minisd.pipeline.settings import Settings
+
+    images, batch = values.get("images") or 1, request.batch or 4
+    same_images = like is not None and request.images is None and request.image is None
+    grid = request.grid or (same_images and images > 1)
+    source = Source.read(request.image, request.mask, values.get("outpaint"), values.get("strength"))
+    output = f"{request.output}/" if prompts else request.output
+    target = Target.parse(output, values.get("prompt", ""), images > 1 and not grid, request.overwrite)
+    log = _ignore if request.quiet or rank() else distributed.log
+    started = time.perf_counter()
+    sd = loading.load() if like is None else loading.load(like.record.get("precision"), like.lora_weights)
+    provenance = Provenance.of(sd, loading.model)
+    seconds = time.perf_counter() - started
+    log(f"{loading.model or 'tiny'} on {sd.device} in {provenance.precision}, loaded in {seconds:.1f} s")
+    defaults: Defaults | Settings = sd.defaults
+    if like is not None:
+        like.check_model(provenance)
+        defaults = Settings.choose(like.settings, sd.defaults)
+    _log_notices(sd, [values, *(prompt.values for prompt in prompts)], log)
+    common: dict[str, Any] = {"provenance": provenance, "quiet": request.quiet, "log": log}
+    if prompts:
+        jobs = plan_jobs(prompts, values, batch, defaults, model_side(sd), source)
+        draw_missing(sd, jobs, target.folder, overwrite=request.overwrite, **common)
+        return
+    job = Job.create(values, defaults, model_side(sd), source)
+    if like is not None and same_images and request.batch is None:  # the size of a batch decides the last digits
+        batch, job = like.batch[0], replace(job, batch=like.batch if images == 1 else (1, 0))
+    draw_images(sd, job, target, images=images, batch=batch, grid=grid, **common)
+
+
+def _log_notices(sd: StableDiffusion, values: Sequence[Mapping[str, Any]], log: Callable[[str], None]) -> None:
+    """Warn of words that the model does not know, and describe the presets."""
+    from minisd.app.jobs import unknown_words_warning
+
+    texts = [item.get(name) or "" for item in values for name in ("prompt", "negative_prompt")]
+    if not rank() and (warning := unknown_words_warning(sd, texts)):
+        distributed.log(warning)
+    for name in dict.fromkeys(item.get("preset", "") for item in values):
+        if name in PRESETS:
+            log(PRESETS[name].describe())
+
+
+@app.command()
+@option_groups
+def interpolate(
+    start: Annotated[str, typer.Argument(help="The first picture, in words.")],
+    end: Annotated[str, typer.Argument(help="The last picture, in words.")],
+    changes: SettingsOptions,
+    loading: LoadOptions,
+    seeds: Annotated[tuple[int, int], typer.Option(help="Of the first and of the last picture.")] = (0, 1),
+    count: Annotated[int, typer.Option("--images", "-n", min=2, max=MAX_IMAGES, help="Including both ends.")] = 8,
+    output: Output = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw the pictures on the way from one prompt and seed to another, side by side in one file.
+
+    \b
+    Example:
+      minisd interpolate "a red car on the beach" "a blue car in the snow" --seeds 3 3
+    """
+    from minisd.app.jobs import Job, Target, model_side
+    from minisd.app.provenance import Provenance
+    from minisd.images import grid
+
+    target = Target.parse(output, f"{start} to {end}", several=False, overwrite=overwrite)
+    sd = loading.load()
+    _log_notices(sd, [{"prompt": start}, {"prompt": end}], distributed.log)
+    values = {"prompt": f"{start} to {end}", "seed": seeds[0]} | vars(changes)
+    job = Job.create(values, sd.defaults, model_side(sd))
+    pictures = sd.interpolate((start, end), seeds, count, **job.arguments)
+    job = replace(job, images=count, interpolation=seeds)
+    target.save(grid(pictures, columns=count), job, Provenance.of(sd, loading.model))
+
+
+@app.command()
+def info(
+    source: Annotated[str, typer.Argument(metavar="MODEL|PICTURE", help="A hub id, folder or file.")] = "tiny",
+    variant: Variant = None,
+    prediction: Prediction = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Print the text of a picture as it is.")] = False,
+) -> None:
+    """Describe a model, or how a picture was drawn, by minisd or by AUTOMATIC1111's web UI and similar programs.
+
+    \b
+    Examples:
+      minisd info tiny
+      minisd info v1-5-pruned-emaonly.safetensors
+      minisd info fox.png
+      minisd info fox.png --raw
+    """
+    if not source.lower().endswith(PICTURES):
+        from minisd.io.checkpoint import open_checkpoint
+
+        print(open_checkpoint(source, variant=variant, prediction_type=prediction).describe())
+        return
+    from minisd.app.metadata import describe, parse_parameters, read_parameters
+
+    text = read_parameters(source)
+    if text is None:
+        raise OSError(f"{source} does not say how it was drawn; expected a `parameters` text, as in a PNG of minisd")
+    print(text if raw else describe(parse_parameters(text)))
+
+
+def _check_modes(context: typer.Context, request: RequestOptions) -> None:
+    """Raise BadParameter for options of `generate` that do not go together."""
+    prompts, output = request.prompts, request.output
+    if request.prompt is None and prompts is None and request.like is None:
+        raise typer.BadParameter("Missing argument 'PROMPT'; give one, or --prompts, or --like", context)
+    if prompts is None and world_size() > 1:
+        raise typer.BadParameter("several processes share the lines of --prompts; for one prompt start one", context)
+    if prompts is None:
+        return
+    for name, value in (("a prompt", request.prompt is not None), ("--like", request.like), ("--grid", request.grid)):
+        if value:
+            raise typer.BadParameter(f"--prompts does not go with {name}; leave one of them out", context)
+    if output is None or (output.lower().endswith(".png") and not Path(output).is_dir()):
+        raise typer.BadParameter("--prompts draws many pictures; name a folder for them: --output out/", context)
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """The exit code and the message for an error."""
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        text = error.format_message()
+        if text.startswith("Usage:"):  # a command that needs another word: its help is the message
+            return error.exit_code, text
+        return error.exit_code, f"error: {text}" + (f" (see `{context.command_path} --help`)" if context else "")
+    from minisd.io.tensors import CheckpointError
+    from minisd.pipeline.memory import is_out_of_memory
+
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or 'the file'}: {error.strerror}"
+    if isinstance(error, (ValueError, TypeError)) and not isinstance(error, CheckpointError):
+        return 2, f"error: {text}"
+    if is_out_of_memory(error):
+        reason = (str(error.__cause__ or error) or type(error).__name__).split("\n")[0]
+        text = f"out of memory; try a smaller --batch, --width and --height, --dtype float16 or --offload ({reason})"
+    elif not isinstance(error, (OSError, ValueError, FloatingPointError)):
+        text = f"unexpected {type(error).__name__}: {text}; MINISD_DEBUG=1 shows where"
+    return 1, f"error: {text}"
+
+
+def _ignore(text: str) -> None:
+    """Log nothing."""

@@ -1,0 +1,338 @@
+"""Jobs: one picture each, with everything that decides how it looks, and drawing them."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import typer
+from PIL import Image
+
+from minisd import __version__
+from minisd.app.metadata import parameters_text, save_png
+from minisd.app.provenance import Provenance, file_hash
+from minisd.editing import extend_canvas
+from minisd.features.prompts import parse
+from minisd.features.validate import check_path, check_writable
+from minisd.images import grid as lay_out
+from minisd.io.diffusers_folder import Defaults
+from minisd.io.pictures import read_picture
+from minisd.pipeline.checks import check_margins, resolve_seeds
+from minisd.pipeline.settings import SETTINGS, Settings, format_number
+from minisd.pipeline.stable_diffusion import StableDiffusion
+
+MAX_GRID = 1000  # pictures
+MAX_NAME = 200  # bytes of a file name, before seed, number and ending are added; file systems allow 255
+
+
+@dataclass(frozen=True)
+class Source:
+    """The picture that drawing starts from, if any, and what of it is redrawn. The hashes are of the files."""
+
+    image: Path | None = None
+    image_hash: str = ""
+    mask: Path | None = None
+    mask_hash: str = ""
+    outpaint: tuple[int, int, int, int] | None = None
+
+    @classmethod
+    def read(
+        cls,
+        image: Path | None,
+        mask: Path | None,
+        outpaint: tuple[int, int, int, int] | None,
+        strength: float | None = None,
+    ) -> Source:
+        """The source that options name. Raises BadParameter for options that do not go together."""
+        if image is None and (mask or outpaint or strength is not None):
+            option = "--mask" if mask else "--outpaint" if outpaint else "--strength"
+            raise typer.BadParameter(f"{option} changes a picture; name the picture with --image")
+        if mask and outpaint:
+            raise typer.BadParameter("--outpaint makes its own mask; leave --mask out, or do one after the other")
+        return cls(image, image and file_hash(image) or "", mask, mask and file_hash(mask) or "", outpaint)
+
+    @property
+    def default_strength(self) -> float:
+        return 1.0 if self.mask or self.outpaint else 0.8
+
+    def open(self, sd: StableDiffusion, settings: Settings) -> tuple[Image.Image | None, Image.Image | None]:
+        """The picture and its mask, both scaled and cropped to the size of the settings, then extended."""
+        if self.image is None:
+            return None, None
+        _, height, width = sd.latent_shape(settings.height, settings.width)
+        factor = sd.autoencoder.config.downscale
+        start = read_picture(self.image, factor * width, factor * height)
+        if self.outpaint is not None:
+            check_margins(*self.outpaint)
+            return extend_canvas(start, *self.outpaint)
+        return start, None if self.mask is None else read_picture(self.mask, *start.size)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw: everything that decides how it looks, but for the model.
+
+    Args:
+        seed: None until one is drawn at random.
+        batch: How many pictures are drawn at a time, and which of them this is. It decides the last digits.
+        images: How many pictures a grid has, of which this is the first.
+        interpolation: The seeds of both ends, if the grid is the way from one picture to another.
+        file: The name of its file, if it is one of many from a prompts file.
+        where: Its line of the prompts file, for messages.
+        seed_drawn: Whether the seed is drawn at random.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int | None
+    settings: Settings
+    source: Source = field(default_factory=Source)
+    batch: tuple[int, int] = (1, 0)
+    images: int = 1
+    interpolation: tuple[int, int] | None = None
+    file: str = ""
+    where: str = ""
+    seed_drawn: bool = False
+
+    @classmethod
+    def create(
+        cls, values: Mapping[str, Any], defaults: Defaults | Settings, side: int, source: Source | None = None
+    ) -> Job:
+        """A job from values by the names of Python's arguments. side: width and height where they are not given."""
+        changes = {name: values.get(name) for name in (*SETTINGS, "preset")}
+        settings = Settings.choose(changes, defaults)
+        sizes: dict[str, Any] = {name: side for name in ("width", "height") if getattr(settings, name) is None}
+        negative_prompt, seed = values.get("negative_prompt") or "", values.get("seed")
+        return cls(values["prompt"], negative_prompt, seed, replace(settings, **sizes), source or Source())
+
+    @property
+    def strength(self) -> float:
+        """How much of the source is redrawn."""
+        strength = self.settings.strength
+        return self.source.default_strength if strength is None else strength
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the pipeline is told, beside prompts, seed and pictures."""
+        arguments = self.settings.arguments()
+        if self.source.image is None:
+            return arguments
+        without_size = {name: value for name, value in arguments.items() if name not in ("width", "height")}
+        return without_size | {"strength": self.strength}
+
+    def check(self, sd: StableDiffusion) -> None:
+        """Raise what drawing would raise for an invalid value, without drawing."""
+        start, mask = self.source.open(sd, self.settings)
+        sd.denoise(self.prompt, start, mask, seed=self.seed or 0, **self.arguments)
+
+    def record(self, provenance: Provenance) -> dict[str, Any]:
+        """Everything that decides how the picture looks, as JSON: for the manifest, and for the picture itself."""
+        record: dict[str, Any] = {"prompt": self.prompt, "negative_prompt": self.negative_prompt, "seed": self.seed}
+        record |= self.settings.record() | vars(self.source)
+        record |= {"batch_size": self.batch[0], "batch_pos": self.batch[1]}
+        record |= {"images": self.images} if self.images > 1 else {}
+        record |= {"interpolation": self.interpolation} if self.interpolation else {}
+        record |= vars(provenance) | {"version": __version__}
+        return {name: _to_json(value) for name, value in record.items()}
+
+    def parameters(self, provenance: Provenance) -> str:
+        """The text for the picture's `parameters`: everything that changes a pixel."""
+        source, texts = self.source, self.settings.texts()
+        left, right, top, bottom = source.outpaint or (0, 0, 0, 0)
+        width, height = (self.settings.width or 0) + left + right, (self.settings.height or 0) + top + bottom
+        first = {name: texts.pop(name) for name in ("Steps", "Sampler", "CFG scale")}
+        first |= {"Seed": str(self.seed), "Size": f"{width}x{height}"} | provenance.texts()
+        size, position = self.batch
+        sources = {
+            "Denoising strength": format_number(self.strength) if source.image else "",
+            "Mask": source.mask.name if source.mask else "",
+            "Outpaint": " ".join(map(str, source.outpaint or ())),
+            "Image": source.image.name if source.image else "",
+            "Image hash": source.image_hash,
+            "Mask hash": source.mask_hash,
+            "Images": str(self.images) if self.images > 1 else "",
+            "Batch size": str(size) if size > 1 else "",
+            "Batch pos": str(position) if size > 1 else "",
+            "Interpolation": "{} to {}".format(*self.interpolation) if self.interpolation else "",
+        }
+        texts |= {name: text for name, text in sources.items() if text}
+        return parameters_text(self.prompt, self.negative_prompt, first | texts | {"Version": f"minisd {__version__}"})
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where pictures go: their folder and the beginning of their names; `seeded` names end in the seed."""
+
+    folder: Path
+    stem: str
+    seeded: bool
+    overwrite: bool
+
+    @classmethod
+    def parse(cls, output: str | None, prompt: str, several: bool, overwrite: bool) -> Target:
+        """Read --output.
+
+        Raises BadParameter for a name that is neither a .png nor a folder, OSError where nothing can be written.
+        """
+        path = check_path("--output", output or "")
+        if output and path.suffix.lower() == ".png" and not path.is_dir():
+            target = cls(path.parent, path.stem, several, overwrite)
+        elif not output or path.is_dir() or output.endswith(("/", os.sep)):
+            target = cls(path, slug(prompt), True, overwrite)
+        else:
+            raise typer.BadParameter(
+                f"--output {output} is neither a .png file nor a folder; end it in .png, or in / for a new folder"
+            )
+        if len(os.fsencode(target.stem)) > MAX_NAME:
+            raise typer.BadParameter(f"--output {target.stem[:40]}… is too long; give {MAX_NAME} letters or fewer")
+        check_writable(target.folder)
+        return target
+
+    def save(self, picture: Image.Image, job: Job, provenance: Provenance) -> None:
+        """Write a job's picture and print its name."""
+        name = f"{self.stem}-{job.seed}.png" if self.seeded else f"{self.stem}.png"
+        text, record = job.parameters(provenance), job.record(provenance)
+        report(save_png(picture, self.folder / name, text, self.overwrite, record))
+
+
+def report(path: Path) -> None:
+    """Print the name of a file in one write, so that lines of several processes do not mix."""
+    print(f"{path}\n", end="", flush=True)
+
+
+def _to_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value.name if isinstance(value, Path) else value
+
+
+def slug(prompt: str) -> str:
+    """The beginning of a prompt as the beginning of a file name."""
+    return "-".join(re.findall(r"\w+", prompt.lower()))[:40].strip("-") or "picture"
+
+
+def model_side(sd: StableDiffusion) -> int:
+    """The width and height, in pixels, of the pictures that a model was made for."""
+    return sd.unet.config.sample_size * sd.autoencoder.config.downscale
+
+
+def assign_batches(jobs: Sequence[Job], size: int) -> list[Job]:
+    """Decide which jobs are drawn together: at most `size` neighbours that have the same settings and no source."""
+    assigned: list[Job] = []
+    for (_, source), group in groupby(jobs, lambda job: (job.settings, job.source)):
+        neighbours = list(group)
+        most = size if source.image is None else 1
+        for first in range(0, len(neighbours), most):
+            batch = neighbours[first : first + most]
+            assigned += [replace(job, batch=(len(batch), at)) for at, job in enumerate(batch)]
+    return assigned
+
+
+def batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """The jobs that are drawn together, in order."""
+    batch: list[Job] = []
+    for job in jobs:
+        if batch and job.batch[1] == 0:
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def draw(sd: StableDiffusion, jobs: Sequence[Job], progress: bool | None) -> list[Image.Image]:
+    """Draw a batch of jobs, which differ in their prompts and seeds only; or one job of a batch, as it was drawn there.
+
+    progress: show a bar; by default only on a terminal.
+    """
+    first, (size, position) = jobs[0], jobs[0].batch
+    arguments = first.arguments | {"progress": progress}
+    if first.source.image is None:
+        # a row is rounded the same whatever the other rows hold, but differently in a batch of another size
+        rows = list(jobs) * size if len(jobs) < size else jobs
+        negatives, seeds = [job.negative_prompt for job in rows], [job.seed or 0 for job in rows]
+        pictures = list(sd([job.prompt for job in rows], negative_prompt=negatives, seed=seeds, **arguments))
+        return pictures[position : position + 1] if len(jobs) < size else pictures
+    start, mask = first.source.open(sd, first.settings)
+    assert start is not None
+    pictures = []
+    for job in jobs:
+        arguments |= {"negative_prompt": job.negative_prompt, "seed": job.seed}
+        if mask is None:
+            pictures.append(sd.image_to_image(job.prompt, start, **arguments))
+        else:
+            pictures.append(sd.inpaint(job.prompt, start, mask, **arguments))
+    return pictures
+
+
+def draw_images(
+    sd: StableDiffusion,
+    job: Job,
+    target: Target,
+    *,
+    images: int,
+    batch: int,
+    grid: bool,
+    provenance: Provenance,
+    quiet: bool,
+    log: Callable[[str], None],
+) -> None:
+    """Draw a job with one or several seeds, saving the pictures as they come, or the grid of all of them at the end."""
+    if grid and images > MAX_GRID:
+        raise typer.BadParameter(f"--grid lays out at most {MAX_GRID} pictures, not {images}; draw several grids")
+    numbers, started = resolve_seeds(job.seed, images), time.perf_counter()
+    log(f"seed {numbers[0]}{f' to {numbers[-1]}' if images > 1 else ''}, {describe(job.settings)}")
+    pictures: list[Image.Image] = []
+    for first in range(0, images, batch):
+        jobs = [replace(job, seed=number) for number in numbers[first : first + batch]]
+        jobs = assign_batches(jobs, batch) if images > 1 else jobs
+        for group in batches(jobs):
+            drawn = draw(sd, group, False if quiet else None)
+            if grid:
+                pictures += drawn
+                continue
+            for finished, picture in zip(group, drawn, strict=True):
+                target.save(picture, finished, provenance)
+    if grid:
+        size = min(batch, images) if job.source.image is None else 1
+        first_job = replace(job, seed=numbers[0], images=images, batch=(size, 0))
+        target.save(lay_out(pictures), first_job, provenance)
+    log(f"drawn in {time.perf_counter() - started:.1f} s")
+
+
+def describe(settings: Settings) -> str:
+    """Settings in one line, for the log."""
+    texts = settings.texts()
+    steps, sampler, guidance = (texts.pop(name) for name in ("Steps", "Sampler", "CFG scale"))
+    more = "".join(f", {name.lower()} {text}" for name, text in texts.items())
+    return f"{steps} steps of {sampler}, guidance {guidance}{more}"
+
+
+def unknown_words_warning(sd: StableDiffusion, prompts: Sequence[str]) -> str:
+    """A warning about words that the model never learned, with some that it did; "" if it knows all of them.
+
+    Prompts that cannot be parsed are skipped: drawing them raises an error that says why.
+    """
+    plain = []
+    for prompt in dict.fromkeys(prompts):
+        with suppress(ValueError):
+            plain += [re.sub(r"[()\[\]\\]", " ", text) for text, _ in parse(prompt)]
+    unknown = sd.unknown_words(" ".join(plain))
+    if not unknown:
+        return ""
+    from minisd.training.captions import vocabulary
+    from minisd.training.catalogue import CATALOGUE
+
+    some, known = unknown[:12], [word for word in vocabulary() if not sd.unknown_words(word)]
+    close = [match for word in some for match in get_close_matches(word.lower(), known, n=1, cutoff=0.7)]
+    nouns = [entry.noun for entry in CATALOGUE if entry.noun in known][::6]
+    quoted = ", ".join(f'"{word}"' for word in some)
+    more = f" and {len(unknown) - len(some)} more words" if len(unknown) > len(some) else ""
+    examples = f"; it knows, for example: {', '.join(dict.fromkeys(close + nouns))}" if close or nouns else ""
+    return f"warning: this model never learned {quoted}{more}{examples}"

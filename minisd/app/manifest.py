@@ -1,0 +1,158 @@
+"""The manifest of a folder: every picture of a prompts file with its seed, written before the first is drawn.
+
+It alone decides what is drawn together. So a run that was killed and started again, or shared out by `torchrun`, writes
+the same files as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from minisd.app.jobs import Job, batches, draw, report
+from minisd.app.metadata import KEY, save_png
+from minisd.app.provenance import Provenance
+from minisd.features.distributed import process_group, rank, rank_zero_first, sum_over_ranks, world_size
+from minisd.features.prompts import read
+from minisd.io.atomic import save_atomically
+from minisd.pipeline.checks import resolve_seeds
+from minisd.pipeline.stable_diffusion import StableDiffusion
+
+MANIFEST = "manifest.jsonl"
+# files that a killed process had not renamed yet
+LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.png|\.manifest\.jsonl\.[0-9a-f]{8}\.tmp")
+ADVICE = "choose another folder for these pictures, or draw all of them again with --overwrite"
+
+
+def check_jobs(jobs: Sequence[Job], sd: StableDiffusion) -> None:
+    """Raise ValueError, naming the line, for the first picture that the model cannot draw."""
+    checked: set[Any] = set()
+    for job in jobs:
+        try:
+            if job.seed is not None:
+                resolve_seeds(job.seed, 1)
+            for text in {job.prompt, job.negative_prompt} - checked:
+                read(text, sd.tokenizer)
+                checked.add(text)
+            if (job.settings, job.source) not in checked:
+                job.check(sd)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"{job.where}: {error}") from error
+        checked.add((job.settings, job.source))
+
+
+def write_manifest(jobs: Sequence[Job], provenance: Provenance, folder: Path, overwrite: bool) -> None:
+    """Write the manifest of a new run, with a seed for each picture, or check that the one there is of these jobs.
+
+    Removes what a killed run left half-written. Raises ValueError if the folder holds other pictures.
+    """
+    path = folder / MANIFEST
+    if path.exists() and not overwrite:
+        read_manifest(jobs, provenance, folder)
+        _remove_leftovers(folder)
+        return
+    if not overwrite and (there := [job.file for job in jobs if (folder / job.file).exists()]):
+        raise ValueError(f"{folder} has a {there[0]} already, and no {MANIFEST}; {ADVICE}")
+    seeded: list[Job] = []
+    for job in jobs:
+        if job.seed_drawn:
+            # the pictures of one line have consecutive seeds
+            follows = seeded and seeded[-1].where == job.where
+            job = replace(job, seed=(seeded[-1].seed or 0) + 1 if follows else resolve_seeds(None, 1)[0])
+        seeded.append(job)
+    lines = [json.dumps(_record(job, provenance), ensure_ascii=False) + "\n" for job in seeded]
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    save_atomically(lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"), path)
+
+
+def read_manifest(jobs: Sequence[Job], provenance: Provenance, folder: Path) -> list[Job]:
+    """The jobs with the seeds of the folder's manifest. Raises ValueError if it is of other jobs."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        lines = [json.loads(line) for line in text.split("\n")]  # splitlines() would break at U+2028 too
+        numbers = resolve_seeds([line["seed"] for line in lines], len(lines))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {ADVICE}") from error
+    if len(lines) != len(jobs):
+        raise ValueError(f"{path} is for {len(lines)} pictures, not for {len(jobs)}: other prompts; {ADVICE}")
+    for number, (line, job, seed) in enumerate(zip(lines, jobs, numbers, strict=True), 1):
+        expected = _record(replace(job, seed=seed) if job.seed_drawn else job, provenance)
+        names = sorted({**line, **expected}, key="file".__eq__)  # last, since it follows from the prompt
+        for name in names:
+            if line.get(name) != expected.get(name):
+                raise ValueError(
+                    f"{path} belongs to other prompts or settings: on line {number}, {name} is {line.get(name)!r}, "
+                    f"and now {expected.get(name)!r}; {ADVICE}"
+                )
+    return [replace(job, seed=seed) for job, seed in zip(jobs, numbers, strict=True)]
+
+
+def _record(job: Job, provenance: Provenance) -> dict[str, Any]:
+    return {"file": job.file, "seed_drawn": job.seed_drawn} | job.record(provenance)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for file in folder.iterdir():
+        if LEFTOVER.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+
+
+def is_complete(path: Path, text: str) -> bool:
+    """Whether a file is an undamaged PNG with exactly these `parameters`."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            written = picture.info.get(KEY)
+            picture.verify()  # every checksum, to the end
+    except Exception:  # missing, truncated, or something else
+        return False
+    return written == text
+
+
+def _prepare(jobs: Sequence[Job], sd: StableDiffusion, provenance: Provenance, folder: Path, overwrite: bool) -> None:
+    check_jobs(jobs, sd)
+    write_manifest(jobs, provenance, folder, overwrite)
+
+
+def draw_missing(
+    sd: StableDiffusion,
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    provenance: Provenance,
+    overwrite: bool,
+    quiet: bool,
+    log: Callable[[str], None],
+) -> None:
+    """Draw the jobs whose pictures are missing, in as many processes as torchrun started; print the new file names."""
+    if world_size() > 1:  # torchrun ends the others when one fails: let them clean up
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with process_group(sd.device):
+        rank_zero_first(partial(_prepare, jobs, sd, provenance, folder, overwrite))
+        jobs = read_manifest(jobs, provenance, folder)
+        log(f"{len(jobs)} pictures, planned in {folder / MANIFEST}")
+        started, drawn, there = time.perf_counter(), 0, 0
+        for batch in list(batches(jobs))[rank() :: world_size()]:
+            texts = [job.parameters(provenance) for job in batch]
+            files = [folder / job.file for job in batch]
+            missing = [overwrite or not is_complete(*pair) for pair in zip(files, texts, strict=True)]
+            there += missing.count(False)
+            if not any(missing):
+                continue
+            pictures = draw(sd, batch, False if quiet or rank() else None)
+            for job, picture, file, text, absent in zip(batch, pictures, files, texts, missing, strict=True):
+                if absent:
+                    report(save_png(picture, file, text, overwrite=True, record=job.record(provenance)))
+                    drawn += 1
+        drawn, there = sum_over_ranks(drawn, there)
+        log(f"{drawn} drawn, {there} were there already, in {time.perf_counter() - started:.1f} s")

@@ -1,0 +1,180 @@
+"""Options of the commands, in groups: a dataclass in a command's signature stands for its fields."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from minisd.app.provenance import split_lora
+from minisd.features.distributed import local_device
+from minisd.features.presets import PRESETS
+from minisd.pipeline.settings import SETTINGS, Setting
+
+if TYPE_CHECKING:
+    from minisd.pipeline.stable_diffusion import StableDiffusion
+
+MAX_IMAGES = 1_000_000
+
+Model = Annotated[str | None, typer.Option(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")]
+Variant = Annotated[str | None, typer.Option(help="Of the model's files, such as fp16.")]
+Prediction = Annotated[
+    Literal["epsilon", "v_prediction", "sample"] | None,
+    typer.Option("--prediction-type", help="What a single file of SD 2 predicts."),
+]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first there is]")]
+Precision = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="[default: float16 on cuda, else float32]")
+]
+Output = Annotated[
+    str | None, typer.Option("--output", "-o", help="A .png file or a folder. [default: named after the prompt]")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files instead of numbering them.")]
+
+
+def existing(help: str) -> Any:
+    """An option that takes the path of an existing file."""
+    return typer.Option(help=help, exists=True, dir_okay=False)
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What `minisd generate` draws, from which pictures, and where the files go."""
+
+    prompt: Annotated[str | None, typer.Argument(help="What to draw, in words.")] = None
+    negative: Annotated[str | None, typer.Option(help="What to avoid, in words.")] = None
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same picture. [default: random]")] = None
+    images: Annotated[
+        int | None,
+        typer.Option("--images", "-n", min=1, max=MAX_IMAGES, help="How many, each with the next seed. [default: 1]"),
+    ] = None
+    prompts: Annotated[Path | None, existing("Draw a picture for each line of this .txt or .jsonl file.")] = None
+    like: Annotated[Path | None, existing("Draw this picture again, with the changes that other options make.")] = None
+    image: Annotated[Path | None, existing("Start from this picture, scaled and cropped to the size.")] = None
+    mask: Annotated[Path | None, existing("Redraw only what is white in this picture, of --image's size.")] = None
+    outpaint: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(help="Draw beyond --image's edges: pixels left, right, top, bottom.", metavar="L R T B"),
+    ] = None
+    preset: Annotated[
+        Literal[tuple(PRESETS)] | None,  # type: ignore[valid-type]
+        typer.Option(help="Several settings at once, which trade a little of the picture for time."),
+    ] = None
+    output: Output = None
+    overwrite: Overwrite = False
+    grid: Annotated[bool, typer.Option("--grid", help="Lay the pictures out in one file.")] = False
+    batch: Annotated[int | None, typer.Option(min=1, help="How many pictures to draw at a time. [default: 4]")] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the file names only.")] = False
+
+    def values(self) -> dict[str, Any]:
+        """What was given of it, by the names of Python's arguments and of a prompts file's keys."""
+        names = {"negative_prompt": "negative"} | {
+            name: name for name in ("prompt", "seed", "images", "preset", "outpaint")
+        }
+        values = {name: getattr(self, field) for name, field in names.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which model, and where it runs."""
+
+    model: Model = None
+    variant: Variant = None
+    prediction_type: Prediction = None
+    device: Device = None
+    dtype: Precision = None
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep each part on the GPU only while it computes, to save memory.")
+    ] = False
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="Load this LoRA with this weight. May be repeated.", metavar="FILE[:WEIGHT]"),
+    ] = None
+    inversion: Annotated[
+        list[Path] | None, typer.Option("--textual-inversion", help="Load this word. May be repeated.", metavar="FILE")
+    ] = None
+
+    def find_device(self) -> Any:
+        """The device that was named, or None. Raises BadParameter if this machine does not have it."""
+        from minisd.pipeline.memory import usable_device
+
+        name = local_device(self.device)
+        try:
+            return None if name is None else usable_device(name)
+        except ValueError as error:
+            raise typer.BadParameter(f"--{error}") from error
+
+    def load_model(self, dtype: str | None = None) -> StableDiffusion:
+        """Load the model. dtype: if no option names one."""
+        import torch
+
+        from minisd.pipeline.stable_diffusion import StableDiffusion
+
+        device, dtype = self.find_device(), self.dtype or dtype
+        more: dict[str, Any] = {"variant": self.variant, "prediction_type": self.prediction_type}
+        precision = None if dtype is None else getattr(torch, dtype)
+        return StableDiffusion.from_pretrained(self.model, device=device, dtype=precision, offload=self.offload, **more)
+
+    def load(self, dtype: str | None = None, lora_weights: Mapping[str, float] | None = None) -> StableDiffusion:
+        """Load the model with its LoRAs and textual inversions. dtype, lora_weights: if no option names them."""
+        sd = self.load_model(dtype)
+        for argument in self.lora or []:
+            file, weight = split_lora(argument)
+            usual = (lora_weights or {}).get(Path(file).stem, 1.0)
+            sd.load_lora(file, weight=usual if weight is None else weight)
+        for path in self.inversion or []:
+            sd.load_textual_inversion(path)
+        return sd
+
+
+def _option(setting: Setting) -> Any:
+    """The type of an option for a setting; None if it is not given."""
+    kind = Literal[setting.choices] if setting.choices else setting.kind  # type: ignore[valid-type]
+    flags = f"{setting.option}/--no-{setting.option[2:]}" if kind is bool else setting.option
+    return Annotated[kind | None, typer.Option(flags, help=setting.help, metavar=setting.metavar)]
+
+
+# One option for each setting.
+SettingsOptions: Any = make_dataclass(
+    "SettingsOptions",
+    [(name, _option(setting), None) for name, setting in SETTINGS.items() if setting.option],
+    frozen=True,
+)
+
+
+def option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameters of a command that are dataclasses by their fields, for typer to make options of."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for parameter in signature.parameters.values():
+        if not is_dataclass(parameter.annotation):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = parameter.annotation
+        hints = get_type_hints(parameter.annotation, include_extras=True)
+        for item in fields(parameter.annotation):
+            parameters.append(
+                inspect.Parameter(
+                    item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hints[item.name]
+                )
+            )
+
+    @wraps(command)
+    def flat(**values: Any) -> None:
+        made = {
+            name: group(**{item.name: values.pop(item.name) for item in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **made)
+
+    flat.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del flat.__wrapped__  # type: ignore[attr-defined]  # whose signature would be read
+    return flat

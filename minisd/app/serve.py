@@ -1,0 +1,86 @@
+"""The `minisd serve` command: load a model, open a port, and serve the page of `web.py` until Ctrl-C."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import threading
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from minisd.app.options import Device, Precision
+from minisd.features.distributed import log
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
+    device: Device = None,
+    dtype: Precision = None,
+    browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Try prompts in the browser: see the picture step by step, and which part of it attends to a word.
+
+    Only this machine can open the page, unless --host says otherwise. There is no password.
+
+    \b
+    Examples:
+      minisd serve
+      minisd serve stable-diffusion-v1-5/stable-diffusion-v1-5 --port 8080 --open
+    """
+    try:
+        metadata.version("gradio")  # a folder of that name would pass for a module
+    except metadata.PackageNotFoundError:
+        raise OSError('minisd serve needs gradio, which is not installed; run: pip install "minisd[web]"') from None
+    _check_free(host, port)
+    if not _is_loopback(host):
+        log(
+            f"warning: --host {host} lets anyone on the network use this page and this machine's time; "
+            "there is no password. Leave --host out to keep it to this machine"
+        )
+    import torch
+
+    from minisd.app.provenance import Provenance
+    from minisd.pipeline.stable_diffusion import StableDiffusion
+
+    precision = None if dtype is None else getattr(torch, dtype)
+    sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision)
+    provenance = Provenance.of(sd, model)
+    log(f"{provenance.model} on {sd.device} in {provenance.precision}")
+    from minisd.app.web import launch
+
+    address, server = launch(sd, provenance, host, port, browser)
+    print(address, flush=True)
+    log("Ctrl-C stops it")
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        log("stopped")
+    finally:
+        server.close(verbose=False)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise OSError if nothing can listen at this address, before a model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            if os.name == "posix":
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"cannot listen on {host}, port {port}: {reason}; choose another --port or --host") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,90 @@
+"""Several processes at once, as `torchrun` starts them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def log(text: str) -> None:
+    """Print a line on standard error; standard output is for file names."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def rank() -> int:
+    """This process's number under torchrun, else 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes torchrun started, else 1."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_device(device: str | None) -> str | None:
+    """The device of this process: under torchrun each has a GPU of its own, unless one is named by number."""
+    if world_size() == 1 or device not in (None, "cuda"):
+        return device
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else device
+
+
+@contextmanager
+def process_group(device: torch.device | None = None) -> Iterator[None]:
+    """Join torchrun's other processes, if there are any: with nccl if they compute on CUDA, else with gloo."""
+    if world_size() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    cuda = device is not None and device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_zero_first(action: Callable[[], None]) -> None:
+    """Run `action` in process 0 while the others wait. If it fails there, the others exit silently."""
+    failed = [False]
+    if rank() == 0:
+        try:
+            action()
+        except Exception:
+            failed = [True]
+            raise
+        finally:
+            _broadcast(failed)
+    else:
+        _broadcast(failed)
+        if failed[0]:
+            raise SystemExit(1)
+
+
+def sum_over_ranks(*numbers: int) -> list[int]:
+    """The sums of the numbers over all processes, which wait for each other here."""
+    if world_size() == 1:
+        return list(numbers)
+    import torch.distributed as dist
+
+    shares: list[Any] = [None] * world_size()
+    dist.all_gather_object(shares, numbers)
+    return [sum(values) for values in zip(*shares, strict=True)]
+
+
+def _broadcast(values: list[bool]) -> None:
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(values, 0)

@@ -1,0 +1,222 @@
+"""Prompts with weights in brackets, and prompts of any length, read in chunks of 75 tokens.
+
+    a (fox) in the [snow], (red:1.3) leaves        fox 1.1, snow 1/1.1, red 1.3, all else 1
+
+The syntax is that of AUTOMATIC1111's web UI. What a weight does differs: here a token's vector moves along the line
+from that of the empty prompt; the web UI multiplies it and then restores the mean of all vectors. Pictures of the same
+prompt are alike, not equal.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import chain, groupby
+
+import torch
+from torch import Tensor
+
+from minisd.tokenizer import Tokenizer
+
+FACTORS = {"(": 1.1, "[": 1 / 1.1}
+OPENING = {")": "(", "]": "["}
+MAX_WEIGHT = 10.0  # of either sign
+TOKENS_PER_CHUNK = 75  # without start and end
+MAX_CHUNKS = 8  # of one prompt
+MAX_CONTEXT_CHUNKS = 64  # of a batch; 56 is the least common multiple of 7 and 8
+MAX_CHARACTERS, MAX_WORD = 50_000, 2_000  # far beyond 8 chunks; the tokenizer takes quadratic time for a long word
+
+BRACKET = re.compile(r"[()\[\]]")
+NUMBER = r"[+-]?(?:[0-9.]+(?:e[+-]?[0-9]+)?|nan|inf|infinity)"
+# An escaped character, a number that closes a bracket, a bracket, a run of text, or any other character.
+SYNTAX = re.compile(rf"(?si)\\[()\[\]\\]|:\s*(?P<number>{NUMBER})\s*\)|[()\[\]]|[^()\[\]\\:]+|.")
+
+Chunk = list[tuple[int, float]]  # token ids with their weights
+
+
+class _Weights:
+    """The weights of the pieces read so far; closing a bracket multiplies those inside it."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+        self.open: dict[str, list[int]] = {"(": [], "[": []}
+
+    def close(self, bracket: str, factor: float) -> None:
+        for i in range(self.open[bracket].pop(), len(self.values)):
+            self.values[i] *= factor
+
+    def close_all(self) -> None:
+        for bracket, factor in FACTORS.items():
+            while self.open[bracket]:
+                self.close(bracket, factor)
+
+
+def parse(prompt: str) -> list[tuple[str, float]]:
+    r"""Split a prompt into pieces with their weights; neighbours of equal weight are one piece.
+
+    (text) multiplies by 1.1, [text] divides by it, (text:1.3) multiplies by 1.3, and nested brackets multiply. \( \) \[
+    \] and \\ are characters. An unclosed bracket reaches to the end, and a closing one that nothing opened is text. A
+    prompt without brackets is taken as it is, backslashes too.
+
+    Raises:
+        TypeError: the prompt is not a string.
+        ValueError: a weight is not a number, or is beyond ±10, or the text is absurdly long.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"expected the prompt as a str, got {type(prompt).__name__}: {prompt!r:.80}")
+    if not BRACKET.search(prompt):
+        return [(_check_length(prompt), 1.0)]
+    texts, weights = [], _Weights()
+    for match in SYNTAX.finditer(prompt):
+        token, number = match[0], match["number"]
+        if token in FACTORS:
+            weights.open[token].append(len(weights.values))
+        elif number and weights.open["("]:
+            weights.close("(", _check_weight(number, token, prompt))
+        elif token in OPENING and weights.open[OPENING[token]]:
+            weights.close(OPENING[token], FACTORS[OPENING[token]])
+        else:
+            texts.append(token[1:] if len(token) == 2 and token[0] == "\\" else token)
+            weights.values.append(1.0)
+    weights.close_all()
+    # rounded, so that 1.1 · 1/1.1 is 1 in any order
+    groups = groupby(zip(texts, weights.values, strict=True), key=lambda piece: round(piece[1], 9))
+    pieces = [("".join(text for text, _ in group), weight) for weight, group in groups]
+    weighted = [(text, _check_weight(weight, text, prompt)) for text, weight in pieces]
+    _check_length("".join(texts))
+    return weighted or [("", 1.0)]
+
+
+def escape(text: str) -> str:
+    """The prompt that `parse` reads as this text, at weight 1, brackets and all."""
+    return re.sub(r"[()\[\]\\]", r"\\\g<0>", text) if BRACKET.search(text) else text
+
+
+def read(prompt: str, tokenizer: Tokenizer) -> list[Chunk]:
+    """Turn a prompt into token ids with weights, in one chunk of at most 75 or more.
+
+    The tokens of a learned word (see `textual_inversion.py`) stay in one chunk. Raises ValueError for more than 8
+    chunks, and where `parse` does.
+    """
+    chunks: list[Chunk] = [[]]
+    for text, weight in parse(prompt):
+        tokens, i = tokenizer.tokenize(text), 0
+        while i < len(tokens):
+            size = len(tokenizer.added.get(tokens[i], ("",)))
+            size = size if size <= TOKENS_PER_CHUNK else 1
+            if len(chunks[-1]) + size > TOKENS_PER_CHUNK:
+                chunks.append([])
+            chunks[-1] += [(tokenizer.vocabulary[token], weight) for token in tokens[i : i + size]]
+            i += size
+    if len(chunks) > MAX_CHUNKS:
+        raise ValueError(
+            f"the prompt has {sum(map(len, chunks))} tokens, which is {len(chunks)} chunks of {TOKENS_PER_CHUNK}; "
+            f"expected at most {MAX_CHUNKS} ({MAX_CHUNKS * TOKENS_PER_CHUNK} tokens), since each costs memory: shorten "
+            f"it ({prompt[:40]!r} …)"
+        )
+    return chunks
+
+
+def rows(chunks: Sequence[Chunk], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Add start, end and padding: ids (chunks, 77) and weights (chunks, 77), which are 1 outside the text."""
+    ids = [[tokenizer.bos_token_id, *(number for number, _ in chunk), tokenizer.eos_token_id] for chunk in chunks]
+    weights = [[1.0, *(weight for _, weight in chunk)] for chunk in chunks]
+    length = TOKENS_PER_CHUNK + 2
+    return (
+        torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in ids]),
+        torch.tensor([row + [1.0] * (length - len(row)) for row in weights], dtype=torch.float64),
+    )
+
+
+def weigh(context: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
+    """Move each vector of a context (n, 77, width) away from the empty prompt's (77, width), by its weight (n, 77).
+
+    1 changes nothing, not even a bit; 0 leaves the empty prompt's vector.
+    Source: the library compel (InvokeAI) for weights from 1 on; for smaller ones it does something else.
+    """
+    dtype = torch.promote_types(context.dtype, torch.float32)
+    z, e, w = context.to(dtype), empty.to(dtype), weights.to(dtype).to(context.device)[..., None]
+    # z' = e + w (z − e), written so that w = 1 gives z exactly
+    return (z + (w - 1) * (z - e)).to(context.dtype)
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """Encode prompts with weights, of any length, to context (n, 77·k, width).
+
+    Args:
+        prompts: a warning says which of them have more than 75 tokens.
+        tokenizer: the model's.
+        encode: the text encoder, ids (rows, 77) -> (rows, 77, width).
+    """
+    chunked = [read(prompt, tokenizer) for prompt in prompts]
+    for chunks in chunked:
+        if len(chunks) > 1:
+            notice = f"it is read in {len(chunks)} chunks of at most {TOKENS_PER_CHUNK}"
+            warnings.warn(f"the prompt has {sum(map(len, chunks))} tokens: {notice}", stacklevel=3)
+    ids, weights = rows([*chain(*chunked), []], tokenizer)
+    weighted = any(weight != 1 for chunk in chain(*chunked) for _, weight in chunk)
+    # the last row is the empty prompt, which only weights need
+    context = encode(ids if weighted else ids[:-1])
+    if weighted:
+        context = weigh(context, context[-1], weights)[:-1]
+    if len(context) == len(chunked):
+        return context
+    contexts = [some.flatten(0, 1)[None] for some in context.split([len(chunks) for chunks in chunked])]
+    return torch.cat(common_length(*contexts))
+
+
+def find_unknown_words(prompt: str, tokenizer: Tokenizer, embeddings: Tensor) -> list[str]:
+    """The words of a prompt with a token that was never trained: its row of (tokens, width) is all zeros."""
+    text = " ".join(piece for piece, _ in parse(prompt))
+    for word in tokenizer.added:
+        text = re.sub(re.escape(word), " ", text, flags=re.IGNORECASE)
+    unknown = []
+    for word in dict.fromkeys(re.findall(r"[\w'-]+", text)):
+        ids = tokenizer.encode(word)
+        if ids and not bool(embeddings[torch.tensor(ids, device=embeddings.device)].any(dim=1).all()):
+            unknown.append(word)
+    return unknown
+
+
+def common_length(*contexts: Tensor) -> list[Tensor]:
+    """Contexts (n, 77·k, width) of any k, repeated to one length, the least common multiple.
+
+    Attention sees no difference: keys and values that all come r times have softmax weights r times smaller, which sum
+    to the same. Raises ValueError where the common length would be more than 64 chunks.
+    """
+    rows = TOKENS_PER_CHUNK + 2
+    counts = [context.shape[1] // rows for context in contexts]
+    common = math.lcm(*counts)
+    if common > MAX_CONTEXT_CHUNKS:
+        lengths = ", ".join(map(str, sorted(set(counts))))
+        raise ValueError(
+            f"prompts of {lengths} chunks of {TOKENS_PER_CHUNK} tokens cannot be drawn together: their common length "
+            f"would be {common} chunks, expected at most {MAX_CONTEXT_CHUNKS}. Draw them one by one, or shorten one"
+        )
+    return [context.repeat(1, common // count, 1) for context, count in zip(contexts, counts, strict=True)]
+
+
+def _check_length(text: str) -> str:
+    longest = max(map(len, text.split()), default=0)
+    if len(text) > MAX_CHARACTERS or longest > MAX_WORD:
+        raise ValueError(
+            f"the prompt has {len(text)} characters, {longest} of them in one word; expected at most {MAX_CHARACTERS} "
+            f"and {MAX_WORD}: shorten it"
+        )
+    return text
+
+
+def _check_weight(weight: float | str, where: str, prompt: str) -> float:
+    """Return a weight as a float. Raises ValueError if it is not a number, not finite, or out of range."""
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= MAX_WEIGHT:
+        raise ValueError(
+            f"{where!r} in the prompt {prompt[:80]!r} has the weight {weight}; expected a number from {-MAX_WEIGHT:g} "
+            f"to {MAX_WEIGHT:g}, such as (fox:1.3). To write brackets as text, put a backslash before each: \\( and \\)"
+        )
+    return value

@@ -1,0 +1,1 @@
+"""Reading and writing files: checkpoints, folders, adapters, downloads."""

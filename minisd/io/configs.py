@@ -1,0 +1,167 @@
+"""JSON files, above all `config.json`: reading, checking and writing configurations.
+
+Keys without influence on the network are ignored. Where a key asks for something that minisd does not build, or a size
+makes no sense, the error names the key, its value and what was expected, before any memory is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from minisd.config import AutoencoderConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
+from minisd.io.tensors import CheckpointError
+
+Config = TextEncoderConfig | AutoencoderConfig | UNetConfig | ScheduleConfig
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+MAX_JSON_BYTES = 2**26  # far more than the largest vocabulary or index of shards
+MAX_SIZE = 2**20
+MAX_LEVELS = 8
+# Smaller limits for what multiplies layers or fills tables.
+MAX_SIZES = {"num_hidden_layers": 128, "layers_per_block": 16, "sample_size": 2**14, "num_train_timesteps": 100_000}
+
+# Keys of published files for which minisd supports these values only; the first one is written.
+FIXED: Mapping[type, Mapping[str, tuple[Any, ...]]] = {
+    TextEncoderConfig: {"model_type": ("clip_text_model",)},
+    AutoencoderConfig: {
+        "act_fn": ("silu",), "mid_block_add_attention": (True,), "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,), "shift_factor": (None,), "latents_mean": (None,),
+    },
+    UNetConfig: {
+        "act_fn": ("silu",), "flip_sin_to_cos": (True,), "freq_shift": (0,), "center_input_sample": (False,),
+        "downsample_padding": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn", None), "mid_block_scale_factor": (1,),
+        "only_cross_attention": (False,), "dual_cross_attention": (False,), "transformer_layers_per_block": (1,),
+        "num_attention_heads": (None,), "resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",),
+        "class_embed_type": (None,), "num_class_embeds": (None,), "addition_embed_type": (None,),
+        "encoder_hid_dim": (None,), "time_cond_proj_dim": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+    },
+    ScheduleConfig: {
+        "trained_betas": (None,), "rescale_betas_zero_snr": (False,), "thresholding": (False,), "clip_sample": (False,),
+    },
+}  # fmt: skip
+BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+CHOICES = {
+    "hidden_act": ("quick_gelu", "gelu"),
+    "beta_schedule": ("scaled_linear", "linear"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "down_block_types": BLOCK_TYPES,
+    "up_block_types": BLOCK_TYPES,
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; CheckpointError where the file is missing, not JSON, or holds something else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, or not a regular file; fetch the whole folder")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, far too many for JSON; fetch it again")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON in UTF-8 ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object. Fetch it again")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
+    """Write a JSON object, into a new folder if need be; without indent, on one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=None if indent else (",", ":"))
+    path.write_text(text + ("\n" if indent else ""), encoding="utf-8", newline="\n")
+
+
+def read_config(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Read a configuration from the content of a published `config.json`.
+
+    Args:
+        kind: TextEncoderConfig, AutoencoderConfig, UNetConfig or ScheduleConfig.
+        values: the content; keys that are absent or null take the values of Stable Diffusion 1.
+
+    Raises:
+        ValueError: names a key whose value minisd does not support.
+    """
+    for key, supported in FIXED[kind].items():
+        if key in values and values[key] not in supported:
+            expected = " or ".join(repr(value) for value in supported)
+            raise ValueError(f"config has {key}={_shorten(values[key])}; minisd builds only {key}={expected}")
+    names = {item.name for item in fields(kind)}
+    given: dict[str, Any] = {key: value for key, value in values.items() if key in names and value is not None}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    config = kind(**given)
+    check_config(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The content of a `config.json` for diffusers or transformers."""
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    content = {key: supported[0] for key, supported in FIXED[type(config)].items()} | values
+    if isinstance(config, AutoencoderConfig):
+        levels = len(config.block_out_channels)
+        content["down_block_types"] = ["DownEncoderBlock2D"] * levels
+        content["up_block_types"] = ["UpDecoderBlock2D"] * levels
+    return content
+
+
+def check_config(config: Config) -> None:
+    """Raise ValueError for a value of the wrong type, a size out of range, or sizes that do not fit together."""
+    for item in fields(config):
+        _check_value(item.name, getattr(config, item.name), item.default)
+    if isinstance(config, TextEncoderConfig):
+        _check_divisible("hidden_size", config.hidden_size, "num_attention_heads", config.num_attention_heads)
+    elif isinstance(config, ScheduleConfig):
+        if not config.beta_start <= config.beta_end < 1:
+            raise ValueError(
+                f"beta_start={config.beta_start}, beta_end={config.beta_end}; expected 0 < beta_start ≤ beta_end < 1"
+            )
+    else:
+        for channels in config.block_out_channels:
+            _check_divisible("block_out_channels", channels, "norm_num_groups", config.norm_num_groups)
+    if isinstance(config, UNetConfig):
+        levels = len(config.block_out_channels)
+        for name in ("down_block_types", "up_block_types", "heads"):
+            if len(getattr(config, name)) != levels:
+                raise ValueError(f"{name} has {len(getattr(config, name))} entries; expected {levels}, one per level")
+        for channels, heads in zip(config.block_out_channels, config.heads, strict=True):
+            _check_divisible("block_out_channels", channels, "attention_head_dim (the number of heads)", heads)
+
+
+def _check_value(name: str, value: Any, default: Any) -> None:
+    """Check the type of a value by that of the field's default, and its range."""
+    expected = None
+    if isinstance(value, tuple) and (isinstance(default, tuple) or name == "attention_head_dim"):
+        if not 1 <= len(value) <= MAX_LEVELS:
+            raise ValueError(f"{name} has {len(value)} entries; expected 1 to {MAX_LEVELS}")
+        for entry in value:
+            _check_value(name, entry, default[0] if isinstance(default, tuple) else default)
+    elif isinstance(default, bool):
+        expected = None if isinstance(value, bool) else "true or false"
+    elif isinstance(default, int):
+        low, high = 0 if name == "steps_offset" else 1, MAX_SIZES.get(name, MAX_SIZE)
+        expected = None if type(value) is int and low <= value <= high else f"a whole number from {low} to {high}"
+    elif isinstance(default, float):  # the comparison fails for NaN and infinity as well
+        valid = type(value) in (int, float) and 0 < value < MAX_SIZE
+        expected = None if valid else "a number above 0"
+    elif isinstance(default, tuple):
+        expected = "a list"
+    elif not isinstance(value, str) or value not in CHOICES[name]:
+        expected = " or ".join(map(repr, CHOICES[name]))
+    if expected is not None:
+        raise ValueError(f"{name}={_shorten(value)}; expected {expected}")
+
+
+def _check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{name} has {value}, which {divisor_name}={divisor} does not divide; choose a multiple")
+
+
+def _shorten(value: Any) -> str:
+    """A value as a message shows it; long ones and containers by their type alone."""
+    short = isinstance(value, (int, float, str)) and len(str(value)) < 50
+    return repr(value) if short else f"a {type(value).__name__}"

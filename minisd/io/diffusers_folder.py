@@ -1,0 +1,271 @@
+"""The diffusers folder: the names of its files, the content of its JSON files, and how it is written."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minisd.autoencoder import Autoencoder
+from minisd.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
+from minisd.features.validate import check_path
+from minisd.generate import Model
+from minisd.io.atomic import replaced_folder, save_atomically
+from minisd.io.configs import ConfigT, read_config, read_json, to_dict, write_json
+from minisd.io.tensors import CheckpointError, printable
+from minisd.io.tokenizer_files import write_tokenizer
+from minisd.preview import SD1, Factors
+from minisd.samplers import Sampler
+from minisd.text_encoder import TextEncoder
+from minisd.unet import UNet
+
+STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
+CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
+PIPELINES = tuple(f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint"))
+# For each sampler, diffusers' class and its settings beyond the schedule.
+SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "pndm": ("PNDMScheduler", {"set_alpha_to_one": False, "skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {"use_karras_sigmas": False}),
+    "dpmpp_2m": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
+    ),
+    "lcm": ("LCMScheduler", {}),
+}
+SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How a model is sampled unless the caller says otherwise.
+
+    A folder's `minisd.json` has them. In other folders the scheduler names the sampler: 25 steps for DPM++ 2M, 50 for
+    others, guidance 7.5; but 4 steps without guidance for LCM. A single file gets the values below.
+
+    Attributes:
+        preview: the linear map from the model's latents to colours.
+    """
+
+    sampler: Sampler = Sampler("dpmpp_2m", karras=True)
+    num_inference_steps: int = 25
+    guidance_scale: float = 7.5
+    preview: Factors = SD1
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded(Model):
+    """A model in memory, and how it is sampled; its parts are in evaluation mode and without gradients."""
+
+    defaults: Defaults = Defaults()
+
+
+def pick_weights(names: Collection[str], stem: str, variant: str | None = None) -> list[str]:
+    """Choose the weights of a part among the names of its files: one file, or an index of shards and the shards.
+
+    Args:
+        names: all files in the part's folder.
+        stem: "model" for the text encoder, "diffusion_pytorch_model" for the others.
+        variant: is preferred to plain files, which are preferred to fp16; safetensors are preferred to pickles.
+
+    Returns:
+        The names of the files; empty if there are no weights.
+    """
+    for wanted in (f".{variant}" if variant else "", "", ".fp16"):
+        for first, suffix in ((stem, ".safetensors"), ("pytorch_model" if stem == "model" else stem, ".bin")):
+            if (name := f"{first}{wanted}{suffix}") in names:
+                return [name]
+            index = f"{first}{suffix}.index{wanted}.json"
+            if index in names:
+                shard = re.compile(rf"{first}({re.escape(wanted)})?-\d+-of-\d+({re.escape(wanted)})?{suffix}")
+                return [index, *sorted(filter(shard.fullmatch, names))]
+    return []
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Read an index of shards, from tensors to files; CheckpointError unless the files lie beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files; fetch it again")
+    for name in sorted(set(weight_map.values())):
+        if re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name) is None:
+            raise CheckpointError(
+                f"{index} names the file {name!r}; shards must lie beside their index. Do not trust it"
+            )
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is missing; fetch it")
+    return weight_map
+
+
+def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
+    """Read the JSON files of a folder; CheckpointError where one is missing, damaged, or of another model."""
+    path, scheduler = folder / "model_index.json", folder / "scheduler/scheduler_config.json"
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; {_suggestion(folder)}")
+    index = read_json(path)
+    if (kind := index.get("_class_name")) not in PIPELINES:
+        raise CheckpointError(f"{folder} is a {printable(str(kind))}; expected a {' or '.join(PIPELINES)}")
+    for part, name in CLASSES.items():
+        entry = index.get(part)
+        if not isinstance(entry, list) or entry[-1:] != [name]:
+            raise CheckpointError(f"{path} has {part}={printable(repr(entry))}; expected a {name}")
+    config = ModelConfig(
+        read_part_config(TextEncoderConfig, folder / "text_encoder/config.json"),
+        read_part_config(AutoencoderConfig, folder / "vae/config.json"),
+        read_part_config(UNetConfig, folder / "unet/config.json"),
+        read_part_config(ScheduleConfig, scheduler, clip_sample=False),  # diffusers' pipeline turns it off as well
+    )
+    path = folder / "minisd.json"
+    return config, _read_defaults(path) if path.is_file() else _scheduler_defaults(read_json(scheduler))
+
+
+def read_part_config(kind: type[ConfigT], path: Path, **changes: Any) -> ConfigT:
+    """Read the configuration of one part from its file, some of the values being changed."""
+    values = read_json(path)
+    try:
+        return read_config(kind, values | changes)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} describes a model that minisd does not build: {error}") from error
+
+
+def _suggestion(folder: Path) -> str:
+    """What to do with a folder that is not a model."""
+    if (folder / "config.json").is_file():
+        values = read_json(folder / "config.json")
+        kind = str(values.get("_class_name") or values.get("architectures") or values.get("model_type"))[:80]
+        return f"the folder is only a part, {kind}; give the folder that holds all parts"
+    for path in folder.glob("*.safetensors"):
+        return f"to read the single file {path.name}, or to load it as an adapter, give its own path"
+    return "fetch the whole folder"
+
+
+def _read_defaults(path: Path) -> Defaults:
+    values = read_json(path)
+    try:
+        preview = tuple((float(r), float(g), float(b)) for r, g, b in values.get("preview", SD1))
+        defaults = Defaults(**values | {"sampler": Sampler(**values["sampler"]), "preview": preview})
+        steps, guidance = defaults.num_inference_steps, defaults.guidance_scale
+        if type(steps) is not int or not 1 <= steps <= 1000 or not math.isfinite(guidance):
+            raise ValueError(f"num_inference_steps={steps!r}, guidance_scale={guidance!r}")
+        if not all(math.isfinite(number) for row in preview for number in row):
+            raise ValueError("preview has numbers that are not finite")
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"{path} has no valid generation defaults ({error!r}); fetch it again") from error
+    return defaults
+
+
+def _scheduler_defaults(scheduler: Mapping[str, Any]) -> Defaults:
+    names = {name: sampler for sampler, (name, _) in SCHEDULERS.items()}
+    sampler = names.get(str(scheduler.get("_class_name")), "ddim")
+    if sampler == "lcm":
+        return Defaults(Sampler(sampler), num_inference_steps=4, guidance_scale=1.0)
+    karras = "use_karras_sigmas" in SCHEDULERS[sampler][1] and bool(scheduler.get("use_karras_sigmas"))
+    return Defaults(Sampler(sampler, karras=karras), 25 if sampler == "dpmpp_2m" else 50)
+
+
+def save(model: Loaded, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    """Write a folder that minisd, diffusers and transformers load.
+
+    The complete folder replaces the old one at once (see `replaced_folder`); other files in it are kept.
+
+    Args:
+        model: the parts.
+        folder: where; a new folder, an empty one, or a model with the same files.
+        dtype: of the files; by default that of the weights.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+    """
+    target = check_path("folder", folder).resolve()
+    existing = _files_in(target) if target.is_dir() else set()
+    if target.exists() and (not target.is_dir() or (existing and Path("model_index.json") not in existing)):
+        raise FileExistsError(f"{target} exists and is not a model; choose a new folder, or empty it first")
+    parts: dict[str, nn.Module] = {"text_encoder": model.text_encoder, "vae": model.autoencoder, "unet": model.unet}
+    with replaced_folder(target) as new:
+        for part, content in _contents(model).items():
+            write_json(new / part, content)
+        write_tokenizer(new / "tokenizer", model.tokenizer)
+        for part, module in parts.items():
+            weights = {name: value.to("cpu", dtype).contiguous() for name, value in module.state_dict().items()}
+            write = partial(save_file, weights, metadata={"format": "pt"})
+            save_atomically(write, new / part / f"{STEMS[part]}.safetensors")
+        left = {path for path in existing - _files_in(new) if str(path.parent) in STEMS and path.name != "config.json"}
+        if left:
+            names = ", ".join(sorted(map(str, left)))
+            raise FileExistsError(
+                f"{target} holds weights of another model ({names}); choose a new folder, or empty it"
+            )
+
+
+def _files_in(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
+    """The JSON files of a model, by their paths in the folder."""
+    config, sampler = model.config, model.defaults.sampler
+    # without "dtype", diffusers would load float16 files in float16 here and in float32 elsewhere
+    clip = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
+    ends = {"bos_token_id": model.tokenizer.bos_token_id, "eos_token_id": model.tokenizer.eos_token_id}
+    return {
+        "text_encoder/config.json": to_dict(config.text_encoder) | clip | ends,
+        "vae/config.json": {"_class_name": CLASSES["vae"]} | to_dict(config.autoencoder),
+        "unet/config.json": {"_class_name": CLASSES["unet"]} | to_dict(config.unet),
+        "scheduler/scheduler_config.json": _scheduler(config.schedule, sampler),
+        "minisd.json": asdict(model.defaults),
+        "model_index.json": {
+            "_class_name": f"StableDiffusion{'Inpaint' if config.unet.in_channels == 9 else ''}Pipeline",
+            "_diffusers_version": "0.38.0",  # of the layout; diffusers' inpainting pipeline needs one
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", SCHEDULERS[sampler.name][0]],
+            "text_encoder": ["transformers", CLASSES["text_encoder"]],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", CLASSES["unet"]],
+            "vae": ["diffusers", CLASSES["vae"]],
+        },
+    }
+
+
+def _scheduler(schedule: ScheduleConfig, sampler: Sampler) -> dict[str, Any]:
+    name, extra = SCHEDULERS[sampler.name]
+    values = to_dict(schedule) | {"use_karras_sigmas": sampler.karras}
+    return (
+        {"_class_name": name, "timestep_spacing": sampler.spacing or schedule.timestep_spacing}
+        | {key: values[key] for key in SCHEDULE_KEYS}
+        | {key: values.get(key, value) for key, value in extra.items()}
+    )
+
+
+def load_autoencoder(folder: Path) -> Autoencoder:
+    """Load a `vae/` folder by itself, in float32. Raises CheckpointError without its config.json."""
+    return _load_weights(Autoencoder(read_part_config(AutoencoderConfig, folder / "config.json")), folder)
+
+
+def load_text_encoder(folder: Path) -> TextEncoder:
+    """Load a `text_encoder/` folder by itself, in float32. Raises CheckpointError without its config.json."""
+    return _load_weights(TextEncoder(read_part_config(TextEncoderConfig, folder / "config.json")), folder, "model")
+
+
+def load_unet(folder: Path) -> UNet:
+    """Load a `unet/` folder by itself, in float32. Raises CheckpointError without its config.json."""
+    return _load_weights(UNet(read_part_config(UNetConfig, folder / "config.json")), folder)
+
+
+def _load_weights(part: nn.Module, folder: Path, stem: str = "diffusion_pytorch_model") -> Any:
+    weights = load_file(folder / f"{stem}.safetensors")
+    part.load_state_dict({key: value.float() for key, value in weights.items()})
+    return part.eval().requires_grad_(False)

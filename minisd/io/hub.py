@@ -1,0 +1,154 @@
+"""Downloads from the Hugging Face hub, cached and verified."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import HfApi, constants, errors
+
+from minisd.io.diffusers_folder import STEMS, pick_weights
+from minisd.io.tensors import CheckpointError
+
+SMALL_FILES = (
+    "model_index.json",
+    "minisd.json",
+    "scheduler/scheduler_config.json",
+    *(f"{part}/config.json" for part in STEMS),
+    *(f"tokenizer/{name}.json" for name in ("vocab", "tokenizer", "tokenizer_config", "special_tokens_map")),
+    "tokenizer/merges.txt",
+)
+
+
+class HubError(OSError):
+    """A model cannot be downloaded; the message says why and what to do."""
+
+
+def download(repo: str, variant: str | None = None, revision: str | None = None) -> Path:
+    """Download what is not cached yet of a model, and return its local folder.
+
+    Only the files of one variant are fetched; their size is printed to standard error first. Without a connection the
+    cache is used.
+
+    Args:
+        repo: "owner/name".
+        variant: such as "fp16".
+        revision: a branch, tag or commit.
+
+    Raises:
+        HubError: the model does not exist, is gated, or is neither reachable nor cached.
+        CheckpointError: the model is not a diffusers folder, or a file is damaged.
+    """
+    try:
+        info = _model_info(repo, revision)
+    except HubError:
+        raise
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        return _cached(repo, revision, error)
+    files = {file.rfilename: file for file in info.siblings or ()}
+    chosen = choose_files(files, variant)
+    if not chosen:
+        raise CheckpointError(
+            f"{repo} holds no Stable Diffusion folder with {', '.join(STEMS)}; download the single file that you want "
+            "from its page, and give its path"
+        )
+    find = huggingface_hub.try_to_load_from_cache
+    new = [files[name] for name in files if name in chosen and not isinstance(find(repo, name, revision=info.sha), str)]
+    size = sum(file.size or 0 for file in new)
+    if new:
+        print(f"{repo}: downloading {len(new)} files, {size / 1e9:.2f} GB", file=sys.stderr, flush=True)
+    bar = _limited_bar(2**24 + 2 * size)
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=chosen, tqdm_class=bar))
+    except (OSError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
+        raise HubError(f"the download of {repo} broke off ({error}); run again, finished files are kept") from error
+    if folder.name != info.sha:
+        raise HubError(f"{repo} changed while it was downloaded; run again")
+    _verify(folder, new)
+    return folder
+
+
+def _model_info(repo: str, revision: str | None) -> Any:
+    """The hub's description of a model; HubError if there is none, another error if the hub cannot be reached."""
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    except errors.GatedRepoError as error:
+        page = f"{constants.ENDPOINT}/{repo}"
+        raise HubError(f"{repo} is gated; accept its terms on {page}, then run `hf auth login`") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in (401, 403, 404):
+            raise
+        name = f"{repo} at revision {revision}" if revision else repo
+        raise HubError(
+            f"the hub has no model {name}, or it is private; check the name, or run `hf auth login`"
+        ) from error
+    if re.fullmatch(r"[0-9a-f]{40}", info.sha or "") is None:  # it becomes the name of a folder
+        raise HubError(f"{constants.ENDPOINT} sent an invalid commit for {repo} ({info.sha!r}); do not trust it")
+    return info
+
+
+def choose_files(names: Iterable[str], variant: str | None = None) -> list[str]:
+    """Choose the files of a repository that minisd needs; empty if a part has no weights there."""
+    present = set(names)
+    chosen = [name for name in SMALL_FILES if name in present]
+    for part, stem in STEMS.items():
+        inside = [name.removeprefix(f"{part}/") for name in present if name.startswith(f"{part}/")]
+        weights = pick_weights(inside, stem, variant)
+        if not weights:
+            return []
+        chosen += [f"{part}/{name}" for name in weights]
+    return chosen
+
+
+def _limited_bar(limit: int) -> Any:
+    """The hub client's progress bar, which ends a download after so many bytes."""
+
+    class Bar(huggingface_hub.utils.tqdm):  # type: ignore[misc]
+        received = 0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.received += int(n or 0)
+            if self.received > limit:
+                raise OSError(f"it sends more than {limit:,} bytes, far more than announced")
+            return super().update(n)  # type: ignore[no-any-return]
+
+    return Bar
+
+
+def _cached(repo: str, revision: str | None, reason: Exception) -> Path:
+    with suppress(errors.HFValidationError):  # an impossible name
+        index = huggingface_hub.try_to_load_from_cache(repo, "model_index.json", revision=revision)
+        if isinstance(index, str):
+            return Path(index).parent
+    raise HubError(
+        f"{repo} is not in the cache and the hub cannot be reached ({reason}); connect, unset HF_HUB_OFFLINE, or give "
+        "a local folder"
+    ) from reason
+
+
+def _verify(folder: Path, files: Iterable[Any]) -> None:
+    """Check that new files are inside the cache and have the hub's digests; its client compares sizes only."""
+    cache = folder.parent.parent.resolve()
+    for file in files:
+        path = folder / file.rfilename
+        if not path.resolve().is_relative_to(cache):
+            path.unlink()
+            raise HubError(f"{constants.ENDPOINT} put {file.rfilename} at {path.resolve()}; do not trust it")
+        if file.lfs is None:
+            continue
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != file.lfs.sha256:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{file.rfilename} arrived damaged (sha256 {digest[:12]}…) and was removed; run again"
+            )

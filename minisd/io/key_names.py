@@ -1,0 +1,151 @@
+"""From the names of parameters, which are those of diffusers, to the keys of checkpoint files.
+
+A diffusers folder has a file for each part and, but for a few old spellings, the same names. A single file in CompVis
+layout (`model.diffusion_model.…`) holds all parts under the names of https://github.com/CompVis/stable-diffusion; the
+text encoder of Stable Diffusion 2 has the names of OpenCLIP.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import NamedTuple
+
+from minisd.config import ModelConfig, UNetConfig
+
+
+class Source(NamedTuple):
+    """A tensor in a file: its key and, where query, key and value are stacked in one tensor, which of them it is."""
+
+    key: str
+    qkv_index: int | None = None
+
+
+# Kinds of files, by the first pattern that matches one of their keys.
+OTHER_KINDS = (
+    (r"conditioner\.embedders\..*|model\.diffusion_model\.label_emb\..*|add_embedding\..*", "Stable Diffusion XL"),
+    (r"(model\.diffusion_model\.)?(joint_blocks|x_embedder)\..*|text_encoders\..*", "Stable Diffusion 3"),
+    (r"(model\.diffusion_model\.)?(double_blocks|single_transformer_blocks)\..*", "Flux"),
+    (r"(control_model|controlnet_cond_embedding|controlnet_.*_blocks)\..*", "a ControlNet"),
+    (r".*[._]lora[._].*|.*\.(hada|lokr)_.*", "a LoRA"),
+    (r"emb_params|string_to_param", "a textual inversion"),
+    (r"model\.diffusion_model\..*", "a model in CompVis layout"),
+    (r"time_embedding\.linear_1\..*", "a UNet alone"),
+    (r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up|mid)[._].*", "an autoencoder alone"),
+    (r"(text_model\.)?(encoder\.layers|embeddings\.token_embedding)\..*", "a text encoder alone"),
+)
+
+# Keys that no part needs. Any other unused key is an error.
+IGNORED_IN_FOLDER = re.compile(
+    r"text_encoder\.((text_model\.)?embeddings\.position_ids|text_projection\.weight|logit_scale)"
+)
+IGNORED_IN_SINGLE_FILE = re.compile(
+    r"model_ema\..*"  # the moving average kept for training
+    r"|betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod|lvlb_weights|logvar"
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor"  # the schedule, computed anew
+    r"|cond_stage_model\.(transformer\.|model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)"  # for images
+    r"|cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids"  # 0, 1, 2 … 76
+    r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # Stable Diffusion 2 stops one layer early
+)
+
+UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+}  # fmt: skip
+UNET_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+UNET_BLOCK = re.compile(
+    r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(\w+)(.*)"
+)
+
+AUTOENCODER_RULES = (
+    (r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)", r"\1.\2.block.\3"),
+    (r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0", r"\1.\2.\3sample"),
+    (r"mid_block\.resnets\.0", "mid.block_1"),
+    (r"mid_block\.resnets\.1", "mid.block_2"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    (r"conv_norm_out", "norm_out"),
+    (r"conv_shortcut", "nin_shortcut"),
+)
+OLD_AUTOENCODER_RULES = (
+    (r"attentions\.0\.to_q", "attentions.0.query"),
+    (r"attentions\.0\.to_k", "attentions.0.key"),
+    (r"attentions\.0\.to_v", "attentions.0.value"),
+    (r"attentions\.0\.to_out\.0", "attentions.0.proj_attn"),
+)
+OPENCLIP_RULES = (
+    (r"text_model\.embeddings\.token_embedding", "token_embedding"),
+    (r"text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"text_model\.final_layer_norm", "ln_final"),
+    (r"text_model\.encoder\.layers\.", "transformer.resblocks."),
+    (r"self_attn\.[qkv]_proj\.", "attn.in_proj_"),
+    (r"self_attn\.out_proj", "attn.out_proj"),
+    (r"layer_norm(\d)", r"ln_\1"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+)
+
+
+def folder_sources(part: str, name: str) -> tuple[Source, ...]:
+    """Possible sources of a parameter in a diffusers folder, the current spelling first; keys begin with the part."""
+    names = [name]
+    if part == "vae":
+        names.append(_rewrite(name, OLD_AUTOENCODER_RULES))
+    elif part == "text_encoder":
+        names.append(name.removeprefix("text_model."))
+    return tuple(Source(f"{part}.{each}") for each in names)
+
+
+def single_file_sources(part: str, name: str, config: ModelConfig) -> tuple[Source, ...]:
+    """Possible sources of a parameter in a single file in CompVis layout."""
+    if part == "unet":
+        return (Source(f"model.diffusion_model.{_unet_key(name, config.unet)}"),)
+    if part == "vae":
+        last = len(config.autoencoder.block_out_channels) - 1
+        # CompVis numbers the decoder's levels by resolution, diffusers in the order of computation
+        renumbered = re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{last - int(level[1])}", name)
+        return (Source(f"first_stage_model.{_rewrite(renumbered, AUTOENCODER_RULES)}"),)
+    fused = re.search(r"self_attn\.([qkv])_proj", name)
+    openclip = Source(
+        f"cond_stage_model.model.{_rewrite(name, OPENCLIP_RULES)}", "qkv".index(fused[1]) if fused else None
+    )
+    plain = (Source(f"cond_stage_model.transformer.{each}") for each in (name, name.removeprefix("text_model.")))
+    return (*plain, openclip)
+
+
+def looks_like(keys: Collection[str]) -> str:
+    """The kind of file that has such keys, or "" if it is not known."""
+    for pattern, kind in OTHER_KINDS:
+        if any(re.fullmatch(pattern, key) for key in keys):
+            return kind
+    return ""
+
+
+def _rewrite(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _unet_key(name: str, config: UNetConfig) -> str:
+    """CompVis numbers blocks across levels; each level has its layers, one more on the way up, and its resampling."""
+    block = UNET_BLOCK.fullmatch(name)
+    if block is None:
+        stem, _, tail = name.rpartition(".")
+        return f"{UNET_ENDS[stem]}.{tail}"
+    side, level, kind, slot, head, tail = block.groups()
+    layers, sub = config.layers_per_block, 1 if kind == "attentions" else 0
+    if kind == "resnets":
+        head = UNET_RESNET[head]
+    if side == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * int(slot)}.{head}{tail}"
+    index = int(level) * (layers + 1) + (layers if kind.endswith("samplers") else int(slot))
+    if side == "down":
+        return f"input_blocks.{index + 1}.{sub}.{'op' if kind == 'downsamplers' else head}{tail}"
+    if kind == "upsamplers":
+        sub = 2 if config.up_block_types[int(level)].startswith("CrossAttn") else 1
+    return f"output_blocks.{index}.{sub}.{head}{tail}"

@@ -1,0 +1,267 @@
+"""Checks of everything a caller asks for, before any work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minisd.features.deepcache import count_up_layers
+from minisd.features.pictures import to_brightness, to_rgb
+from minisd.features.prompts import read
+from minisd.features.validate import (
+    check_finite_input,
+    check_float,
+    check_int,
+    check_shape,
+    check_strings,
+    check_tensor,
+    check_unit_range,
+)
+from minisd.guidance import Guidance
+from minisd.images import from_pil
+from minisd.pipeline.memory import ADVICE, free_memory
+from minisd.pipeline.settings import Settings
+from minisd.samplers import Plan
+
+if TYPE_CHECKING:
+    from minisd.pipeline.stable_diffusion import StableDiffusion
+
+MAX_SEED = 2**63 - 1
+MAX_SIDE_FACTOR = 16  # times the side a model was trained at: attention then takes 65,536 times as long
+MAX_GUIDANCE = 1000.0  # far beyond anything that still gives a picture, and far below what overflows
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is to be drawn, checked."""
+
+    prompts: list[str]
+    negative_prompts: list[str]
+    seeds: list[int]
+    settings: Settings
+    guidance: Guidance
+    plan: Plan
+    shape: tuple[int, int, int]
+    strength: float
+    image: Tensor | None = None
+    mask: Tensor | None = None
+    latents: Tensor | None = None
+    prompt_embeds: Tensor | None = None
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The guidance scale of each image."""
+        scale = self.guidance.scale
+        return scale if isinstance(scale, tuple) else (scale,) * len(self.prompts)
+
+
+def check_request(
+    sd: StableDiffusion,
+    prompt: Any,
+    negative_prompt: Any,
+    settings: Settings,
+    seed: Any = None,
+    image: Any = None,
+    mask_image: Any = None,
+    latents: Any = None,
+    prompt_embeds: Any = None,
+) -> Request:
+    """Check all arguments of `StableDiffusion.denoise`, together and against the model; nothing is computed.
+
+    Raises TypeError for a value of the wrong type, ValueError for one that cannot be used.
+    """
+    prompts = check_strings("prompt", prompt)
+    negatives = check_strings("negative_prompt", negative_prompt)
+    negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
+    if len(negatives) != len(prompts):
+        raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+    for text in dict.fromkeys([*prompts, *negatives]):
+        read(text, sd.tokenizer)
+    guidance = check_guidance(settings, len(prompts))
+    images = None if image is None else check_image(sd, image)
+    if images is not None and len(images) not in (1, len(prompts)):
+        raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one, or one for each")
+    shape = check_size(sd, settings.height, settings.width, len(prompts), images)
+    mask = check_inpainting(sd, images, mask_image)
+    check_feature_reuse(settings.feature_reuse, sd)
+    check_int("clip_skip", settings.clip_skip, 1, sd.config.text_encoder.num_hidden_layers)
+    plan, strength = check_plan(sd, settings, images is not None, mask is not None)
+    seeds = resolve_seeds(seed, len(prompts))
+    if latents is not None:
+        check_tensor("latents", latents, len(prompts), *shape)
+    if prompt_embeds is not None:
+        rows = prompt_embeds.shape[1] if isinstance(prompt_embeds, Tensor) and prompt_embeds.ndim == 3 else 77
+        width = sd.config.text_encoder.hidden_size
+        check_tensor("prompt_embeds", prompt_embeds, len(prompts), 77 * max(1, rows // 77), width)
+    return Request(
+        prompts, negatives, seeds, settings, guidance, plan, shape, strength, images, mask, latents, prompt_embeds
+    )
+
+
+def check_guidance(settings: Settings, count: int) -> Guidance:
+    """Check scale, rescale and interval, for so many images."""
+    scale: Any = settings.guidance_scale
+    scale = tuple(scale) if isinstance(scale, (list, tuple)) else scale
+    for value in scale if isinstance(scale, tuple) else (scale,):
+        check_float("guidance_scale", value, -MAX_GUIDANCE, MAX_GUIDANCE, ", such as 7.5")
+    if isinstance(scale, tuple) and len(scale) != count:
+        raise ValueError(f"{len(scale)} guidance scales for {count} images; give one number, or one for each")
+    check_float("guidance_rescale", settings.guidance_rescale, 0, 1, ": 0 is off")
+    interval = (0.0, 1.0) if settings.guidance_interval is None else settings.guidance_interval
+    ends = interval if isinstance(interval, Sequence) and len(interval) == 2 else ()
+    begin, end = (check_float("guidance_interval", x, 0, 1) for x in ends) if ends else (1.0, 0.0)
+    if begin > end:
+        raise ValueError(f"guidance_interval={interval!r}; expected two numbers, 0 ≤ begin ≤ end ≤ 1")
+    return Guidance(scale, settings.guidance_rescale, (begin, end))
+
+
+def check_image(sd: StableDiffusion, image: Any) -> Tensor:
+    """Check a PIL picture, or images (n, 3, h, w) in [-1, 1]; return it as such images.
+
+    Images may leave the range a little. Beyond [-2, 2] they are taken for something else (pixels from 0 to 255,
+    perhaps), which is a ValueError, as are sides that are not multiples of 8.
+    """
+    if isinstance(image, Tensor):
+        check_shape("image", image, "n", sd.config.autoencoder.in_channels, "h", "w")
+        check_memory(sd, len(image), image.shape[-2], image.shape[-1], encoding=True)
+        images = check_unit_range("image", check_finite_input("image", image))
+    else:
+        images = from_pil(to_rgb(image))
+    height, width = images.shape[-2:]
+    if height % sd.downscale or width % sd.downscale:
+        raise ValueError(f"image is {width}×{height}; both sides must be multiples of {sd.downscale}; resize it first")
+    return images
+
+
+def check_size(
+    sd: StableDiffusion, height: int | None, width: int | None, count: int, images: Tensor | None = None
+) -> tuple[int, int, int]:
+    """Check the size of so many pictures; return the shape (4, h/8, w/8) of one picture's latents.
+
+    What is None is the size of the images, or the model's own.
+    """
+    own = sd.config.unet.sample_size * sd.downscale
+    usual = (own, own) if images is None else images.shape[-2:]
+    sides = []
+    for name, value, default in (("height", height, usual[0]), ("width", width, usual[1])):
+        side = check_int(name, default if value is None else value, 1, MAX_SIDE_FACTOR * own)
+        if side % sd.downscale:
+            raise ValueError(f"{name}={side}; expected a positive multiple of {sd.downscale}, such as {own}")
+        sides.append(side)
+    if images is not None and sides != [*usual]:
+        raise ValueError(f"image is {usual[1]}×{usual[0]}, not {sides[1]}×{sides[0]}; resize it first")
+    check_memory(sd, count, sides[0], sides[1])
+    return sd.config.autoencoder.latent_channels, sides[0] // sd.downscale, sides[1] // sd.downscale
+
+
+def check_memory(sd: StableDiffusion, count: int, height: int, width: int, encoding: bool = False) -> None:
+    """Raise ValueError if so many pictures of so many pixels cannot fit into what the device has left.
+
+    What is counted is a lower bound, so that nothing is refused that would have fitted.
+    """
+    widths = sd.config.autoencoder.block_out_channels
+    # the UNet holds two maps or more at the size of latents; the autoencoder three at full size: the input of a
+    # residual block, its norm and its activation
+    numbers = 2 * sd.config.unet.block_out_channels[0] / sd.downscale**2
+    if sd.tile is None:
+        numbers = max(numbers, 3 * widths[0 if encoding else min(1, len(widths) - 1)])
+    needed, free = count * height * width * numbers * sd.dtype.itemsize, free_memory(sd.device)
+    if free is not None and needed > free:
+        what = f"a picture of {width}×{height}" if count == 1 else f"{count} pictures of {width}×{height} at a time"
+        raise ValueError(f"{what} would take {needed / 1e9:,.1f} GB, {free / 1e9:.1f} GB are free; {ADVICE}")
+
+
+def check_inpainting(sd: StableDiffusion, images: Tensor | None, mask: Any) -> Tensor | None:
+    """Check that mask, image and the UNet's input channels go together; return the mask, (1, 1, h, w)."""
+    channels, latent_channels = sd.config.unet.in_channels, sd.config.autoencoder.latent_channels
+    if mask is None:
+        if channels != latent_channels:
+            raise ValueError(
+                f"this UNet takes {channels} channels: an inpainting model, which needs image and mask_image; "
+                f"for text alone expected one that takes {latent_channels}"
+            )
+        return None
+    if images is None:
+        raise ValueError("mask_image says which part of a picture is redrawn; pass the picture too, as image")
+    return check_mask(mask, (images.shape[-1], images.shape[-2]))
+
+
+def check_mask(mask: Any, size: tuple[int, int]) -> Tensor:
+    """Check a mask; return it as (1, 1, h, w) float32 in [0, 1]: 1 (white) is redrawn, 0 (black) is kept.
+
+    Args:
+        mask: a PIL picture of any mode, or a tensor (h, w), (1, h, w) or (1, 1, h, w).
+        size: (width, height) of the picture.
+    """
+    if isinstance(mask, Image.Image):
+        values = torch.from_numpy(to_brightness(mask))
+    elif isinstance(mask, Tensor) and not mask.is_complex():
+        values = mask.detach().float().cpu()
+    else:
+        raise TypeError(f"the mask must be a PIL picture or a tensor of numbers; got {type(mask).__name__}")
+    while values.dim() > 2 and values.shape[0] == 1:
+        values = values[0]
+    if tuple(values.shape) != size[::-1]:
+        raise ValueError(f"the mask has shape {tuple(values.shape)}; expected {size[::-1]}, height and width of image")
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError("the mask has values outside [0, 1]; expected 1 where the picture is redrawn, 0 where kept")
+    if not bool((values >= 0.5).any()):
+        raise ValueError("the mask is black everywhere, so nothing would be redrawn; paint white what is to change")
+    return values[None, None]
+
+
+def check_feature_reuse(value: Any, sd: StableDiffusion) -> None:
+    """Check (interval, depth), or None."""
+    if value is None:
+        return
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"feature_reuse={value!r}; expected two numbers, (interval, depth), such as (3, 1)")
+    check_int("feature_reuse", value[0], 1, 1000)
+    check_int("feature_reuse", value[1], 1, count_up_layers(sd.unet))
+
+
+def check_plan(sd: StableDiffusion, settings: Settings, has_image: bool, has_mask: bool) -> tuple[Plan, float]:
+    """Check sampler, steps and strength; return the planned run, and the strength."""
+    steps = check_int("num_inference_steps", settings.num_inference_steps, 1, sd.config.schedule.num_train_timesteps)
+    strength = settings.strength
+    if strength is not None and not has_image:
+        raise ValueError(f"strength={strength!r} says how much of a picture is redrawn; pass the picture, as image")
+    strength = (1.0 if has_mask else 0.8) if strength is None else check_float("strength", strength)
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength}; expected more than 0 (keep the picture) and at most 1 (forget it)")
+    running = int(steps * strength) if has_image else steps
+    if running < 1:
+        raise ValueError(f"{steps} steps at strength {strength} run none; raise either, so that steps · strength ≥ 1")
+    return settings.sampler_object.plan(sd.schedule, steps, start=steps - running), strength
+
+
+def check_margins(left: int, right: int, top: int, bottom: int) -> None:
+    """Check the margins of outpainting: multiples of 8 pixels, not all of them 0."""
+    sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+    for name, side in sides.items():
+        if check_int(name, side, 0, 2**16) % 8:
+            raise ValueError(f"{name}={side}; expected a multiple of 8 pixels, 0 or more")
+    if not any(sides.values()):
+        raise ValueError("no side is extended; give left, right, top or bottom a number of pixels")
+
+
+def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Return one seed for each image: a number counts up, a list is taken as it is, None draws a first one at random.
+
+    Seeds are integers of Python or numpy from 0 to 2⁶³ − 1; TypeError or ValueError for others.
+    """
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    if isinstance(seed, Iterable) and not isinstance(seed, (str, bytes, Tensor)):
+        seeds = list(seed)
+    else:
+        first = check_int("seed", seed, 0, MAX_SEED)
+        seeds = [first + i for i in range(count)]
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} images; give one number, or one for each")
+    return [check_int("seed", number, 0, MAX_SEED) for number in seeds]

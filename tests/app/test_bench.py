@@ -1,0 +1,161 @@
+"""`minisd bench` on the tiny model. Its times are of no interest here: that it measures the same thing twice is."""
+
+import json
+import statistics
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from models import SD1_AUTOENCODER, SD1_TIME_FLOPS, SD1_UNET
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from minisd.app.cli import main
+from minisd.bench import compare as bench
+from minisd.bench import operators, training
+from minisd.config import SD15, TINY
+from minisd.io.checkpoint import SHIPPED
+from minisd.io.configs import to_dict
+
+
+@pytest.mark.timeout(600)
+def test_the_command_measures_both_libraries(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    assert main(f"bench --model tiny --steps 2 --repeats 1 --threads 1 --device cpu -o {path}".split()) == 0
+    report = json.loads(path.read_text())
+    assert report["picture_difference"] <= 1  # both drew the same picture
+    found = {(row["what"], row["library"]): row for row in report["rows"]}
+    for what in ("load, first step included", "text encoder, two prompts", "one guided UNet step at 128",
+                 "decode at 128", "picture 128×128, 2 steps"):  # fmt: skip
+        assert found[what, "minisd"]["seconds"] > 0 and found[what, "diffusers"]["seconds"] > 0
+    for library in ("minisd", "diffusers"):
+        assert 0.1 < found["peak memory, step and decode at 128", library]["peak_gb"] < 5
+    # importing diffusers' pipeline takes longer than minisd, which imports neither of the two
+    assert found["import minisd", "minisd"]["seconds"] < found["import diffusers", "diffusers"]["seconds"]
+    said = capsys.readouterr()
+    assert said.out.strip() == str(path) and "ratio" in said.err and "GFLOP/s" in said.err
+    assert Image.open(path.with_suffix(".png")).width > 300
+
+
+def test_what_is_not_asked_for_is_not_measured(tmp_path):
+    path = tmp_path / "bench.json"
+    command = f"bench --model tiny --steps 0 --repeats 1 --threads 1 --device cpu --alone --no-loading -o {path}"
+    assert main(command.split()) == 0
+    found = {row["what"] for row in json.loads(path.read_text())["rows"]}
+    assert found == {
+        "peak memory, step and decode at 128", "matrix product 4096³", "text encoder, two prompts",
+        "one guided UNet step at 128", "decode at 128",
+    }  # fmt: skip
+    assert Image.open(path.with_suffix(".png")).width > 300
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::cudnn_convolution", "convolution"),
+        ("aten::mkldnn_convolution", "convolution"),
+        ("aten::_flash_attention_forward", "attention"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::addmm", "matrix product"),
+        ("aten::silu", "element by element"),
+        ("cudnn_generated_fort_native_sm90_convolution", operators.PYTHON),
+    ],
+)
+def test_operators_of_cpus_and_gpus_are_told_apart(name, kind):
+    assert operators.kind(name) == kind
+
+
+def test_flops_are_those_of_diffusers_networks():
+    """At full size, on the meta device; and close to the published 1,607 and 2,515 GFLOP.
+
+    But for the time embedding, which minisd computes once for both predictions.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(SD1_UNET))
+        vae = AutoencoderKL.from_config(dict(SD1_AUTOENCODER))
+        latents, context = torch.empty(2, 4, 64, 64), torch.empty(2, 77, 768)
+    with torch.no_grad(), FlopCounterMode(display=False) as step:
+        unet(latents, torch.tensor(481.0, device="meta"), context)
+    with torch.no_grad(), FlopCounterMode(display=False) as decode:
+        vae.decode(latents[:1])
+    counts = bench.flops(SD15, 512)
+    assert counts == {"step": step.get_total_flops() - SD1_TIME_FLOPS, "decode": decode.get_total_flops()}
+    assert counts["step"] == pytest.approx(1607e9, rel=0.01) and counts["decode"] == pytest.approx(2515e9, rel=0.01)
+
+
+def test_rows_hold_medians_and_the_middle_half():
+    times = [5.0, 1.0, 4.0, 2.0, 3.0]
+    row = bench.row("x", "minisd", times, flop=6_000_000_000)
+    assert (row["low"], row["seconds"], row["high"]) == (2.0, statistics.median(times), 4.0)
+    assert row["gflops"] == 2.0
+
+
+def test_a_process_that_fails_says_why():
+    process = bench.Process("minisd", bench.Settings(threads=1))
+    with pytest.raises(RuntimeError, match="minisd failed at 'load'.*no model at"):
+        process.ask("load", folder="nowhere", device="cpu", dtype="float32", threads=1, compiled=False)
+    process.close()
+    process = bench.Process("neither", bench.Settings(threads=1))
+    with pytest.raises(RuntimeError, match="the process of neither ended at 'text'.*KeyError"):
+        process.ask("text")
+    process.close()
+
+
+@pytest.mark.parametrize("values", [{"sizes": (100,)}, {"repeats": 0}, {"steps": -1}, {"sizes": (0,)}])
+def test_settings_out_of_range_are_refused(values):
+    with pytest.raises(ValueError, match="expected"):
+        bench.Settings(**values)  # type: ignore[arg-type]
+
+
+def test_trainings_are_measured_in_mixed_precision_when_asked(tmp_path, monkeypatch, capsys):
+    asked: list[training.Settings] = []
+    monkeypatch.setattr(training, "run", lambda settings, log: asked.append(settings) or {"parts": []})
+    for dtype in ("bfloat16", "float32"):
+        assert main(f"bench --training --threads 1 --dtype {dtype} -o {tmp_path / 'x.json'}".split()) == 0
+    assert [settings.bfloat16 for settings in asked] == [True, False]
+    assert main(f"bench --training --dtype float16 -o {tmp_path / 'y.json'}".split()) == 2
+    assert "bfloat16" in capsys.readouterr().err and not (tmp_path / "y.json").exists()
+
+
+def test_the_shipped_report_can_be_shown():
+    report = json.loads((SHIPPED.parent / "bench" / "cpu.json").read_text())
+    assert report["settings"]["sizes"][0] == 512 and "ratio" in bench.table(report)
+
+
+def test_the_command_measures_the_trainings(tmp_path, capsys, monkeypatch):
+    settings = training.Settings(steps=1, scenes=16, parts=("autoencoder",))
+    monkeypatch.setattr(training, "Settings", lambda **_: settings)
+    path = tmp_path / "training.json"
+    assert main(f"bench --training --threads 1 -o {path}".split()) == 0
+    (row,) = json.loads(path.read_text())["parts"]
+    assert row["samples_per_second"] == pytest.approx(4 / row["seconds_per_step"], rel=0.01)
+    assert row["gflops"] == pytest.approx(row["gflop_per_sample"] * row["samples_per_second"], rel=0.02)
+    assert row["of_ceiling"] == pytest.approx(row["gflops"] / row["ceiling_gflops"], abs=0.002)
+    assert sum(row["profile"].values()) == pytest.approx(1, abs=0.01)
+    # what a small network of convolutions does most
+    assert next(iter(row["profile"])) == "convolution"
+    # forward, by diffusers' network; backward takes about twice as much; one step in four decodes a quarter once more
+    with torch.device("meta"):
+        vae, images = AutoencoderKL.from_config(to_dict(TINY.autoencoder)), torch.empty(1, 3, 128, 128)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae(images)
+    with torch.no_grad(), FlopCounterMode(display=False) as decoder:
+        vae.decode(torch.empty(1, 4, 8, 8, device="meta"))
+    forward = counter.get_total_flops() + decoder.get_total_flops() / 4
+    assert row["gflop_per_sample"] * 1e9 == pytest.approx(3 * forward, rel=0.03)
+    said = capsys.readouterr()
+    assert said.out.strip() == str(path) and "samples/s" in said.err and "share of the time" in said.err
+
+
+def test_kinds_of_operators():
+    seconds = {
+        "aten::convolution_backward": 2.0, "aten::mkldnn_convolution": 1.0, "aten::addmm": 1.0, "aten::add_": 0.5,
+        "aten::_scaled_dot_product_flash_attention_for_cpu": 1.0, "aten::_fused_adamw_": 0.5, "aten::copy_": 1.0,
+        "Optimizer.step#AdamW.step": 0.25,
+    }  # fmt: skip
+    found = operators.shares(seconds, 10.0)
+    expected = {"convolution": 0.3, "matrix product": 0.1, "element by element": 0.05, "attention": 0.1}
+    expected |= {"optimiser, clipping, averages": 0.05, "copies and memory": 0.1, operators.PYTHON: 0.3}
+    assert found == pytest.approx(expected)
+    with pytest.raises(ValueError, match="parts of autoencoder, clip, unet"):
+        training.Settings(parts=("vae",))

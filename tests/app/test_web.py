@@ -1,0 +1,507 @@
+"""`minisd serve`: what it draws, its word maps, its messages, and its page in a real browser (see `browsers.py`)."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from browsers import chromium, free_port, need_chromium, wait_for_server
+from PIL import Image
+
+from minisd import StableDiffusion, record_attention
+from minisd.app import cli
+from minisd.app.metadata import parse_parameters
+from minisd.app.provenance import Provenance
+from minisd.app.web import SHOWN, Page, Session
+from minisd.app.web_drawing import Preview, Request, Result, draw, overlay
+from minisd.features.attention_maps import Word, WordMaps, split_words
+
+PROMPT = "a red car on the beach"
+
+
+@pytest.fixture(scope="module")
+def sd() -> StableDiffusion:
+    return StableDiffusion.from_pretrained(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def small(small_model: Path) -> StableDiffusion:
+    return StableDiffusion.from_pretrained(small_model, device="cpu")
+
+
+def ask(
+    prompt: str,
+    negative_prompt: str = "",
+    seed: str = "",
+    steps: float | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+) -> Request:
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "sampler": sampler}
+    return Request(prompt, negative_prompt, seed, settings)
+
+
+def finish(sd: StableDiffusion, request: Request, model: str | None = None) -> Result:
+    *_, last = draw(sd, Provenance.of(sd, model), request)
+    assert isinstance(last, Result)
+    return last
+
+
+# What is drawn
+
+
+def test_previews_and_picture_are_those_of_denoise(sd):
+    *previews, last = draw(sd, Provenance.of(sd, None), ask(PROMPT, "snow", "7", 6, 5.0, "heun"))
+    steps = list(
+        sd.denoise(PROMPT, negative_prompt="snow", seed=7, num_inference_steps=6, guidance_scale=5.0, sampler="heun")
+    )
+    assert len(previews) == len(steps) == 11
+    for number, (preview, step) in enumerate(zip(previews, steps, strict=True), 1):
+        assert isinstance(preview, Preview) and (preview.call, preview.num_calls) == (number, 11)
+        assert preview.picture.tobytes() == sd.preview(step.x0)[0].tobytes()
+    assert isinstance(last, Result) and last.picture.tobytes() == sd.decode(steps[-1].latents)[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    "wanted, options",
+    [
+        (ask("red fox", seed="3"), ["--seed", "3"]),
+        (ask("a (fox:1.3), snow", "red", "9223372036854775807", 2, 7.5, "euler_a"),
+         ["--negative", "red", "--seed", "9223372036854775807", "--steps", "2", "--guidance", "7.5", "--sampler",
+          "euler_a"]),
+        (ask("fox " * 100, seed=" 0 ", guidance=1), ["--seed", "0", "--guidance", "1"]),
+    ],
+)  # fmt: skip
+def test_the_file_is_the_one_that_generate_writes(run, small, small_model, wanted, options):
+    code, lines, err = run("generate", wanted.prompt, *options)
+    assert code == 0, err
+    (path,) = map(Path, lines)
+    drawn = finish(small, wanted, str(small_model))
+    assert drawn.name == path.name
+    assert drawn.file == path.read_bytes()
+
+
+def test_a_seed_of_its_own_draws_the_picture_again(small):
+    first, other = finish(small, ask("fox")), finish(small, ask("fox"))
+    assert first.seed != other.seed
+    assert finish(small, ask("fox", seed=str(first.seed))).file == first.file
+
+
+def test_drawings_that_take_turns_between_threads_are_those_drawn_alone(sd):
+    requests = [ask(PROMPT, seed="1", steps=4), ask("a cat in space", "night", "2", 4, 7.0, "ddim")]
+    running = [draw(sd, Provenance.of(sd, None), request) for request in requests]
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(4):
+            for steps in running:
+                assert isinstance(threads.submit(next, steps).result(), Preview)
+        together = list(threads.map(next, running))
+    for request, drawn in zip(requests, together, strict=True):
+        alone = finish(sd, request)
+        assert isinstance(drawn, Result) and drawn.file == alone.file
+        for word in alone.words:
+            assert torch.equal(drawn.maps.of(word), alone.maps.of(word))
+
+
+# Word maps
+
+
+def maps_by_hand(sd: StableDiffusion, size: tuple[int, int], **choices: Any) -> np.ndarray[Any, Any]:
+    """The mean weights (77, h, w) of all calls, layers and heads, from whole records, with numpy alone."""
+    (height, width), rows, sizes = size, 77, {}
+    total, count, steps = np.zeros((rows, height, width)), 0, sd.denoise(**choices)
+    h, w = size
+    for _ in range(4):
+        sizes[h * w] = h, w
+        h, w = -(-h // 2), -(-w // 2)
+    while True:
+        with record_attention(sd.unet) as records:
+            if next(steps, None) is None:
+                return total / count
+        for name, weights in records:
+            if name.split(".")[-1] == "attn2":
+                mean = weights[-1].double().numpy().mean(0)  # (queries, keys), of the prompt and not the negative one
+                h, w = sizes[len(mean)]
+                mean = sum(np.split(mean, mean.shape[1] // rows, axis=1))
+                down, across = np.arange(height) * h // height, np.arange(width) * w // width
+                total += mean.T.reshape(rows, h, w)[:, down][:, :, across]
+                count += 1
+
+
+def test_word_maps_are_the_mean_of_what_is_recorded(sd):
+    drawn = finish(sd, ask(PROMPT, "snow", "7", 3, 5.0))
+    choices = {"negative_prompt": "snow", "seed": 7, "num_inference_steps": 3, "guidance_scale": 5.0}
+    mine = maps_by_hand(sd, (16, 16), prompt=PROMPT, **choices)
+    assert [word.text for word in drawn.words] == PROMPT.split()
+    for place, word in enumerate(drawn.words, 1):
+        assert word.rows == (place,)
+        np.testing.assert_allclose(drawn.maps.of(word).numpy(), mine[place], atol=1e-5)
+    assert np.ptp(mine[2]) > 0.1 and abs(mine[2] - mine[3]).max() > 0.1  # words differ, and so do places
+
+
+def test_word_maps_of_odd_sizes_and_beside_a_longer_negative_prompt(sd):
+    choices = {"prompt": PROMPT, "negative_prompt": "snow " * 80, "seed": 7, "num_inference_steps": 2}
+    choices |= {"height": 8 * 10, "width": 8 * 17}
+    maps, steps = WordMaps(sd.unet, 10, 17, rows=77), sd.denoise(**choices)
+    for _ in range(2):
+        with maps.watch():
+            next(steps)
+    mine = maps_by_hand(sd, (10, 17), **choices)
+    np.testing.assert_allclose(maps.of(Word("red car", (2, 3))).numpy(), mine[2] + mine[3], atol=1e-5)
+    np.testing.assert_allclose(maps.of(Word("everything", tuple(range(77)))).numpy(), 1, atol=1e-5)
+
+
+def test_word_maps_need_a_call(sd):
+    with pytest.raises(ValueError, match="draw inside"):
+        WordMaps(sd.unet, 16, 16, 77).of(Word("a", (1,)))
+
+
+def test_words_are_cut_as_the_tokenizer_cuts_them(sd):
+    words = split_words("A (red:1.3) Fox, [un-believable] zzyzxq!", sd.tokenizer)
+    ids = sd.tokenizer("A red Fox, un-believable zzyzxq!")[0]  # start, then the words
+    assert [word.text for word in words] == ["a", "red", "fox", "un", "believable", "zzyzxq"]
+    for word in words:
+        assert sd.tokenizer.decode(ids[list(word.rows)]) == word.text
+    assert len(words[-1].rows) > 1 and words[3].rows == (5,)  # a comma stands at 4
+    assert split_words(", ! --", sd.tokenizer) == []
+
+
+def test_words_of_the_second_chunk_stand_after_its_start(sd):
+    words = split_words("fox " * 76 + "(snow:1.1)", sd.tokenizer)
+    assert [word.rows for word in words[74:]] == [(75,), (78,), (79,)]
+
+
+def test_guidance_zero_reads_no_words(small):
+    assert finish(small, ask("red fox", guidance=0)).words == []
+    assert len(finish(small, ask("red fox", guidance=1)).words) == 2
+
+
+def test_overlay_is_dark_where_the_word_is_not_and_bright_where_it_is():
+    picture = overlay(Image.new("RGB", (64, 64), (200, 0, 0)), torch.tensor([[0.0, 0.3], [0.0, 0.0]]))
+    grey = 200 * 0.299
+    for place, heat in (((2, 60), (0, 34, 78)), ((61, 2), (254, 232, 56))):
+        expected = [0.45 * grey + 0.55 * channel for channel in heat]
+        np.testing.assert_allclose(picture.getpixel(place), expected, atol=12)  # bicubic edges overshoot a little
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    "wanted, message",
+    [
+        (ask("  "), "the prompt is empty"),
+        (ask("a (fox:99)"), "expected a number from -10 to 10"),
+        (ask("fox " * 700), "expected at most 8"),
+        (ask("fox", seed="seven"), "seed 'seven' is not a whole number"),
+        (ask("fox", seed="1.5"), "seed '1.5' is not a whole number"),
+        (ask("fox", seed="-1"), "-1"),
+        (ask("fox", seed=str(2**63)), str(2**63)),
+        (ask("fox", steps=0), "steps=0; expected a whole number from 1 to 1000"),
+        (ask("fox", steps=2.5), "steps"),
+        (ask("fox", guidance=float("nan")), "guidance"),
+        (ask("fox", sampler="magic"), "magic"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_said_on_the_page(small, wanted, message):
+    page, session = Page(small, Provenance.of(small, None)), Session()
+    run, *_ = page.begin(session)
+    (only,) = page.draw(
+        session, run, wanted.prompt, wanted.negative_prompt, wanted.seed, *map(wanted.settings.get, SHOWN)
+    )
+    alert = re.search(r'role="alert">(.+?)</div>', only[1])
+    assert alert and message in alert[1].replace("&#x27;", "'")
+    assert "num_inference_steps" not in only[1] and session.result is None
+
+
+def test_unknown_words_and_long_prompts_are_notes(small):
+    drawn = finish(small, ask("zebra " + "snow " * 75, "blurry"))
+    assert 'never learned "zebra", "blurry"' in drawn.notes[0] and "2 chunks" in drawn.notes[1]
+    assert finish(small, ask("red fox")).notes == []
+
+
+def test_text_of_a_prompt_is_no_html(small):
+    page, session = Page(small, Provenance.of(small, None)), Session()
+    run, *_ = page.begin(session)
+    hostile = '<b onclick="x">fox" \'<&amp;'
+    frames = list(page.draw(session, run, hostile, '<b>"', "1", *page_values(1)))
+    assert session.result
+    looks = [page.look(session, place) for place in range(len(session.result.words))]
+    views = [*frames[0][:2], *frames[-1][:2], *(html for look in looks for html in look)]
+    found = Elements()
+    for html in views:
+        found.feed(html)
+    assert found.names <= {"figure", "img", "div", "span", "a", "p", "progress"}
+    assert found.attributes <= {"class", "src", "alt", "role", "download", "href", "value", "max"}
+    assert hostile in found.alts
+
+
+class Elements(HTMLParser):
+    """The names, the attributes and the texts for the blind of all elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.attributes: set[str] = set()
+        self.alts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.alts += [value or "" for name, value in attrs if name == "alt"]
+
+
+# Runs of a session
+
+
+def page_values(steps: int) -> list[Any]:
+    """What the page sends of its settings: "" for a menu that leaves the choice to the model."""
+    return [{"num_inference_steps": steps, "sampler": ""}.get(name) for name in SHOWN]
+
+
+def draws(page: Page, session: Session, run: int, steps: int = 5) -> Iterator[tuple[Any, ...]]:
+    return page.draw(session, run, "fox", "", "1", *page_values(steps))
+
+
+def test_a_new_run_stops_the_one_before_of_its_own_page_only(small):
+    page, mine, other = Page(small, Provenance.of(small, None)), Session(), Session()
+    first, beside = draws(page, mine, page.begin(mine)[0]), draws(page, other, page.begin(other)[0])
+    assert "Step 1 of 5" in next(first)[1] and "Step 1 of 5" in next(beside)[1]
+    second = draws(page, mine, page.begin(mine)[0], steps=2)
+    assert ["Stopped after step 2 of 5" in frame[1] for frame in first] == [True]
+    assert len(list(second)) == 3 and len(list(beside)) == 5
+    assert mine.result and other.result and (mine.result.num_calls, other.result.num_calls) == (2, 5)
+
+
+def test_a_run_stopped_while_it_waits_never_begins(small):
+    page, session = Page(small, Provenance.of(small, None)), Session()
+    waiting = draws(page, session, page.begin(session)[0])
+    page.stop(session)
+    assert ["before it began" in frame[1] for frame in waiting] == [True]
+    assert session.result is None
+
+
+# The command
+
+
+def test_without_gradio_it_says_how_to_get_it(run, tmp_path, monkeypatch):
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    (tmp_path / "gradio").mkdir()
+    monkeypatch.setattr(metadata, "version", version)
+    code, _, err = run("serve")
+    assert code == 1 and 'pip install "minisd[web]"' in err
+
+
+def test_a_port_in_use_is_named(run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, _, err = run("serve", "--port", port)
+    assert code == 1 and f"port {port}" in err and "choose another --port" in err
+
+
+@pytest.mark.parametrize("host, warned", [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+def test_other_hosts_than_loopback_are_warned_of(run, host, warned):
+    code, _, err = run("serve", "missing.safetensors", "--host", host, "--port", str(free_port()))
+    assert code == 1 and "missing.safetensors" in err
+    assert ("anyone on the network" in err) == warned
+
+
+def test_help_of_the_command_waits_for_neither_torch_nor_gradio():
+    code = "import sys; from minisd.app import cli; cli.main(['serve', '--help']); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "minisd.app.serve" in loaded and not {"torch", "gradio"} & set(loaded.split())
+
+
+# The page
+
+
+@contextmanager
+def started(folder: Path, log: Path) -> Iterator[str]:
+    """`minisd serve` in a folder, with the tiny model; gives the page's address."""
+    port = free_port()
+    command = [sys.executable, "-m", "minisd", "serve", "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    with log.open("w") as output:
+        # a shell that starts jobs in the background lets them ignore SIGINT, and they hand that on
+        interruptible = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=folder, env=environment, preexec_fn=interruptible
+        )
+        try:
+            wait_for_server("minisd serve", f"http://127.0.0.1:{port}/", process, log)
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                assert process.wait(30) == 0
+            finally:
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    need_chromium()
+    folder, log = tmp_path_factory.mktemp("serve"), tmp_path_factory.mktemp("log") / "log"
+    with started(folder, log) as address:
+        yield address
+    assert list(folder.iterdir()) == []
+    assert "Traceback" not in log.read_text() and "stopped" in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser(server: str) -> Iterator[Any]:
+    with chromium() as opened:
+        yield opened
+
+
+# Keeps every picture that the page has shown, and every status.
+WATCH = """() => {
+    window.seen = { pictures: [], texts: [] };
+    const look = () => {
+        const picture = document.querySelector("#view img")?.src, text = document.querySelector("#status").innerText;
+        if (picture && seen.pictures.at(-1) !== picture) seen.pictures.push(picture);
+        if (seen.texts.at(-1) !== text) seen.texts.push(text);
+    };
+    new MutationObserver(look).observe(document.body, { childList: true, subtree: true, attributes: true });
+}"""
+
+
+class Opened(NamedTuple):
+    """A page in the browser, with all that it asked for and complained of."""
+
+    page: Any
+    asked: list[str]
+    complaints: list[str]
+
+    @classmethod
+    def at(cls, browser: Any, address: str, width: int = 1100, height: int = 900) -> Opened:
+        page = browser.new_page(viewport={"width": width, "height": height}, accept_downloads=True)
+        page.set_default_timeout(60_000)
+        asked: list[str] = []
+        complaints: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("websocket", lambda socket: asked.append(socket.url))
+        page.on("console", lambda line: complaints.append(line.text) if line.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(address)
+        page.locator("#draw").wait_for()
+        page.evaluate(WATCH)
+        return cls(page, asked, complaints)
+
+    def draw(self, **fields: str) -> None:
+        for name, text in fields.items():
+            self.page.locator(f"#{name}").locator("input, textarea").first.fill(text)
+        self.page.locator("#draw").click()
+
+    def wait(self, text: str) -> None:
+        """Until the status says so, now or at a moment that has passed."""
+        self.page.wait_for_function("text => window.seen.texts.some(seen => seen.includes(text))", arg=text)
+
+    def choose(self, word: str) -> None:
+        """Click a word below the picture."""
+        self.page.locator("#words label").get_by_text(word, exact=True).click()
+
+    def picture(self) -> str:
+        return str(self.page.locator("#view img").get_attribute("src"))
+
+    def close(self) -> None:
+        self.page.close()
+        others = [url for url in self.asked if not re.match(r"(http|ws)://127\.0\.0\.1:\d+/|data:", url)]
+        assert others == [] and self.complaints == []
+
+
+def pixels(url: str) -> np.ndarray[Any, Any]:
+    head, _, data = url.partition(",")
+    assert head == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+
+
+def test_a_picture_its_words_and_its_file(server, browser, run, tmp_path):
+    opened = Opened.at(browser, server)
+    opened.draw(prompt=PROMPT, seed="7", steps="8", guidance="5")
+    opened.wait("drawn in")
+    seen = opened.page.evaluate("window.seen")
+    assert len({picture for picture in seen["pictures"] if pixels(picture).shape == (16, 16, 3)}) >= 3
+    assert any("of 8" in text for text in seen["texts"])
+
+    code, (written,), _ = run("generate", PROMPT, "--seed", "7", "--steps", "8", "--guidance", "5", model=None)
+    expected = (tmp_path / written).read_bytes()
+    assert code == 0 and base64.b64decode(opened.picture().partition(",")[2]) == expected
+    with opened.page.expect_download() as download:
+        opened.page.get_by_role("link", name="Download").click()
+    assert download.value.suggested_filename == Path(written).name
+    saved = Path(download.value.path()).read_bytes()
+    assert saved == expected
+    text = Image.open(io.BytesIO(saved)).info["parameters"]
+    assert parse_parameters(text).prompt == PROMPT and parse_parameters(text).settings["Seed"] == "7"
+
+    shown = {"picture": opened.picture()}
+    for word in ("red", "beach"):
+        opened.choose(word)
+        opened.wait(f"“{word}”")
+        shown[word] = opened.picture()
+    assert len(set(shown.values())) == 3
+    red, beach = pixels(shown["red"]).astype(int), pixels(shown["beach"]).astype(int)
+    assert np.abs(red - beach).mean() > 10
+    opened.choose("picture")
+    opened.page.wait_for_function("src => document.querySelector('#view img').src === src", arg=shown["picture"])
+    opened.close()
+
+
+@pytest.mark.parametrize("place", ["file=/etc/passwd", f"file={__file__}", "upload"])
+def test_the_server_neither_gives_nor_takes_files(server, place):
+    address = f"{server}gradio_api/{place}"
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n12\r\n--x--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    asked = urllib.request.Request(address, body, headers) if place == "upload" else urllib.request.Request(address)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked, timeout=60)
+    assert refused.value.code == (413 if place == "upload" else 403)
+    refused.value.close()
+
+
+def test_two_pages_at_once_new_runs_stops_and_mistakes(server, browser):
+    one, two = Opened.at(browser, server), Opened.at(browser, server)
+    one.draw(prompt="a cat in space", seed="1", steps="400")
+    one.wait("Step 1 of 400")
+    two.draw(prompt=PROMPT, seed="2", steps="3")
+    one.draw(prompt="a dog in the snow", seed="3", steps="4")
+    two.wait("Seed 2, drawn")
+    one.wait("Seed 3, drawn")
+    assert any("Stopped after step" in text for text in one.page.evaluate("window.seen.texts"))
+    assert one.picture() != two.picture()
+
+    one.draw(steps="300")
+    one.wait("Step 1 of 300")
+    one.page.locator("#stop").click()
+    one.page.get_by_text(re.compile(r"Stopped after step \d+ of 300")).wait_for()
+
+    two.draw(steps="0")
+    two.page.get_by_role("alert").get_by_text("steps=0; expected a whole number from 1 to 1000").wait_for()
+    two.draw(prompt="a zebra in the snow", steps="2")
+    two.page.get_by_text('this model never learned "zebra"').wait_for()
+    assert two.page.get_by_role("alert").count() == 0
+    for opened in (one, two):
+        opened.close()

@@ -1,0 +1,87 @@
+"""The faster layers for the CPU compute what the plain ones do, with fewer operators."""
+
+from collections import Counter
+
+import pytest
+import torch
+from counting import Counting
+from models import SMALL, noise, random_weights
+from torch import nn
+
+from minisd import Autoencoder, StableDiffusion, UNet
+from minisd.blocks import Upsample
+from minisd.features.fast import MatmulConv, QuarterUpsample, speed_up
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])
+def test_convolution_as_a_product(stride, padding):
+    torch.manual_seed(0)
+    layer = MatmulConv(48, 40, 3, stride, padding).double()
+    for sides in ((3, 3), (5, 4), (8, 8)):
+        x = noise(2, 48, *sides)
+        with Counting() as counting:
+            y = layer(x)
+        is_heavy = 16 * x.numel() <= 9 * 48 * 40
+        assert (counting.calls["convolution"] == 0) == is_heavy
+        expected = nn.functional.conv2d(x, layer.weight, layer.bias, stride, padding)
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("sides", [(30, 20), (17, 33)])
+@torch.no_grad()
+def test_upsampling_by_quarters(sides, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Upsample(12).double(), noise(2, 12, *sides)
+    expected = layer.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+    speed_up(layer)
+    assert type(layer) is QuarterUpsample
+    monkeypatch.setattr("minisd.features.fast.LARGE", 0)
+    with Counting() as counting:
+        found = layer(x)
+    assert counting.calls["convolution"] == 4 and counting.calls["upsample_nearest2d"] == 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    # hooks on the convolution, such as a LoRA's, are called
+    handle = layer.conv.register_forward_hook(lambda module, inputs, output: output + 1)
+    torch.testing.assert_close(layer(x), expected + 1, rtol=0, atol=1e-13)
+    handle.remove()
+    odd = (2 * sides[0] - 1, 2 * sides[1])
+    expected = layer.conv(nn.functional.interpolate(x, size=odd, mode="nearest"))
+    torch.testing.assert_close(layer(x, odd), expected, rtol=0, atol=1e-13)
+
+
+@torch.no_grad()
+def test_whole_networks(monkeypatch):
+    monkeypatch.setattr("minisd.features.fast.LARGE", 0)
+    unet, autoencoder = UNet(SMALL.unet).double(), Autoencoder(SMALL.autoencoder).double()
+    inputs = noise(2, 4, 8, 8), torch.tensor(300.0), noise(2, 77, 16)
+    for network, call in (
+        (unet, lambda: unet(*inputs)),
+        (autoencoder, lambda: autoencoder.decode(noise(1, 4, 8, 8))),
+        (autoencoder, lambda: autoencoder.encode(noise(1, 3, 64, 64)).mean),
+    ):
+        network.load_state_dict(random_weights(network, torch.float64))
+        expected, keys = call(), list(network.state_dict())
+        speed_up(network)
+        torch.testing.assert_close(call(), expected, rtol=0, atol=1e-12)
+        assert list(network.state_dict()) == keys
+
+
+def test_operators_of_a_step_beside_the_unet():
+    """Arithmetic of latents with Python's numbers, and two looks for NaN, at the prediction and at the latents."""
+    sd, counts = StableDiffusion.from_pretrained(), []
+    for steps in (3, 4):
+        run = sd.denoise("a fox", num_inference_steps=steps, seed=0)
+        with Counting() as counting:
+            for _ in run:
+                pass
+        counts.append(counting)
+    with torch.inference_mode():
+        x, words = torch.zeros(2, 4, 16, 16), torch.zeros(2, 77, sd.config.text_encoder.hidden_size)
+        with Counting() as unet:
+            sd.unet(x, torch.tensor(1.0), words)
+    step = Counter(counts[1].calls)
+    step.subtract(counts[0].calls)
+    step.subtract(unet.calls)
+    assert step["is_nonzero"] + step["_local_scalar_dense"] == 2  # where a GPU is waited for
+    assert step["clone"] <= 1 and step["_to_copy"] <= 0 and step["lift_fresh"] <= 0
+    assert min(step.values()) >= -1 and 0 < sum(step.values()) < 50

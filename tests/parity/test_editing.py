@@ -1,0 +1,100 @@
+"""Image to image, inpainting and guidance rescale, against diffusers' pipelines, up to the last latents."""
+
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from models import last, lively_model
+from PIL import Image
+
+from minisd import TINY, Sampler
+from minisd.io.diffusers_folder import Defaults
+
+SIDE = 64
+DDIM = Defaults(Sampler("ddim", spacing="leading"), num_inference_steps=6, guidance_scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A plain and an inpainting model with large random weights, whose latents have no spread, and their folder."""
+    folder, found = tmp_path_factory.mktemp("models"), {}
+    for name, channels in (("plain", 4), ("inpainting", 9)):
+        sd = lively_model(replace(TINY, unet=replace(TINY.unet, in_channels=channels)), DDIM)
+        with torch.no_grad():
+            # diffusers draws a sample of the latents, minisd takes the mean: without spread they are the same
+            sd.autoencoder.quant_conv.weight[4:] = 0
+            sd.autoencoder.quant_conv.bias[4:] = -30
+        sd.save_pretrained(folder / name)
+        found[name] = sd
+    return found, folder
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    y, x = np.mgrid[0:SIDE, 0:SIDE]
+    return Image.fromarray(np.stack([4 * x, 4 * y, 255 - 2 * (x + y)], -1).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def mask() -> Image.Image:
+    values = np.zeros((SIDE, SIDE), np.uint8)
+    values[16:48, 8:40] = 255
+    return Image.fromarray(values)
+
+
+def theirs(kind, folder, **settings) -> torch.Tensor:
+    """The last latents of diffusers' pipeline `kind`."""
+    pipe = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a fox", num_inference_steps=6, guidance_scale=3.0, output_type="latent", **settings).images
+
+
+def assert_close(ours, expected) -> None:
+    difference = float((ours - expected).abs().max() / expected.abs().max())
+    print(f"largest difference {difference:.1e} of the scale")
+    assert difference < 1e-4
+
+
+def noise(draws: int = 1) -> torch.Tensor:
+    """The noise of the last of so many draws."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=generator) for _ in range(draws)][-1]
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_image_to_image(models, picture, strength):
+    sd, folder = models[0]["plain"], models[1] / "plain"
+    ours = last(sd.denoise("a fox", picture, strength=strength, latents=noise(2)))
+    generator = torch.Generator().manual_seed(3)  # whose first draw diffusers spends on the latents
+    assert_close(
+        ours, theirs("StableDiffusionImg2ImgPipeline", folder, image=picture, strength=strength, generator=generator)
+    )
+
+
+@pytest.mark.parametrize("model", ["plain", "inpainting"])
+def test_inpainting(models, picture, mask, model):
+    sd, folder = models[0][model], models[1] / model
+    ours = last(sd.denoise("a fox", picture, mask, latents=noise()))
+    settings = {"image": picture, "mask_image": mask, "height": SIDE, "width": SIDE}
+    assert_close(ours, theirs("StableDiffusionInpaintPipeline", folder, strength=1.0, latents=noise(), **settings))
+    # the mask matters
+    other = last(sd.denoise("a fox", picture, Image.new("L", mask.size, 255), latents=noise()))
+    assert float((other - ours).abs().max()) > 0.05
+
+
+def test_inpainting_at_part_of_the_strength(models, picture, mask):
+    sd, folder = models[0]["plain"], models[1] / "plain"
+    ours = last(sd.denoise("a fox", picture, mask, strength=0.7, latents=noise(2)))
+    settings = {"image": picture, "mask_image": mask, "height": SIDE, "width": SIDE, "strength": 0.7}
+    generator = torch.Generator().manual_seed(3)
+    assert_close(ours, theirs("StableDiffusionInpaintPipeline", folder, generator=generator, **settings))
+
+
+def test_guidance_rescale(models):
+    sd, folder = models[0]["plain"], models[1] / "plain"
+    settings = {"latents": noise(), "height": SIDE, "width": SIDE}
+    ours = last(sd.denoise("a fox", guidance_rescale=0.7, **settings))
+    assert_close(ours, theirs("StableDiffusionPipeline", folder, guidance_rescale=0.7, **settings))
+    assert float((last(sd.denoise("a fox", **settings)) - ours).abs().max()) > 1e-2
