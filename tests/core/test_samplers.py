@@ -249,7 +249,7 @@ def test_order_on_the_models_own_timesteps(name, order):
     ],
 )
 def test_bad_samplers(options):
-    with pytest.raises(ValueError, match="choose one of|expected|takes no"):
+    with pytest.raises(ValueError, match="choose one of|expected|must be between|does not support"):
         Sampler(**options)
 
 
@@ -266,18 +266,18 @@ def test_bad_samplers(options):
     ],
 )
 def test_bad_plans(sampler, steps, start):
-    with pytest.raises(ValueError, match="expected|choose|past the schedule"):
+    with pytest.raises(ValueError, match="must be|supports 1 to 50|past the last|dpmpp_2m does not support 1000 steps"):
         sampler.plan(Schedule(), steps, start)
 
 
 def test_misuse_of_a_plan():
     plan = Sampler("euler_a").plan(Schedule(), 2)
     state = plan.start(gaussian(0))
-    with pytest.raises(ValueError, match="fresh noise"):
+    with pytest.raises(ValueError, match="`noise` is required"):
         plan.step(state, gaussian(1))
     state, _ = plan.step(state, gaussian(1), gaussian(2))
     state, _ = plan.step(state, gaussian(1))
-    with pytest.raises(ValueError, match="over after 2 calls"):
+    with pytest.raises(ValueError, match="complete after 2 calls"):
         plan.step(state, gaussian(1))
     with pytest.raises(ValueError, match=r"start\(noise, latents\)"):
         Sampler("ddim").plan(Schedule(), 10, start=3).start(gaussian(0))
