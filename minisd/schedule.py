@@ -61,7 +61,7 @@ class Schedule:
         return float(np.interp(t, np.arange(len(self.sigmas)), self.sigmas))
 
     def timestep_at(self, sigma: float) -> float:
-        """Return the fractional timestep at noise level σ: the inverse of `sigma_at`, interpolated in log σ, clamped."""
+        """Return the fractional timestep at noise level σ, interpolated in log σ and clamped to the table."""
         return float(np.interp(np.log(max(sigma, 1e-10)), np.log(self.sigmas), np.arange(len(self.sigmas))))
 
     def timesteps(self, n: int, spacing: str | None = None, rounded: bool = True) -> tuple[float, ...]:
@@ -93,10 +93,7 @@ class Schedule:
         else:
             raise ValueError(f"unknown spacing {spacing!r}; expected 'leading', 'trailing' or 'linspace'")
         if chosen[0] > total - 1:
-            raise ValueError(
-                f"{n} timesteps with {spacing} spacing start at {chosen[0]:g}, past the last training timestep, "
-                f"{total - 1}; use fewer steps or trailing spacing"
-            )
+            raise ValueError(f"{spacing} spacing of {n} timesteps exceeds timestep {total - 1}; use fewer or trailing spacing")
         return tuple(float(t) for t in chosen)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -113,13 +110,14 @@ class Schedule:
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the training target of the UNet: the noise, v or the clean latents, depending on `prediction_type`."""
-        if self.config.prediction_type == "epsilon":
+        kind = self.config.prediction_type
+        if kind == "epsilon":
             return noise
-        if self.config.prediction_type == "v_prediction":
+        if kind == "v_prediction":
             return self.to_v(latents, noise, timesteps)
-        if self.config.prediction_type == "sample":
+        if kind == "sample":
             return latents
-        raise self._unknown_prediction_type()
+        raise ValueError(f"unknown prediction_type {kind!r}; expected 'epsilon', 'v_prediction' or 'sample'")
 
     def to_x0(self, prediction: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
         """Convert a prediction for noisy latents (n, …) at timesteps (n,) to clean latents x0."""
@@ -140,17 +138,14 @@ class Schedule:
         self, prediction: Tensor, x: Tensor, signal: Tensor | float, std: Tensor | float
     ) -> tuple[Tensor, Tensor]:
         # solve x = √ᾱ x₀ + √(1−ᾱ) ε for x₀ and ε, given ε, v = √ᾱ ε − √(1−ᾱ) x₀ or x₀
-        if self.config.prediction_type == "epsilon":
+        kind = self.config.prediction_type
+        if kind == "epsilon":
             return (x - std * prediction) / signal, prediction
-        if self.config.prediction_type == "v_prediction":
+        if kind == "v_prediction":
             return signal * x - std * prediction, signal * prediction + std * x
-        if self.config.prediction_type == "sample":
+        if kind == "sample":
             return prediction, (x - signal * prediction) / std
-        raise self._unknown_prediction_type()
-
-    def _unknown_prediction_type(self) -> ValueError:
-        name = self.config.prediction_type
-        return ValueError(f"unknown prediction_type {name!r}; expected 'epsilon', 'v_prediction' or 'sample'")
+        raise ValueError(f"unknown prediction_type {kind!r}; expected 'epsilon', 'v_prediction' or 'sample'")
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """Return the signal-to-noise ratio ᾱ/(1−ᾱ) = 1/σ² at timesteps of any shape, float32, on the same device."""

@@ -266,8 +266,17 @@ def test_bad_samplers(options):
     ],
 )
 def test_bad_plans(sampler, steps, start):
-    with pytest.raises(ValueError, match="must be|supports 1 to 50|past the last|dpmpp_2m does not support 1000 steps"):
+    with pytest.raises(ValueError, match="must be|supports 1 to 50|exceeds timestep 999|dpmpp_2m does not support 1000 steps"):
         sampler.plan(Schedule(), steps, start)
+
+
+def test_plan_errors_name_the_requested_steps():
+    with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
+        Sampler("dpmpp_2m").plan(Schedule(), 0)
+    for spacing, most in (("leading", 998), ("linspace", 999), ("trailing", 1000)):
+        assert Sampler("dpmpp_2m", spacing).plan(Schedule(), most).num_calls == most
+        with pytest.raises(ValueError, match=f"does not support {most + 1} steps with {spacing} spacing"):
+            Sampler("dpmpp_2m", spacing).plan(Schedule(), most + 1)
 
 
 def test_misuse_of_a_plan():
