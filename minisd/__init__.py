@@ -1,4 +1,10 @@
-"""Stable Diffusion from scratch: every part written to be read, and a tiny trained model inside."""
+"""Stable Diffusion from scratch, written to be read, with a tiny trained model included.
+
+prompt → tokenizer → text_encoder → unet, called repeatedly by a sampler → latents → autoencoder → image
+
+Reading order: config, tokenizer, attention, text_encoder, blocks, autoencoder, unet, schedule, samplers, guidance,
+generate (the complete pipeline); then editing, lora, images and preview.
+"""
 
 from importlib import import_module
 from types import MappingProxyType
@@ -49,7 +55,7 @@ _MODULES = MappingProxyType(
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that `import minisd` does not wait for torch."""
+    """Import public names on first access, so that `import minisd` does not import torch."""
     if name not in _MODULES:
         raise AttributeError(f"module 'minisd' has no attribute {name!r}")
     return getattr(import_module(f"minisd.{_MODULES[name]}"), name)

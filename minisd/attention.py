@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Multi-head scaled dot-product attention: softmax(q kᵀ / √d) v, in each head.
+    """Compute multi-head scaled dot-product attention, softmax(q kᵀ / √d) v per head.
 
     q (n, queries, heads·d), k and v (n, keys, heads·d) -> (n, queries, heads·d).
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.
@@ -20,10 +20,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
 
 
 class Attention(nn.Module):
-    """Self-attention, or cross-attention when a context is given. Parameters are named as in diffusers.
+    """Self-attention, or cross-attention if a context is given. Parameter names follow diffusers.
 
     x (n, queries, query_dim), context (n, keys, context_dim) -> (n, queries, query_dim).
-    `upcast` computes half-precision scores in float32, which Stable Diffusion 2.1 needs.
+    With `upcast`, half-precision inputs are attended to in float32: scores overflow float16 in Stable Diffusion 2.1.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(query_dim, query_dim, bias=bias)
         self.to_k = nn.Linear(context_dim or query_dim, query_dim, bias=bias)
         self.to_v = nn.Linear(context_dim or query_dim, query_dim, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])
+        self.to_out = nn.ModuleList([nn.Linear(query_dim, query_dim)])  # a list to match checkpoint keys (to_out.0)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -45,7 +45,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A gated linear layer: a · gelu(gate), where a and gate are the halves of one projection.
+    """Gated linear unit with GELU: a · gelu(gate), where a and gate are the two halves of a linear projection.
 
     x (n, tokens, dim) -> (n, tokens, hidden). Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
@@ -60,10 +60,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width and back. x (n, tokens, dim) -> (n, tokens, dim)."""
+    """Position-wise MLP with a 4× wider GEGLU hidden layer. x (n, tokens, dim) -> (n, tokens, dim)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        # nn.Identity stands in for diffusers' dropout, to match checkpoint keys (net.2)
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,9 +72,9 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention over pixels, cross-attention to the words, feed-forward; each pre-normed, with a residual.
+    """Self-attention, cross-attention to the text embeddings and MLP, each pre-norm with a residual connection.
 
-    x (n, pixels, dim), context (n, words, context_dim) -> (n, pixels, dim).
+    x (n, pixels, dim), context (n, tokens, context_dim) -> (n, pixels, dim).
     """
 
     def __init__(self, dim: int, heads: int, context_dim: int, upcast: bool = False) -> None:
@@ -92,10 +93,10 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the pixels of a feature map, between two projections, with a residual around it.
+    """Transformer block over the pixels of a feature map, with input and output projections and a residual connection.
 
-    x (n, channels, h, w), context (n, words, context_dim) -> (n, channels, h, w). `linear` projects tokens with
-    linear layers (Stable Diffusion 2) instead of the map with 1×1 convolutions (Stable Diffusion 1).
+    x (n, channels, h, w), context (n, tokens, context_dim) -> (n, channels, h, w). The projections are linear layers
+    if `linear` (Stable Diffusion 2), and the equivalent 1×1 convolutions otherwise (Stable Diffusion 1).
     Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", appendix E.2.1.
     """
 
@@ -104,7 +105,7 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = linear
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # as in the original code; ResBlocks use norm_eps, 1e-5
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context_dim, upcast)])
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)

@@ -1,4 +1,4 @@
-"""The autoencoder: pictures to latents, 48 times fewer numbers, and back."""
+"""The autoencoder: encodes images into latents with 48× fewer values, and decodes them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from minisd.attention import Attention
 from minisd.blocks import Downsample, ResBlock, Upsample
 from minisd.config import AutoencoderConfig
 
-EPS = 1e-6  # of every norm in the autoencoder; the UNet's residual blocks have 1e-5
+EPS = 1e-6  # GroupNorm epsilon of the autoencoder; the UNet's residual blocks use 1e-5
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """What the encoder says of a picture: for each latent a mean and a log-variance, both (n, 4, h/8, w/8).
+    """Diagonal Gaussian over latents, the encoder's posterior: mean and log-variance, both (n, 4, h/8, w/8).
 
     Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", section 3 and appendix B.
     """
@@ -27,17 +27,17 @@ class Gaussian:
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Return mean + std · noise, for unit Gaussian noise of the same shape."""
+        """Return a sample, mean + std · noise, given unit Gaussian noise of the same shape."""
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
-        """Return the divergence from the unit Gaussian, in nats, summed over each picture's latents: (n,)."""
+        """Return the KL divergence from the unit Gaussian in nats, summed over the latents of each image, (n,)."""
         # KL = ½ Σ (μ² + σ² − 1 − log σ²)
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
 class PixelAttention(Attention):
-    """Single-head self-attention over all pixels of a feature map, added to its input. (n, c, h, w) -> (n, c, h, w)."""
+    """Single-head self-attention over pixels, with a residual connection. (n, c, h, w) -> (n, c, h, w)."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(channels, heads=1, bias=True)
@@ -53,6 +53,7 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
+        # ModuleLists, even of one element, match checkpoint keys (attentions.0)
         self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
         self.resnets = nn.ModuleList([ResBlock(channels, channels, groups, EPS) for _ in range(2)])
 
@@ -61,7 +62,7 @@ class MidBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, then half the size, twice the size, or (at the last level) neither."""
+    """Residual blocks, followed by 2× downsampling, 2× upsampling or (at the last level) no resampling."""
 
     def __init__(
         self, in_channels: int, out_channels: int, layers: int, groups: int, down: bool = False, up: bool = False
@@ -79,7 +80,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures (n, 3, h, w) to the mean and log-variance of their latents, stacked: (n, 8, h/8, w/8)."""
+    """Encoder from images (n, 3, h, w) to the concatenated mean and log-variance of latents, (n, 8, h/8, w/8)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (n, 4, h/8, w/8) to pictures (n, 3, h, w)."""
+    """Decoder from latents (n, 4, h/8, w/8) to images (n, 3, h, w)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """The KL autoencoder of Stable Diffusion, with the parameter names of diffusers' `AutoencoderKL`.
+    """KL-regularized autoencoder of Stable Diffusion. Parameter names follow diffusers' `AutoencoderKL`.
 
     Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.1.
     """
@@ -139,15 +140,15 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, images: Tensor) -> Gaussian:
-        """Images (n, 3, h, w) in [-1, 1] to a Gaussian over unscaled latents (n, 4, h/8, w/8)."""
+        """Encode images (n, 3, h, w) in [-1, 1] to a Gaussian over unscaled latents (n, 4, h/8, w/8)."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return Gaussian(mean, logvar.clamp(-30, 20))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (n, 4, h/8, w/8), not scaled, to images (n, 3, h, w), about [-1, 1] and not clipped."""
+        """Decode unscaled latents (n, 4, h/8, w/8) to images (n, 3, h, w), approximately in [-1, 1], not clipped."""
         return self.decoder(self.post_quant_conv(latents))
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Gaussian]:
-        """Encode, take the mean (or a sample, given unit Gaussian noise), decode: (reconstruction, posterior)."""
+        """Return (reconstruction, posterior), decoding the mean, or a sample if unit Gaussian noise is given."""
         posterior = self.encode(images)
         return self.decode(posterior.mean if noise is None else posterior.sample(noise)), posterior

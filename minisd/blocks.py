@@ -1,4 +1,4 @@
-"""The convolutional blocks that the autoencoder and the UNet share."""
+"""Convolutional blocks shared by the autoencoder and the UNet."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, 3×3 convolution, twice, plus the input; the UNet adds the time embedding in between.
+    """Residual block: GroupNorm, SiLU and 3×3 convolution, twice; the UNet adds the time embedding in between.
 
     x (n, in_channels, h, w), time (n, time_dim) or None -> (n, out_channels, h, w).
     Source: He et al. 2016, "Identity Mappings in Deep Residual Networks"; Ho et al. 2020, appendix B.
@@ -36,9 +36,9 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width with a stride-2 convolution. (n, c, h, w) -> (n, c, h/2, w/2).
+    """2× downsampling by a convolution of stride 2. (n, c, h, w) -> (n, c, h/2, w/2).
 
-    The UNet pads every side by one pixel; the autoencoder's encoder pads only right and bottom (`padding=0`).
+    The UNet pads all sides by one pixel (`padding=1`), the autoencoder only right and bottom (`padding=0`).
     """
 
     def __init__(self, channels: int, padding: int) -> None:
@@ -50,10 +50,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling to `size` (by default twice the input), then a convolution.
-
-    (n, c, h, w) -> (n, c, *size).
-    """
+    """Nearest-neighbor upsampling, 2× or to `size`, and a convolution. (n, c, h, w) -> (n, c, *size)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The sizes of a model, under the keys of published `config.json` files; `minisd.io.configs` reads and checks those."""
+"""Model configurations, with the keys of published `config.json` files, which `minisd.io.configs` reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """CLIP's text transformer. The defaults are ViT-L/14, the text encoder of Stable Diffusion 1."""
+    """CLIP text encoder. Defaults: ViT-L/14, used by Stable Diffusion 1."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -21,7 +21,7 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The KL autoencoder. The defaults map 512×512×3 pixels to 64×64×4 latents."""
+    """KL autoencoder. Defaults: Stable Diffusion, which maps 3×512×512 images to 4×64×64 latents."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -30,20 +30,17 @@ class AutoencoderConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     sample_size: int = 512
-    scaling_factor: float = 0.18215
+    scaling_factor: float = 0.18215  # latents are multiplied by this so that they have about unit variance
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent along each side: 8 for Stable Diffusion."""
+        """Downsampling factor from images to latents: 8 for Stable Diffusion."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The denoiser. The defaults are the 860 M parameters of Stable Diffusion 1.
-
-    Despite its name, `attention_head_dim` is the number of heads: one for all levels, or one per level.
-    """
+    """UNet. Defaults: Stable Diffusion 1, with 860 M parameters."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -53,7 +50,7 @@ class UNetConfig:
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     cross_attention_dim: int = 768
-    attention_head_dim: int | tuple[int, ...] = 8
+    attention_head_dim: int | tuple[int, ...] = 8  # despite its name, the number of heads, overall or per level
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     use_linear_projection: bool = False
@@ -61,14 +58,14 @@ class UNetConfig:
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """The number of attention heads at each level."""
+        """Number of attention heads at each level."""
         heads = self.attention_head_dim
         return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise schedule, and what the denoiser predicts: "epsilon", "v_prediction" or "sample"."""
+    """Noise schedule and prediction type of the UNet: "epsilon", "v_prediction" or "sample" (clean latents)."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -76,13 +73,13 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
-    steps_offset: int = 1
-    set_alpha_to_one: bool = False
+    steps_offset: int = 1  # added to timesteps with "leading" spacing
+    set_alpha_to_one: bool = False  # sampler convention: DDIM and PNDM end at σ = 0 if True, else at σ of timestep 0
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A complete Stable Diffusion: the configurations of its parts."""
+    """Configuration of a complete Stable Diffusion model."""
 
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
@@ -93,6 +90,7 @@ class ModelConfig:
 SD15 = ModelConfig()
 SD15_INPAINT = ModelConfig(unet=UNetConfig(in_channels=9))
 
+# Stable Diffusion 2 uses the penultimate layer of OpenCLIP ViT-H/14, so the last of its 24 layers is left out.
 _OPENCLIP = TextEncoderConfig(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
 )
@@ -105,8 +103,8 @@ SD21 = ModelConfig(
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
 
-# As in Stable Diffusion, a group of a norm has 4 channels or more: a norm over single channels would remove each
-# channel's mean, and with it the colour of a plain background.
+# Normalization groups have at least 4 channels, as in Stable Diffusion: instance normalization (one channel per group)
+# would remove the mean of each channel, and with it the color of a plain background.
 TINY = ModelConfig(
     TextEncoderConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4),
     AutoencoderConfig(block_out_channels=(16, 32, 64, 128), layers_per_block=1, norm_num_groups=4, sample_size=128),

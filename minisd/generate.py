@@ -1,4 +1,4 @@
-"""From a prompt to a picture: the parts of a model, the denoising loop, and `generate`, which joins them."""
+"""Text-to-image generation: the model, the denoising loop, and `generate`, the complete pipeline."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 
-Denoiser = Callable[[Tensor, Tensor, float], Tensor]  # (latents, timestep, progress from 0 to 1) -> prediction
-NoiseSource = Callable[[], Tensor]  # the next unit Gaussian noise, (n, 4, h/8, w/8)
+Denoiser = Callable[[Tensor, Tensor, float], Tensor]  # (latents, timestep, progress in [0, 1)) -> prediction
+NoiseSource = Callable[[], Tensor]  # () -> unit Gaussian noise, (n, 4, h/8, w/8)
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """The parts of a Stable Diffusion."""
+    """Components of a Stable Diffusion model."""
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -35,21 +35,21 @@ class Model:
 
     @property
     def schedule(self) -> Schedule:
-        """The noise schedule that the UNet was trained with."""
+        """Noise schedule the UNet was trained with."""
         return Schedule(self.config.schedule)
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One call of the UNet.
+    """Result of one UNet call and the sampler step that follows it.
 
     Attributes:
-        index: of the call, from 0.
-        num_calls: how many there will be (PNDM and Heun make more calls than steps).
-        t: the timestep the UNet was given.
-        latents: after the step, (n, 4, h/8, w/8), at the scale the UNet sees, whatever the sampler.
-        x0: the clean latents predicted at this call.
-        noise: the noise predicted at this call, after guidance.
+        index: Zero-based index of the UNet call.
+        num_calls: Total number of UNet calls (greater than the number of steps for PNDM and Heun).
+        t: Timestep passed to the UNet.
+        latents: Latents after the step, (n, 4, h/8, w/8), at the variance-preserving scale.
+        x0: Predicted clean latents, after guidance.
+        noise: Predicted noise, after guidance.
     """
 
     index: int
@@ -64,10 +64,10 @@ def guided(unet: Callable[..., Tensor], cond: Tensor, uncond: Tensor | None, gui
     """Wrap a UNet in classifier-free guidance.
 
     Args:
-        unet: the UNet, or what is called like it.
-        cond: the context of the prompts, (n, tokens, d).
-        uncond: the context of the negative prompts, or None for no guidance.
-        guidance: how both predictions are combined, and when.
+        unet: UNet, or a callable with the same signature.
+        cond: Text embeddings of the prompts, (n, tokens, d).
+        uncond: Text embeddings of the negative prompts, (n, tokens, d), or None to disable guidance.
+        guidance: Guidance scale, rescaling and interval.
     """
     both = None if uncond is None else torch.cat([uncond, cond])
 
@@ -87,14 +87,14 @@ def sample(
     latents: Tensor | None = None,
     after_step: Callable[[Plan, State], State] | None = None,
 ) -> Iterator[Step]:
-    """Run a sampler and yield every step; the last one's latents are the result.
+    """Run the denoising loop and yield every step; the result is the latents of the last step.
 
     Args:
-        denoise: predicts epsilon or v; wrap it to change what the UNet sees or does, as `guided` does.
-        plan: the run, planned by a sampler.
-        noise: the source of the first noise, and of the fresh noise of samplers that add some.
-        latents: start from these, noised to the plan's first level (image-to-image), not from noise alone.
-        after_step: changes the state after each step, as inpainting does.
+        denoise: Function that returns the (guided) prediction of the UNet.
+        plan: Plan of the run, created by a sampler.
+        noise: Source of the initial noise, and of the noise added by stochastic samplers.
+        latents: Clean latents to start from (image-to-image), noised to the first noise level of the plan.
+        after_step: Callback that returns a modified state after each step, for example for inpainting.
     """
     state = plan.start(noise(), latents)
     timesteps = torch.tensor(plan.timesteps, device=state.sample.device, dtype=torch.float32)
@@ -108,7 +108,7 @@ def sample(
 
 
 def gaussian_noise(seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device | str) -> NoiseSource:
-    """Return a stream of noise with one CPU generator per image, so that neither batch nor device changes a picture."""
+    """Return a noise source with one CPU generator per image: the noise does not depend on batch size or device."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
@@ -121,20 +121,26 @@ def generate(
     sampler: Sampler | None = None,
     num_inference_steps: int = 20,
     guidance_scale: float = 7.5,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
 ) -> list[Image.Image]:
-    """Draw one picture for each prompt: the whole of text to image.
+    """Generate one image per prompt.
 
     Args:
-        model: the parts; those of a loaded `StableDiffusion` are `sd.model`.
-        prompts: what to draw.
-        negative_prompt: what to keep away from.
-        sampler: how to walk from noise to a picture; by default DPM++ 2M.
-        num_inference_steps: the steps of the sampler.
-        guidance_scale: how strongly to follow the prompt; 1 is without guidance.
-        seeds: one for each prompt.
+        model: Model components, such as `sd.model` of a loaded `StableDiffusion`.
+        prompts: Text prompts.
+        negative_prompt: Text describing what to avoid, shared by all images.
+        sampler: Sampler; DPM-Solver++ (2M) by default.
+        num_inference_steps: Number of denoising steps.
+        guidance_scale: Strength of classifier-free guidance; 1 disables it.
+        seeds: One random seed per prompt; 0, 1, 2, … by default.
+
+    Raises:
+        ValueError: If the number of seeds differs from the number of prompts.
     """
-    # 1. words to context: (n, 77, d)
+    seeds = range(len(prompts)) if seeds is None else seeds
+    if len(seeds) != len(prompts):
+        raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts")
+    # 1. prompts to text embeddings: (n, 77, d)
     weight = model.unet.conv_in.weight
     cond, uncond = (
         model.text_encoder(model.tokenizer(texts).to(weight.device))
@@ -143,9 +149,10 @@ def generate(
     # 2. noise to latents: (n, 4, h/8, w/8)
     size = model.config.unet.sample_size
     noise = gaussian_noise(seeds, (model.config.autoencoder.latent_channels, size, size), weight.device)
-    denoise = guided(model.unet, cond, uncond, Guidance(guidance_scale))
+    denoise = guided(model.unet, cond, uncond if guidance_scale != 1 else None, Guidance(guidance_scale))
     plan = (sampler or Sampler("dpmpp_2m")).plan(model.schedule, num_inference_steps)
-    *_, last = sample(denoise, plan, noise)
-    # 3. latents to pixels: (n, 3, h, w)
-    latents = last.latents.to(weight.dtype) / model.config.autoencoder.scaling_factor
+    for step in sample(denoise, plan, noise):
+        latents = step.latents
+    # 3. latents to images: (n, 3, h, w)
+    latents = latents.to(weight.dtype) / model.config.autoencoder.scaling_factor
     return to_pil(model.autoencoder.decode(latents))

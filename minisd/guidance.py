@@ -1,4 +1,4 @@
-"""Classifier-free guidance: exaggerate the difference that the prompt makes."""
+"""Classifier-free guidance: extrapolate from the unconditional to the conditional prediction."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Guidance:
-    """How conditional and unconditional predictions are combined, and when.
+    """Parameters of classifier-free guidance.
 
     Args:
-        scale: 1 follows the prompt alone, 0 the negative prompt alone, more exaggerates the difference. A tuple gives
-            every image its own.
-        rescale: how far the result is scaled back to the spread of the conditional prediction, 0 (off) to 1.
-        interval: the part of the run, from 0 (noise) to 1 (picture), in which guidance is applied; outside, the
-            conditional prediction is used alone.
+        scale: Guidance scale, or one per image: 1 is the conditional prediction, 0 the unconditional one, and values
+            above 1 extrapolate.
+        rescale: Strength of guidance rescaling, which matches the standard deviation of the guided prediction to that
+            of the conditional one, from 0 (off) to 1.
+        interval: Part of the run in which guidance is applied, from 0 (noise) to 1 (image); outside of it, only the
+            conditional prediction is used.
 
     Sources: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", equation 6; Lin et al. 2023, "Common Diffusion
     Noise Schedules and Sample Steps are Flawed", equations 14 to 16; Kynkäänniemi et al. 2024, "Applying Guidance in a
@@ -28,16 +29,16 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def is_active(self, progress: float) -> bool:
-        """Whether guidance is applied at a call that begins at this part of the run."""
+        """Return whether guidance is applied at this progress of the run, from 0 to 1."""
         return self.interval[0] <= progress < self.interval[1]
 
     def combine(self, uncond: Tensor, cond: Tensor) -> Tensor:
-        """Return the guided prediction, from predictions (n, 4, h/8, w/8) without and with the prompt."""
+        """Return the guided prediction, given predictions of any type (epsilon, v or x0), (n, 4, h/8, w/8)."""
         scale = cond.new_tensor(self.scale).view(-1, 1, 1, 1) if isinstance(self.scale, tuple) else self.scale
-        # ε = ε_uncond + s (ε_cond − ε_uncond)
+        # p = p_uncond + s (p_cond − p_uncond)
         guided = uncond + scale * (cond - uncond)
         if self.rescale == 0:
             return guided
-        # ε' = φ ε · std(ε_cond) / std(ε) + (1 − φ) ε
+        # p' = φ p · std(p_cond) / std(p) + (1 − φ) p
         ratio = cond.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
         return (self.rescale * ratio + 1 - self.rescale) * guided

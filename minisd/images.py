@@ -1,4 +1,4 @@
-"""Pictures in and out: PIL images, pixels, and the tensors the networks see."""
+"""Image conversions between PIL images, uint8 pixels and tensors in [-1, 1], and image grids."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from torch import Tensor
 
 
 def to_images(pixels: np.ndarray) -> Tensor:
-    """Pixels (n, h, w, 3) uint8 to images (n, 3, h, w) float32 in [-1, 1]."""
+    """Convert pixels (n, h, w, 3) uint8 to images (n, 3, h, w) float32 in [-1, 1]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """Images (n, 3, h, w) in [-1, 1], clipped to that range, to pixels (n, h, w, 3) uint8."""
+    """Clip images (n, 3, h, w) to [-1, 1] and convert them to pixels (n, h, w, 3) uint8."""
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images (n, 3, h, w) in [-1, 1] to n PIL pictures."""
+    """Convert images (n, 3, h, w) in [-1, 1] to n PIL images."""
     return [Image.fromarray(pixels) for pixels in to_pixels(images)]
 
 
 def from_pil(picture: Image.Image) -> Tensor:
-    """An RGB picture to an image (1, 3, h, w) in [-1, 1]; other modes are converted as Pillow does."""
+    """Convert a PIL image to an image (1, 3, h, w) in [-1, 1]; modes other than RGB are converted by Pillow."""
     return to_images(np.array(picture.convert("RGB"))[None])
 
 
 def grid(
     pictures: Sequence[Image.Image], columns: int | None = None, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """Lay pictures of one size side by side, by default in a shape that is as square as it gets.
+    """Arrange PIL images of equal size in a grid, as square as possible by default.
 
-    captions: a text under each picture, broken into lines that fit its width. Raises ValueError when there is no
-    picture, the sizes differ, or there is not one caption for each.
+    Captions are wrapped to the image width and placed below the images. Raises ValueError if there are no images, if
+    their sizes differ, or if the number of captions differs from the number of images.
     """
     if not pictures:
-        raise ValueError("a grid needs at least one picture")
+        raise ValueError("a grid requires at least one image")
     sizes = {picture.size for picture in pictures}
     if len(sizes) > 1:
-        raise ValueError(f"pictures of one size make a grid; these have {sorted(sizes)}")
+        raise ValueError(f"all images in a grid must have the same size, got {sorted(sizes)}")
     if captions is not None and len(captions) != len(pictures):
-        raise ValueError(f"{len(captions)} captions for {len(pictures)} pictures; give one for each")
+        raise ValueError(f"expected one caption per image, got {len(captions)} captions for {len(pictures)} images")
     columns = columns or int(np.ceil(np.sqrt(len(pictures))))
     width, height = pictures[0].size
     texts = [textwrap.fill(caption, max(width // 6, 8)) for caption in captions or ()]

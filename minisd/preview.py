@@ -1,4 +1,4 @@
-"""Previews: what latents look like, at almost no cost, by one linear map from their 4 channels to red, green, blue."""
+"""Cheap previews of latents: a linear projection of the 4 latent channels to RGB."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 Factors = tuple[tuple[float, float, float], ...]
 
-# For Stable Diffusion 1's latents: a row for each channel, and one that is added. Source: the fit that "keturn"
-# published on discuss.huggingface.co in 2022 (thread 23204), which other programs use too.
+# Factors for Stable Diffusion 1: one row per latent channel, followed by a bias. Source: published by "keturn" on
+# discuss.huggingface.co in 2022 (thread 23204), and widely used.
 SD1: Factors = (
     (0.298, 0.207, 0.208),
     (0.187, 0.286, 0.173),
@@ -20,14 +20,14 @@ SD1: Factors = (
 
 
 def linear_preview(latents: Tensor, factors: Factors = SD1) -> Tensor:
-    """Scaled latents (n, 4, h/8, w/8) to small images (n, 3, h/8, w/8), about [-1, 1]: rgb = z W + b."""
+    """Project scaled latents (n, 4, h/8, w/8) to images (n, 3, h/8, w/8), approximately in [-1, 1]: rgb = z W + b."""
     *rows, bias = torch.tensor(factors, dtype=torch.float32, device=latents.device)
     colors = torch.einsum("n c h w, c r -> n r h w", latents.float(), torch.stack(rows))
     return colors + bias[:, None, None]
 
 
 def fit_preview(latents: Tensor, images: Tensor) -> Factors:
-    """The factors that come nearest, in the mean square, to the images that the latents stand for.
+    """Return the least-squares fit of the factors to pairs of latents and images.
 
     latents (n, 4, h/8, w/8), scaled; images (n, 3, h, w) in [-1, 1].
     """

@@ -1,13 +1,13 @@
-"""Samplers: the rules that walk from pure noise to clean latents, one call of the UNet at a time.
+"""Samplers: turn pure noise into clean latents, one UNet call at a time.
 
-All of them follow the same differential equation, written in σ-space, x̄ = x₀ + σ ε (see `schedule.py`):
+All samplers solve the probability-flow ODE, here in σ-space, where x̄ = x₀ + σ ε (see `schedule.py`),
 
     dx̄/dσ = ε(x̄, σ)          (Song et al. 2021, "DDIM", equation 14; Karras et al. 2022, equation 1)
 
-from the largest σ down to 0. They differ in how they step along it, and in the fresh noise they add.
+from the largest σ down to 0; ancestral samplers solve the matching SDE, and LCM jumps straight to a solution. They
+differ in the discretization, the order of the solver and the amount of noise injected at each step.
 
-Each sampler is one function that plans a run: it decides the timesteps, the noise levels and the step function. The
-plan is pure: its methods go from one state to a new one and change nothing in place, so runs can share it.
+Each sampler is a function that returns an immutable, reusable `Plan`: timesteps, noise levels and step function.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Floats = tuple[float, ...]
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands.
+    """State of a sampling run between two UNet calls.
 
     Attributes:
-        index: the next call, from 0.
-        sample: the latents x̄ in σ-space, (n, 4, h, w), float32 (float64 if the noise was).
-        history: what a multi-step method remembers of earlier calls.
+        index: Zero-based index of the next UNet call.
+        sample: Latents x̄ in σ-space, (n, 4, h, w), float32 (float64 if the noise is float64).
+        history: Tensors that a multi-step method keeps from previous calls.
     """
 
     index: int
@@ -43,22 +43,22 @@ class State:
     history: tuple[Tensor, ...] = ()
 
 
-Advanced = tuple[Tensor, tuple[Tensor, ...]]  # the next sample, and the history to remember
+Advanced = tuple[Tensor, tuple[Tensor, ...]]  # next sample, history
 Advance = Callable[["Plan", State, Tensor, Tensor, Tensor | None], Advanced]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned run. It holds no latents, so any number of pictures can share it.
+    """Timesteps, noise levels and step function of a sampling run. A plan holds no latents and can be reused.
 
     Attributes:
-        schedule: the model's noise schedule.
-        advance: the step function: (plan, state, x0, epsilon, unit noise) -> the next sample and history.
-        timesteps: what the UNet is given, one for each call.
-        sigmas: the noise level of each call, and the final one.
-        sigma_up: how much fresh noise each call adds, in σ-space.
-        init_noise_sigma: the factor from unit noise to the first sample.
-        skips: whether steps were skipped at the noisy end, so that noise alone is no start.
+        schedule: Noise schedule of the model.
+        advance: Step function, (plan, state, x0, epsilon, unit noise) -> (next sample, history).
+        timesteps: Timestep passed to the UNet at each call.
+        sigmas: Noise level σ at each call, followed by the final noise level.
+        sigma_up: Standard deviation of the noise added after each call, in σ-space.
+        init_noise_sigma: Standard deviation of the initial sample, in σ-space.
+        skips: Whether the noisiest steps are skipped, in which case the run has to start from latents.
     """
 
     schedule: Schedule
@@ -71,73 +71,74 @@ class Plan:
 
     @property
     def num_calls(self) -> int:
-        """How often the UNet is called: once a step, but n + 1 times for PNDM and 2n − 1 times for Heun."""
+        """Number of UNet calls: n for n steps, except n + 1 for PNDM and 2n − 1 for Heun."""
         return len(self.timesteps)
 
     def start(self, noise: Tensor, latents: Tensor | None = None) -> State:
         """Return the state before the first call.
 
         Args:
-            noise: unit Gaussian, (n, 4, h, w).
-            latents: clean ones, (n or 1, 4, h, w), for image-to-image; they are noised to the run's first level.
+            noise: Unit Gaussian noise, (n, 4, h, w).
+            latents: Clean latents for image-to-image, (n or 1, 4, h, w), noised to the first noise level of the plan.
 
         Raises:
-            ValueError: the plan skips steps and there are no latents.
+            ValueError: If the plan skips steps and `latents` is None.
         """
         noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
         if latents is not None:
             return State(0, latents.to(noise) + self.sigmas[0] * noise)
         if self.skips:
-            raise ValueError("this plan skips steps, so noise alone is no start for it; pass start(noise, latents)")
+            raise ValueError("this plan skips steps and cannot start from pure noise; call start(noise, latents)")
         return State(0, self.init_noise_sigma * noise)
 
     def latents(self, state: State) -> Tensor:
-        """Return a state's latents at the scale the UNet sees (variance-preserving), whatever the sampler."""
+        """Return the latents of a state at the variance-preserving scale of the UNet's input."""
         # x = √ᾱ x̄ = x̄ / √(σ²+1)
         return state.sample / math.sqrt(self.sigmas[state.index] ** 2 + 1)
 
     def needs_noise(self, index: int) -> bool:
-        """Tell whether the call of this index adds fresh noise."""
+        """Return whether the step after call `index` adds noise."""
         return self.sigma_up[index] > 0
 
     def step(self, state: State, prediction: Tensor, noise: Tensor | None = None) -> tuple[State, Tensor]:
-        """Go from the UNet's prediction at a state to the next state.
+        """Advance a state by one UNet call.
 
         Args:
-            state: the UNet saw `latents(state)` at `timesteps[state.index]`.
-            prediction: epsilon, v or x0, as the model's prediction type says, (n, 4, h, w), any float dtype.
-            noise: unit Gaussian, (n, 4, h, w), where `needs_noise(state.index)`; ignored elsewhere.
+            state: Current state.
+            prediction: UNet output for `latents(state)` at `timesteps[state.index]`, (n, 4, h, w), any float dtype:
+                epsilon, v or x0, depending on the prediction type of the schedule.
+            noise: Unit Gaussian noise, (n, 4, h, w); required if `needs_noise(state.index)`, ignored otherwise.
 
         Returns:
-            The next state, and the clean latents x0 that the prediction implies.
+            The next state and the predicted clean latents x0.
 
         Raises:
-            ValueError: the run is over, or noise is needed and missing.
+            ValueError: If the run is complete, or if noise is required but not given.
         """
         if state.index >= self.num_calls:
-            raise ValueError(f"the run is over after {self.num_calls} calls; take its result from latents(state)")
+            raise ValueError(f"the run is complete after {self.num_calls} calls; get its result with latents(state)")
         if noise is None and self.needs_noise(state.index):
-            raise ValueError(f"call {state.index} adds fresh noise; pass a unit Gaussian, (n, 4, h, w)")
+            raise ValueError(f"`noise` is required at call {state.index}; pass unit Gaussian noise, (n, 4, h, w)")
         sigma, dtype = self.sigmas[state.index], state.sample.dtype
         x0, epsilon = self.schedule.convert(prediction.to(dtype), self.latents(state), sigma)
-        fresh = None if noise is None else noise.to(dtype)
-        sample, history = self.advance(self, state, x0, epsilon, fresh)
+        unit_noise = None if noise is None else noise.to(dtype)
+        sample, history = self.advance(self, state, x0, epsilon, unit_noise)
         return State(state.index + 1, sample, history), x0
 
     def noise(self, latents: Tensor, x0: Tensor, index: int) -> Tensor:
-        """Return the noise predicted by the call of this index, from what the UNet saw and the x0 of `step`."""
+        """Return the noise predicted at call `index`, given the UNet's input latents and the x0 returned by `step`."""
         # ε = (x − √ᾱ x₀) / √(1−ᾱ) = (√(σ²+1) x − x₀) / σ
         sigma = self.sigmas[index]
         return (math.sqrt(sigma**2 + 1) * latents - x0) / sigma
 
 
-# In the equations of the step functions, σ is the level of the call and σ' the next one.
+# Notation of the step functions: x̄, σ are the current sample and noise level, x̄', σ' the next ones; z is unit noise.
 
 
 def first_order(plan: Plan, state: State, x0: Tensor, epsilon: Tensor, noise: Tensor | None) -> Advanced:
-    """The step of DDPM, DDIM, Euler and Euler ancestral, with all, some or none of its noise drawn afresh.
+    """Take a first-order step, as DDPM, DDIM, Euler and Euler ancestral do; s is the standard deviation of new noise.
 
-    With s = 0 it is x̄ + (σ' − σ) ε: Euler's method on the equation above.
+    For s = 0 this is x̄' = x̄ + (σ' − σ) ε, Euler's method for the ODE above.
     Sources: Ho et al. 2020, algorithm 2; Song et al. 2021, equation 12; Karras et al. 2022, algorithm 1.
     """
     sigma_next, s = plan.sigmas[state.index + 1], plan.sigma_up[state.index]
@@ -147,7 +148,7 @@ def first_order(plan: Plan, state: State, x0: Tensor, epsilon: Tensor, noise: Te
 
 
 def ancestral(sigmas: Floats, eta: float) -> Floats:
-    """The s of `first_order` for each call: none for η = 0, that of DDPM's posterior for η = 1.
+    """Return the noise standard deviation s of each step: 0 for η = 0, that of the DDPM posterior for η = 1.
 
     Source: Song et al. 2021, equation 16.
     """
@@ -156,60 +157,63 @@ def ancestral(sigmas: Floats, eta: float) -> Floats:
 
 
 def variance_preserving(sigma: float) -> float:
-    """The factor from unit noise to a first sample whose latents have variance 1."""
+    """Return the initial standard deviation, in σ-space, for which the UNet's input has unit variance."""
     return math.sqrt(sigma**2 + 1)
 
 
 def final_sigma(schedule: Schedule) -> float:
-    """The last noise level of DDIM and PNDM: 0, or in Stable Diffusion 1 that of timestep 0, as it was trained."""
+    """Return the final noise level of DDIM and PNDM: 0 if `set_alpha_to_one`, otherwise that of timestep 0."""
     return 0.0 if schedule.config.set_alpha_to_one else float(schedule.sigmas[0])
 
 
 def ddpm(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None) -> Plan:
-    """DDPM, the original: fresh noise at every step; it needs many steps. Source: Ho et al. 2020, algorithm 2."""
+    """Plan DDPM, the original stochastic sampler, which needs many steps. Source: Ho et al. 2020, algorithm 2."""
     timesteps = schedule.timesteps(n, spacing)[start:]
     sigmas = (*map(schedule.sigma_at, timesteps), 0.0)
-    sigma_up = ancestral(sigmas, eta=1)
-    return Plan(schedule, first_order, timesteps, sigmas, sigma_up, variance_preserving(sigmas[0]), start > 0)
+    sigma_up, scale = ancestral(sigmas, eta=1), variance_preserving(sigmas[0])
+    return Plan(schedule, first_order, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
 
 
 def ddim(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, eta: float = 0.0) -> Plan:
-    """DDIM: no fresh noise at eta 0, so one noise is one picture. Source: Song et al. 2021, equation 12."""
+    """Plan DDIM, which is deterministic for eta=0. Source: Song et al. 2021, equation 12."""
     timesteps = schedule.timesteps(n, spacing)[start:]
     sigmas = (*map(schedule.sigma_at, timesteps), final_sigma(schedule))
-    sigma_up = ancestral(sigmas, eta)
-    return Plan(schedule, first_order, timesteps, sigmas, sigma_up, variance_preserving(sigmas[0]), start > 0)
+    sigma_up, scale = ancestral(sigmas, eta), variance_preserving(sigmas[0])
+    return Plan(schedule, first_order, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
 
 
 def euler_levels(schedule: Schedule, n: int, spacing: str | None, karras: bool = False) -> tuple[Floats, Floats, float]:
-    """The timesteps, noise levels and first factor of Euler's and Heun's methods, which know fractional timesteps."""
+    """Return the timesteps (which may be fractional), noise levels and initial standard deviation of Euler and Heun."""
     spacing = spacing or schedule.config.timestep_spacing
     timesteps = schedule.timesteps(n, spacing, rounded=False)
     sigmas = tuple(map(schedule.sigma_at, timesteps))
     if karras:
         sigmas = karras_sigmas(sigmas[0], sigmas[-1], n)
         timesteps = tuple(map(schedule.timestep_at, sigmas))
+    # diffusers' convention: √(σ²+1) for leading spacing, which starts at a smaller σ; σ for the others
     return timesteps, sigmas, variance_preserving(sigmas[0]) if spacing == "leading" else sigmas[0]
 
 
 def euler(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, karras: bool = False) -> Plan:
-    """Euler: the plainest step in σ. Source: Karras et al. 2022, algorithm 1 without its second half."""
-    timesteps, sigmas, factor = euler_levels(schedule, n, spacing, karras)
-    sigmas = (*sigmas[start:], 0.0)
-    return Plan(schedule, first_order, timesteps[start:], sigmas, ancestral(sigmas, eta=0), factor, start > 0)
+    """Plan Euler's method. Source: Karras et al. 2022, algorithm 1 without the second-order correction."""
+    timesteps, sigmas, scale = euler_levels(schedule, n, spacing, karras)
+    timesteps, sigmas = timesteps[start:], (*sigmas[start:], 0.0)
+    sigma_up = ancestral(sigmas, eta=0)
+    return Plan(schedule, first_order, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
 
 
 def euler_a(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None) -> Plan:
-    """Euler ancestral: Euler's step with fresh noise at every step, as much as DDPM's."""
-    timesteps, sigmas, factor = euler_levels(schedule, n, spacing)
-    sigmas = (*sigmas[start:], 0.0)
-    return Plan(schedule, first_order, timesteps[start:], sigmas, ancestral(sigmas, eta=1), factor, start > 0)
+    """Plan Euler ancestral, a stochastic Euler method that adds as much noise per step as DDPM."""
+    timesteps, sigmas, scale = euler_levels(schedule, n, spacing)
+    timesteps, sigmas = timesteps[start:], (*sigmas[start:], 0.0)
+    sigma_up = ancestral(sigmas, eta=1)
+    return Plan(schedule, first_order, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
 
 
 def heun(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, karras: bool = False) -> Plan:
-    """Heun: an Euler step, a second call at its end, and the step again with the mean of both slopes.
+    """Plan Heun's method, a second-order predictor-corrector: an Euler step, repeated with the mean of both slopes.
 
-    Calls 0, 2, 4 … predict and 1, 3, 5 … correct; the last, to σ = 0, is an Euler step alone.
+    Even-numbered calls predict and odd-numbered calls correct; the last step, to σ = 0, is a plain Euler step.
     Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 1.
     """
 
@@ -222,14 +226,14 @@ def heun(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None,
         # x̄' = x̄ + (σ' − σ) (ε + ε') / 2
         return before + (sigmas[i] - sigmas[i - 1]) * (first_epsilon + epsilon) / 2, ()
 
-    timesteps, sigmas, factor = euler_levels(schedule, n, spacing, karras)
+    timesteps, sigmas, scale = euler_levels(schedule, n, spacing, karras)
     calls = [step for step in range(start, n) for _ in range(1 if step == start else 2)]
     sigmas = (*(sigmas[step] for step in calls), 0.0)
-    timesteps = tuple(timesteps[step] for step in calls)
-    return Plan(schedule, advance, timesteps, sigmas, (0.0,) * len(calls), factor, start > 0)
+    timesteps, sigma_up = tuple(timesteps[step] for step in calls), (0.0,) * len(calls)
+    return Plan(schedule, advance, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
 
 
-# The weights of Adams and Bashforth for two, three and four slopes, the newest first.
+# Adams–Bashforth coefficients of order 2, 3 and 4, most recent slope first.
 ADAMS_BASHFORTH = (
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -238,10 +242,9 @@ ADAMS_BASHFORTH = (
 
 
 def pndm(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None) -> Plan:
-    """PNDM as Stable Diffusion uses it (PLMS): Euler steps along a slope extrapolated from the last four ε.
+    """Plan PNDM in its PLMS variant, used by Stable Diffusion: a linear multi-step method over the last four ε.
 
-    The first step has no past, so it is taken twice: once plainly, then with the mean of the slopes at both
-    ends. That is why 50 steps make 51 calls.
+    The first step has no history, so it is a Heun step, with two UNet calls: 50 steps take 51 calls.
     Source: Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds", equations 9 and 12.
     """
 
@@ -253,7 +256,7 @@ def pndm(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None)
             first_epsilon, before = state.history
             return before + (sigmas[1] - sigmas[0]) * (first_epsilon + epsilon) / 2, (first_epsilon,)
         past = (epsilon, *state.history)[:4]
-        # x̄' = x̄ + (σ' − σ) ∑ⱼ wⱼ ε₋ⱼ,   with w = (55, −59, 37, −9)/24 once four are known
+        # x̄' = x̄ + (σ' − σ) ∑ⱼ wⱼ ε₋ⱼ,   where w = (55, −59, 37, −9)/24 once four ε are available
         weights = ADAMS_BASHFORTH[len(past) - 2]
         slope = sum((w * e for w, e in zip(weights[1:], past[1:], strict=True)), weights[0] * epsilon)
         return state.sample + (sigmas[i + 1] - sigmas[i]) * slope, past
@@ -261,14 +264,14 @@ def pndm(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None)
     timesteps = schedule.timesteps(n, spacing)[start:]
     timesteps = timesteps[:2] + timesteps[1:]
     sigmas = (*map(schedule.sigma_at, timesteps), final_sigma(schedule))
-    sigma_up = (0.0,) * len(timesteps)
-    return Plan(schedule, advance, timesteps, sigmas, sigma_up, variance_preserving(sigmas[0]), start > 0)
+    sigma_up, scale = (0.0,) * len(timesteps), variance_preserving(sigmas[0])
+    return Plan(schedule, advance, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
 
 
 def dpmpp_2m(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, karras: bool = False) -> Plan:
-    """DPM-Solver++ 2M: go towards an x0 extrapolated, along λ = −log σ, from the last two.
+    """Plan DPM-Solver++ (2M), a second-order multi-step method: x0 is extrapolated in λ = −log σ from the last two.
 
-    The first step and the last, to σ = 0, use x0 alone, which is an Euler step.
+    The first step and the last one, to σ = 0, are first-order, and thus Euler steps.
     Source: Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling", algorithm 2.
     """
 
@@ -287,28 +290,32 @@ def dpmpp_2m(schedule: Schedule, n: int, start: int = 0, spacing: str | None = N
         timesteps = tuple(float(round(schedule.timestep_at(sigma))) for sigma in sigmas)
     else:
         spacing = spacing or schedule.config.timestep_spacing
-        # except with trailing spacing, σ = 0 is one of the n + 1 evenly spaced points
-        timesteps = schedule.timesteps(n if spacing == "trailing" else n + 1, spacing)[:n]
+        try:
+            # diffusers' convention: n + 1 timesteps, the last replaced by σ = 0, except for trailing spacing
+            timesteps = schedule.timesteps(n if spacing == "trailing" else n + 1, spacing)[:n]
+        except ValueError as error:
+            raise ValueError(f"dpmpp_2m does not support {n} steps with {spacing} spacing; use fewer steps") from error
         sigmas = tuple(map(schedule.sigma_at, timesteps))
-    factor, sigmas = variance_preserving(sigmas[0]), (*sigmas[start:], 0.0)
-    return Plan(schedule, advance, timesteps[start:], sigmas, (0.0,) * (n - start), factor, start > 0)
+    scale, sigma_up = variance_preserving(sigmas[0]), (0.0,) * (n - start)
+    timesteps, sigmas = timesteps[start:], (*sigmas[start:], 0.0)
+    return Plan(schedule, advance, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
 
 
-LCM_GRID = 50  # the timesteps, evenly spaced, that a latent consistency model was distilled on
-LCM_SIGMA_DATA = 0.5  # the standard deviation of the data, as the boundary conditions assume it
-LCM_TIMESTEP_SCALING = 10.0  # the factor of the timestep in them
+LCM_GRID = 50  # number of evenly spaced timesteps used in distillation
+LCM_SIGMA_DATA = 0.5  # standard deviation of the data in the boundary conditions
+LCM_TIMESTEP_SCALING = 10.0  # timestep scaling in the boundary conditions
 
 
 def lcm(schedule: Schedule, n: int, start: int = 0) -> Plan:
-    """LCM: a model that jumps to clean latents in one call; each further call starts anew, from those and fresh noise.
+    """Plan LCM sampling: each call jumps to clean latents, which are then noised to the next level.
 
-    It is for models distilled to do so, or with a LoRA that makes one of a common model, in 1 to 8 steps.
+    It requires a latent consistency model, or an LCM-LoRA on a regular model, and takes 1 to 8 steps.
     Sources: Luo et al. 2023, "Latent Consistency Models", section 4 and algorithm 3; Song et al. 2023, "Consistency
     Models", appendix C, for the boundary conditions.
     """
 
     def advance(plan: Plan, state: State, x0: Tensor, epsilon: Tensor, noise: Tensor | None) -> Advanced:
-        # c_skip = σ_d² / (τ² + σ_d²),   c_out = τ / √(τ² + σ_d²),   with τ = 10 t: the identity at t = 0
+        # c_skip = σ_d² / (τ² + σ_d²),   c_out = τ / √(τ² + σ_d²),   where τ = 10 t (identity at t = 0)
         tau = LCM_TIMESTEP_SCALING * plan.timesteps[state.index]
         c_skip, c_out = LCM_SIGMA_DATA**2 / (tau**2 + LCM_SIGMA_DATA**2), tau / math.hypot(tau, LCM_SIGMA_DATA)
         # x̄' = c_skip x + c_out x₀ + σ' z
@@ -316,16 +323,17 @@ def lcm(schedule: Schedule, n: int, start: int = 0) -> Plan:
         return (clean + s * noise if noise is not None and s > 0 else clean), ()
 
     if not 1 <= n <= LCM_GRID:
-        raise ValueError(f"{n} steps of lcm; expected 1 to {LCM_GRID}")
-    # n of the timesteps it was distilled on, from the last one on
+        raise ValueError(f"lcm supports 1 to {LCM_GRID} steps, got {n}")
+    # n of the timesteps used in distillation, starting from the last
     gap = schedule.config.num_train_timesteps // LCM_GRID
     timesteps = tuple(float((LCM_GRID - i * LCM_GRID // n) * gap - 1) for i in range(start, n))
     sigmas = (*map(schedule.sigma_at, timesteps), 0.0)
-    return Plan(schedule, advance, timesteps, sigmas, sigmas[1:], variance_preserving(sigmas[0]), start > 0)
+    sigma_up, scale = sigmas[1:], variance_preserving(sigmas[0])
+    return Plan(schedule, advance, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
 
 
 def karras_sigmas(largest: float, smallest: float, n: int, rho: float = 7.0) -> Floats:
-    """n noise levels, from the largest to the smallest, even in σ^(1/ρ) (Karras et al. 2022, equation 5)."""
+    """Return n decreasing noise levels, evenly spaced in σ^(1/ρ) (Karras et al. 2022, equation 5)."""
     # σ_i = (σ_max^(1/ρ) + i/(n−1) (σ_min^(1/ρ) − σ_max^(1/ρ)))^ρ
     high, low = largest ** (1 / rho), smallest ** (1 / rho)
     return tuple((high + i / max(n - 1, 1) * (low - high)) ** rho for i in range(n))
@@ -338,16 +346,16 @@ SAMPLERS: Mapping[str, Callable[..., Plan]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler by name, with the options that its function takes.
+    """A sampler, selected by name, and its options.
 
     Args:
-        name: one of `SAMPLERS`.
-        spacing: of the timesteps: "leading", "trailing", "linspace", or None for the schedule's own.
-        karras: space the noise levels as Karras et al. 2022 do, denser near 0.
-        eta: the share of fresh noise, from 0 to 1.
+        name: Name of the sampler, a key of `SAMPLERS`.
+        spacing: Timestep spacing, "leading", "trailing" or "linspace"; None uses the default of the schedule.
+        karras: Whether to use the noise levels of Karras et al. 2022, which are denser near 0.
+        eta: Amount of noise added at each DDIM step, from 0 (deterministic) to 1 (as in DDPM).
 
     Raises:
-        ValueError: the sampler is unknown or does not take an option, or a value is out of range.
+        ValueError: If the sampler is unknown, does not support an option, or an option has an invalid value.
     """
 
     name: str
@@ -359,31 +367,34 @@ class Sampler:
         if not isinstance(self.name, str) or self.name not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.name!r}; choose one of {', '.join(SAMPLERS)}")
         if self.spacing not in (None, "leading", "trailing", "linspace"):
-            raise ValueError(f"spacing={self.spacing!r}; expected 'leading', 'trailing', 'linspace' or None")
+            raise ValueError(f"invalid spacing={self.spacing!r}; expected 'leading', 'trailing', 'linspace' or None")
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta={self.eta!r}; expected 0 (no fresh noise) to 1 (as much as DDPM)")
+            raise ValueError(f"eta must be between 0 (deterministic) and 1 (as in DDPM), got {self.eta!r}")
         for option, value in self.options.items():
-            able = [name for name, function in SAMPLERS.items() if option in inspect.signature(function).parameters]
-            if self.name not in able:
-                raise ValueError(f"sampler {self.name!r} takes no {option}={value!r}; these do: {', '.join(able)}")
+            names = [name for name, function in SAMPLERS.items() if option in inspect.signature(function).parameters]
+            if self.name not in names:
+                supported = ", ".join(names)
+                raise ValueError(f"{self.name!r} does not support {option}={value!r}; supported by: {supported}")
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that differ from their defaults."""
+        """Options that are set. `eta=0` counts as unset, since it is the default of every sampler with that option."""
         options = {"spacing": self.spacing, "karras": self.karras, "eta": self.eta}
         return {name: value for name, value in options.items() if value}
 
     def plan(self, schedule: Schedule, num_inference_steps: int, start: int = 0) -> Plan:
-        """Plan a run.
+        """Plan a sampling run.
 
         Args:
-            schedule: the model's noise schedule.
-            num_inference_steps: how many steps, counting the skipped ones.
-            start: skip this many steps at the noisy end, for image-to-image.
+            schedule: Noise schedule of the model.
+            num_inference_steps: Number of denoising steps, including skipped ones.
+            start: Number of steps to skip at the noisy end, for image-to-image.
 
         Raises:
-            ValueError: the steps do not fit the schedule, or all of them are skipped.
+            ValueError: If the schedule does not support this number of steps, or if every step is skipped.
         """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         if not 0 <= start < num_inference_steps:
-            raise ValueError(f"start={start} of {num_inference_steps} steps; expected 0 to {num_inference_steps - 1}")
+            raise ValueError(f"start must be between 0 and {num_inference_steps - 1}, got {start}")
         return SAMPLERS[self.name](schedule, num_inference_steps, start, **self.options)

@@ -1,4 +1,4 @@
-"""CLIP's text transformer: token ids to one vector per token, which the UNet's cross-attention reads."""
+"""The CLIP text encoder: maps token ids to text embeddings, one per token, for the UNet's cross-attention."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from minisd.config import TextEncoderConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid approximation of GELU that OpenAI trained CLIP with."""
+    """Apply the sigmoid approximation of GELU used by OpenAI's CLIP."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class Embeddings(nn.Module):
-    """A learned token vector plus a learned position vector. ids (n, tokens) -> (n, tokens, width)."""
+    """Sum of learned token and position embeddings. ids (n, tokens) -> (n, tokens, width)."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Embeddings(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and the tokens before it."""
+    """Multi-head self-attention with a causal mask. (n, tokens, width) -> (n, tokens, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU in between."""
+    """Two linear layers with a GELU activation in between. (n, tokens, width) -> (n, tokens, width)."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer. (n, tokens, width) -> (n, tokens, width)."""
+    """Pre-norm transformer layer. (n, tokens, width) -> (n, tokens, width)."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The text half of CLIP. Parameters are named as in published `CLIPTextModel` checkpoints (`text_model.…`).
+    """CLIP text encoder. Parameter names follow transformers' `CLIPTextModel` (`text_model.…`).
 
     Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.4.
     """
@@ -89,23 +89,23 @@ class TextEncoder(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The transformer layers, first to last."""
+        """Transformer layers, in order."""
         return self.text_model["encoder"]["layers"]  # type: ignore[index, return-value]
 
     @property
     def token_embedding(self) -> nn.Embedding:
-        """The table of token vectors. A row of zeros belongs to a token that was never trained."""
+        """Token embedding table. A zero row marks a token that was never trained."""
         return self.text_model["embeddings"].token_embedding  # type: ignore[return-value]
 
     def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
         """Encode token ids.
 
         Args:
-            ids: (n, tokens), at most 77 tokens.
-            clip_skip: 1 runs every layer, 2 stops one layer before the last, and so on.
+            ids: Token ids, (n, tokens), at most 77 tokens.
+            clip_skip: Layer to take the output of, counted from the end: 1 is the last, 2 the penultimate.
 
         Returns:
-            One vector per token, (n, tokens, width), after the final LayerNorm.
+            Text embeddings, (n, tokens, width), after the final LayerNorm.
         """
         x = self.text_model["embeddings"](ids)
         for layer in self.layers[: len(self.layers) + 1 - clip_skip]:

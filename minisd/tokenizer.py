@@ -1,8 +1,8 @@
-"""CLIP's byte-pair encoding: a prompt becomes 77 token ids.
+"""The CLIP tokenizer: byte-level byte-pair encoding (BPE) of prompts to 77 token ids.
 
-The text is normalised and split into words; each word is spelled in symbols that stand for its UTF-8 bytes; then
-neighbouring symbols are merged, always the pair that ranks first in a list of merges learned from captions. The merges
-determine the vocabulary: 256 byte symbols, the same at the end of a word, one token per merge, start and end.
+Text is normalized and split into words, and each word is represented as a sequence of symbols, one per UTF-8 byte.
+Adjacent symbols are then merged, highest-ranked pair first, by a list of merges learned from captions. The vocabulary
+follows from the merges: 256 byte symbols, 256 with an end-of-word marker, one token per merge, and two special tokens.
 Sources: Sennrich et al. 2016 (arXiv 1508.07909); Radford et al. 2021 (arXiv 2103.00020), whose merges are shipped (MIT,
 assets/licenses/CLIP-MIT.txt): lines 2 to 48,895 of bpe_simple_vocab_16e6.txt in the PyPI package clip-anytorch.
 """
@@ -21,27 +21,28 @@ from itertools import pairwise
 import torch
 
 BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
-# Unicode's White_Space property; Python's own `\s` adds \x1c to \x1f.
+# Characters with the Unicode property White_Space; `\s` in Python also matches \x1c to \x1f.
 WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-# A word, in the alphabet of `_kind`: an English contraction, a run of letters, one digit, a run of anything else.
+# Words: an English contraction, a run of letters, a single number character, or a run of other characters. `re` does
+# not support \p{L} and \p{N}, so the pattern is matched against text in which `_kind` has replaced each character.
 WORD = re.compile(r"'(?:[stmd]|re|ve|ll)|[a-zL]+|N|[^a-zLN ]+")
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable characters that stand for the bytes 0 to 255."""
+    """Return the printable characters that represent the bytes 0 to 255."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(256, 512))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
 
 
 def normalize(text: str) -> str:
-    """Unicode NFC, single spaces, lower case."""
+    """Normalize text to Unicode NFC, collapse whitespace and convert to lower case."""
     folded = WHITE_SPACE.sub(" ", unicodedata.normalize("NFC", text))
-    return "".join(character.lower() for character in folded)  # "Σ".lower() depends on its neighbours
+    return "".join(character.lower() for character in folded)  # by character: lower() of "Σ" depends on context
 
 
 def _kind(character: str) -> str:
-    """L for a letter, N for a number, P for the rest; a to z, apostrophe and space stand for themselves."""
+    """Map letters to L, numbers to N and other characters to P; a to z, apostrophe and space map to themselves."""
     if character in string.ascii_lowercase + "' ":
         return character
     category = unicodedata.category(character)[0]
@@ -49,18 +50,18 @@ def _kind(character: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """Cut normalised text into words, inside which symbols are merged."""
+    """Split normalized text into words; merges do not cross word boundaries."""
     return [text[slice(*match.span())] for match in WORD.finditer("".join(map(_kind, text)))]
 
 
 class Tokenizer:
-    """Text to token ids and back. A tokenizer never changes, so threads may share it.
+    """CLIP tokenizer. It is immutable and can be shared between threads.
 
     Args:
-        vocabulary: token to id; the ids are 0, 1, 2 … without gaps.
-        merges: pairs of symbols, best rank first.
-        pad_token: fills up rows; the end of text in Stable Diffusion 1, "!" in Stable Diffusion 2.
-        added: words that stand for tokens of their own, found before a text is split (see `textual_inversion.py`).
+        vocabulary: Mapping from tokens to ids, which are contiguous from 0.
+        merges: Pairs of symbols to merge, in order of decreasing priority.
+        pad_token: Padding token: EOS in Stable Diffusion 1, "!" in Stable Diffusion 2.
+        added: Mapping from placeholder words to their tokens, matched before splitting (see `textual_inversion.py`).
     """
 
     def __init__(
@@ -76,20 +77,20 @@ class Tokenizer:
         self._symbols = byte_symbols()
         self._bytes = {symbol: byte for byte, symbol in enumerate(self._symbols)}
         self._tokens = {i: "".join(self._spell(t)) if t in self.added else t for t, i in vocabulary.items()}
-        # As in transformers, the pad token counts only as typed, other special tokens in either case.
+        # as in transformers, the pad token is matched case-sensitively, other special tokens case-insensitively
         self._pad = _finder([pad_token])
         self._special = _finder({BOS, EOS, *self.added} - {pad_token})
 
     @classmethod
     def from_pretrained(cls) -> Tokenizer:
-        """The tokenizer of Stable Diffusion 1; `minisd.io.tokenizer_files.read_tokenizer` reads others."""
+        """Load the tokenizer of Stable Diffusion 1; use `minisd.io.tokenizer_files.read_tokenizer` for others."""
         folder = resources.files("minisd") / "assets/tiny/tokenizer"
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
         return cls(vocabulary, [(left, right) for left, right in (line.split(" ") for line in lines)])
 
     def merge_steps(self, word: str) -> list[list[str]]:
-        """The symbols of one word, from single bytes to tokens, before the first merge and after each."""
+        """Return the symbols of a word before the first merge and after each merge."""
         (word,) = split_words(normalize(word))
         return list(self._merge(word))
 
@@ -105,7 +106,7 @@ class Tokenizer:
             yield symbols
 
     def tokenize(self, text: str) -> list[str]:
-        """The tokens of a text; `</w>` ends each word."""
+        """Split text into tokens; `</w>` marks the end of a word."""
         tokens: list[str] = []
         for part in self._pad.split(text):
             if part == self.pad_token:
@@ -120,18 +121,18 @@ class Tokenizer:
         return tokens
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text of any length, without start, end and padding."""
+        """Return the token ids of a text of any length, without BOS, EOS and padding."""
         return [self.vocabulary[token] for token in self.tokenize(text)]
 
     def decode(self, ids: Iterable[int] | torch.Tensor, skip_special_tokens: bool = False) -> str:
-        """The text that ids stand for: lower case, a space after each word, � for invalid UTF-8."""
+        """Decode token ids to lower-case text, with spaces between words and � for invalid UTF-8."""
         skipped = {BOS, EOS, self.pad_token} if skip_special_tokens else set()
         tokens = [token for token in (self._tokens[int(i)] for i in ids) if token not in skipped]
         text = bytes(self._bytes[symbol] for symbol in "".join(tokens)).decode(errors="replace")
         return text.replace(END_OF_WORD, " ").strip()
 
     def __call__(self, texts: str | Sequence[str], max_length: int = 77) -> torch.Tensor:
-        """Ids (n, max_length) of n texts: start, text (cut where it is too long), end, padding."""
+        """Return token ids (n, max_length) of n texts: BOS, the tokens (truncated if too long), EOS, padding."""
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             row = [self.bos_token_id, *self.encode(text)[: max_length - 2], self.eos_token_id]
@@ -139,12 +140,12 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), max_length)
 
     def truncated(self, text: str, max_length: int = 77) -> str:
-        """The end of a text that does not fit into max_length ids, so that no model sees it."""
+        """Return the end of the text, which `__call__` truncates to fit into max_length ids."""
         return self.decode(self.encode(text)[max_length - 2 :])
 
 
 def _join(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """Merge a pair wherever it occurs, from left to right."""
+    """Merge all occurrences of a pair, from left to right."""
     joined = symbols[:1]
     for symbol in symbols[1:]:
         if (joined[-1], symbol) == pair:
@@ -155,5 +156,5 @@ def _join(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _finder(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds tokens in a text, the longest where several begin; `split` keeps them."""
+    """Compile a pattern that matches any of the tokens, longest first, in a group, so that `split` keeps them."""
     return re.compile(f"({'|'.join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))})")

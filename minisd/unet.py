@@ -1,4 +1,4 @@
-"""The UNet: predicts the noise (or v) in noisy latents, given the timestep and the text."""
+"""The UNet: predicts noise (or v) from noisy latents, conditioned on the timestep and the text embeddings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minisd.config import UNetConfig
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding: cosines, then sines, at geometrically falling frequencies. (n,) -> (n, dim), float32.
+    """Return sinusoidal embeddings (cosines, then sines) with geometrically spaced frequencies, (n, dim), float32.
 
     Source: Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
     """
@@ -25,7 +25,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """A two-layer MLP on the sinusoidal embedding. (n, dim) -> (n, 4·dim)."""
+    """Two-layer MLP applied to the sinusoidal embedding. (n, dim) -> (n, 4·dim)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class TimeEmbedding(nn.Module):
 
 
 class NoAttention(nn.Module):
-    """Stands where a level has no attention; it has no parameters."""
+    """Parameter-free placeholder for the transformer at levels without attention; returns its input."""
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         return x
@@ -62,9 +62,9 @@ def transformer(config: UNetConfig, level: int, block_type: str = "CrossAttn") -
 
 
 class DownBlock(nn.Module):
-    """One level on the way down: residual blocks with attention, then half the size (except at the last level).
+    """One level of the downsampling path: residual blocks with attention, then 2× downsampling (except at the last).
 
-    Returns the output and every feature map made on the way; the way up takes them back as skip connections.
+    Returns the output and all intermediate feature maps, which the upsampling path uses as skip connections.
     """
 
     def __init__(self, config: UNetConfig, level: int) -> None:
@@ -88,7 +88,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention, residual block, at the bottom of the U."""
+    """Residual block, attention, residual block, at the lowest resolution."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level on the way up: each residual block first concatenates a skip connection; then twice the size."""
+    """One level of the upsampling path: residual blocks with skip connections as extra input, then upsampling."""
 
     def __init__(self, config: UNetConfig, level: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The denoiser of Stable Diffusion. Parameters are named as in diffusers' `UNet2DConditionModel`.
+    """UNet of Stable Diffusion. Parameter names follow diffusers' `UNet2DConditionModel`.
 
     Source: Rombach et al. 2022, section 3.3; Ronneberger et al. 2015, "U-Net", figure 1.
     """
@@ -144,12 +144,12 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """Predict the noise, or v, as the checkpoint was trained to.
+        """Predict epsilon, v or x0, depending on what the model was trained to predict.
 
         Args:
-            latents: (n, in_channels, h, w).
-            timesteps: (n,) or a single one, in 0…999; need not be whole.
-            context: the text encoder's output, (n, words, d).
+            latents: Noisy latents, (n, in_channels, h, w).
+            timesteps: Timesteps from 0 to 999, possibly fractional, (n,) or a scalar shared by the batch.
+            context: Text embeddings, (n, tokens, d).
         """
         time = self.embed_time(timesteps, latents.dtype)
         x = self.conv_in(latents)

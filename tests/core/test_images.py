@@ -32,7 +32,7 @@ def test_grid_places_pictures_in_reading_order():
     assert captioned.width == 128 and captioned.height > 64
     assert {captioned.getpixel((x, y)) for x in range(128) for y in range(64)} == {(255, 0, 0)}
     assert any(captioned.getpixel((x, y)) != (255, 255, 255) for x in range(64) for y in range(64, captioned.height))
-    with pytest.raises(ValueError, match="1 captions for 2"):
+    with pytest.raises(ValueError, match="got 1 captions for 2"):
         grid([Image.new("RGB", (4, 4))] * 2, captions=["one"])
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="same size"):
         grid([Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))])

@@ -249,7 +249,7 @@ def test_order_on_the_models_own_timesteps(name, order):
     ],
 )
 def test_bad_samplers(options):
-    with pytest.raises(ValueError, match="choose one of|expected|takes no"):
+    with pytest.raises(ValueError, match="choose one of|expected|must be between|does not support"):
         Sampler(**options)
 
 
@@ -266,18 +266,27 @@ def test_bad_samplers(options):
     ],
 )
 def test_bad_plans(sampler, steps, start):
-    with pytest.raises(ValueError, match="expected|choose|past the schedule"):
+    with pytest.raises(ValueError, match="must be|supports 1 to 50|exceed timestep 999|does not support 1000 steps"):
         sampler.plan(Schedule(), steps, start)
+
+
+def test_plan_errors_name_the_requested_steps():
+    with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
+        Sampler("dpmpp_2m").plan(Schedule(), 0)
+    for spacing, most in (("leading", 998), ("linspace", 999), ("trailing", 1000)):
+        assert Sampler("dpmpp_2m", spacing).plan(Schedule(), most).num_calls == most
+        with pytest.raises(ValueError, match=f"does not support {most + 1} steps with {spacing} spacing"):
+            Sampler("dpmpp_2m", spacing).plan(Schedule(), most + 1)
 
 
 def test_misuse_of_a_plan():
     plan = Sampler("euler_a").plan(Schedule(), 2)
     state = plan.start(gaussian(0))
-    with pytest.raises(ValueError, match="fresh noise"):
+    with pytest.raises(ValueError, match="`noise` is required"):
         plan.step(state, gaussian(1))
     state, _ = plan.step(state, gaussian(1), gaussian(2))
     state, _ = plan.step(state, gaussian(1))
-    with pytest.raises(ValueError, match="over after 2 calls"):
+    with pytest.raises(ValueError, match="complete after 2 calls"):
         plan.step(state, gaussian(1))
     with pytest.raises(ValueError, match=r"start\(noise, latents\)"):
         Sampler("ddim").plan(Schedule(), 10, start=3).start(gaussian(0))

@@ -56,7 +56,7 @@ def test_settings_of_another_picture_as_defaults():
         ({"preset": "quick"}, ValueError, "unknown preset 'quick'"),
         ({"sampler": 3}, TypeError, "sampler must be a name or a Sampler; got int"),
         ({"sampler": "magic"}, ValueError, "'magic'"),
-        ({"sampler": "ddim", "karras": True}, ValueError, "'ddim' takes no karras"),
+        ({"sampler": "ddim", "karras": True}, ValueError, "'ddim' does not support karras"),
         ({"spacing": "odd"}, ValueError, "spacing='odd'"),
         ({"sampler": "euler", "karras": 1}, TypeError, "karras=1; expected True or False"),
     ],

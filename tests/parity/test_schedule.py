@@ -153,9 +153,9 @@ def test_tables_cannot_be_written():
 @pytest.mark.parametrize(
     ("n", "spacing", "words"),
     [
-        (0, "leading", "from 1 to 1000"),
-        (1001, "trailing", "from 1 to 1000"),
-        (1000, "leading", "begin at 1000"),
+        (0, "leading", "between 1 and 1000, got 0"),
+        (1001, "trailing", "between 1 and 1000, got 1001"),
+        (1000, "leading", "exceed timestep 999"),
         (10, "middle", "'leading', 'trailing' or 'linspace'"),
     ],
 )
