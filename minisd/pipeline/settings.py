@@ -31,7 +31,7 @@ SAMPLER_LABELS: Mapping[str, str] = MappingProxyType(
         "lcm": "LCM",
     }
 )
-JSON_KINDS = {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}
+JSON_KINDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
 
 
 @dataclass(frozen=True)

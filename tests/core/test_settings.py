@@ -98,8 +98,8 @@ def test_texts_of_a_picture_are_read_as_they_were_written(name, value, text):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("num_inference_steps", 2.0, "is 2.0; expected a whole number"),
-        ("num_inference_steps", True, "is true; expected a whole number"),
+        ("num_inference_steps", 2.0, "is 2.0; expected an integer"),
+        ("num_inference_steps", True, "is true; expected an integer"),
         ("guidance_scale", "7", 'is "7"; expected a number'),
         ("karras", 1, "is 1; expected true or false"),
         ("sampler", None, "is null; expected a string"),
