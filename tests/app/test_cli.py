@@ -255,7 +255,7 @@ def test_parameters_survive_the_round_trip(prompt, negative, model):
         (["generate", "fox", "--output", "fox.jpg"], 2, ["fox.jpg", ".png"]),
         (["generate", "fox", "--output", "text.txt/fox.png"], 1, ["text.txt is not a folder"]),
         (["generate", "fox", "--image", "none.png"], 2, ["none.png", "does not exist"]),
-        (["generate", "fox", "--image", "text.txt"], 1, ["text.txt cannot be read as a picture", "PNG"]),
+        (["generate", "fox", "--image", "text.txt"], 1, ["text.txt is not a valid image", "PNG"]),
         (["generate", "fox", "--image", "plain.png", "--strength", "0"], 2, ["strength=0", "at most 1"]),
         (["generate", "fox", "--mask", "plain.png"], 2, ["--mask changes a picture", "--image"]),
         (["generate", "fox", "--image", "plain.png", "--mask", "plain.png"], 2, ["black everywhere"]),
