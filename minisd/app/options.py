@@ -48,19 +48,13 @@ class RequestOptions:
 
     prompt: Annotated[str | None, typer.Argument(help="Description of the picture.")] = None
     negative: Annotated[str | None, typer.Option(help="Negative prompt: what to avoid.")] = None
-    seed: Annotated[int | None, typer.Option(help="Seed; equal seeds give equal pictures. [default: random]")] = None
+    seed: Annotated[int | None, typer.Option(help="Random seed, for reproducible results. [default: random]")] = None
     images: Annotated[
         int | None,
-        typer.Option(
-            "--images",
-            "-n",
-            min=1,
-            max=MAX_IMAGES,
-            help="Number of pictures, with each with its own seed. [default: 1]",
-        ),
+        typer.Option("--images", "-n", min=1, max=MAX_IMAGES, help="Number of pictures to draw. [default: 1]"),
     ] = None
     prompts: Annotated[Path | None, existing("Draw one picture per line of a .txt or .jsonl file.")] = None
-    like: Annotated[Path | None, existing("Redraw a picture from its metadata, changed by other options.")] = None
+    like: Annotated[Path | None, existing("Redraw this picture from its metadata; other options override it.")] = None
     image: Annotated[Path | None, existing("Picture to start from, scaled and cropped to fit.")] = None
     mask: Annotated[Path | None, existing("Inpainting mask for --image; white areas are repainted.")] = None
     outpaint: Annotated[

@@ -44,7 +44,7 @@ def find_preset(name: str | None) -> Preset:
     if name is None:
         return Preset()
     if not isinstance(name, str):
-        raise TypeError(f"preset must be a name, one of {', '.join(PRESETS)}; got {type(name).__name__}")
+        raise TypeError(f"preset must be a name, one of {', '.join(PRESETS)}, got {type(name).__name__}")
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -52,7 +52,7 @@ def check_strings(name: str, value: Any) -> list[str]:
     """Check for a string or a non-empty list of strings in valid Unicode, and return a list."""
     strings = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not strings or not all(isinstance(string, str) for string in strings):
-        raise TypeError(f"{name} must be a string or a non-empty list of strings; got {_shorten(value)}")
+        raise TypeError(f"{name} must be a string or a non-empty list of strings, got {_shorten(value)}")
     for string in strings:
         try:
             string.encode()

@@ -227,7 +227,7 @@ def _merge(values: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any
     changes = {name: value for name, value in layer.items() if value is not None}
     sampler = changes.get("sampler")
     if sampler is not None and not isinstance(sampler, (str, Sampler)):
-        raise TypeError(f"sampler must be a name or a Sampler; got {type(sampler).__name__}")
+        raise TypeError(f"sampler must be a name or a Sampler, got {type(sampler).__name__}")
     if isinstance(sampler, Sampler):
         parts = {name: getattr(sampler, name) for name in SAMPLER_PARTS}
         changes = parts | changes | {"sampler": sampler.name}
