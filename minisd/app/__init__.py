@@ -1,1 +1,1 @@
-"""The programs: command line, batches, the page in the browser."""
+"""Applications: the command line, batch jobs and the web page."""

@@ -1,7 +1,7 @@
-"""The `minisd` command: draw pictures, describe models and pictures, train the tiny model.
+"""The `minisd` command: draw images, inspect models and images, train the tiny model.
 
-What takes long to import is imported by the command that needs it, so that `--help` answers at once. File names go to
-standard output, everything else to standard error. Exit codes: 0 done, 1 failed, 2 invalid request, 130 interrupted.
+Slow imports are deferred to the commands that need them, so that `--help` is fast. File names are printed to stdout,
+everything else to stderr. Exit codes: 0 success, 1 failure, 2 invalid request, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from minisd.pipeline.settings import Settings
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
-JOB_KEYS = ("prompt", "negative_prompt", "seed", "images", "outpaint")  # of a picture's record, beside its settings
+JOB_KEYS = ("prompt", "negative_prompt", "seed", "images", "outpaint")  # record keys other than settings
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 app = typer.Typer(
     name="minisd",
-    help="Draw pictures from words with Stable Diffusion.",
+    help="Draw pictures from text with Stable Diffusion.",
     epilog='Start with: minisd generate "a fox in the snow"',
     add_completion=False,
     rich_markup_mode=None,
@@ -61,7 +61,7 @@ app.command()(serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code. An error becomes one message or, with MINISD_DEBUG=1, a traceback."""
+    """Run the command and return its exit code. Errors are printed as one line, or as a traceback if MINISD_DEBUG=1."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: distributed.log(f"warning: {message}")
         try:
@@ -89,9 +89,9 @@ def minisd(
 @app.command()
 @option_groups
 def generate(context: typer.Context, request: RequestOptions, changes: SettingsOptions, loading: LoadOptions) -> None:
-    """Draw pictures from words. What is not given comes from the model's own defaults.
+    """Draw pictures from text. Options default to the model's own settings.
 
-    (words) in brackets count 1.1 times as much, [words] less by that, and (words:1.3) 1.3 times. \\( is a bracket.
+    (words) in parentheses get weight 1.1, [words] 1/1.1, and (words:1.3) 1.3. Write \\( for a literal parenthesis.
 
     \b
     Examples:
@@ -103,11 +103,11 @@ def generate(context: typer.Context, request: RequestOptions, changes: SettingsO
       minisd generate --like castle.png --steps 50
       minisd generate --prompts prompts.txt --output out/
 
-    With --prompts, a .txt file has a prompt on each line; lines that begin with # are skipped. Each line of a .jsonl
-    file is an object: {"prompt": "a fox", "seed": 7, "name": "fox"}. Its other keys are negative_prompt, images, preset
-    and the settings by their names in Python, such as num_inference_steps; the options here are their defaults. All
-    lines are checked before the first picture is drawn. The same command again draws what is missing, and
-    `torchrun --nproc-per-node 2 -m minisd generate …` shares the work.
+    --prompts reads a .txt file with one prompt per line, skipping lines that start with #, or a .jsonl file with one
+    object per line: {"prompt": "a fox", "seed": 7, "name": "fox"}. Further keys are negative_prompt, images, preset,
+    and settings by their Python names, such as num_inference_steps; they default to the options of the command. All
+    lines are validated before the first picture is drawn. Rerun the command to draw missing pictures, and use
+    `torchrun --nproc-per-node 2 -m minisd generate …` to run on several GPUs.
     """
     _check_modes(context, request)
     from minisd.app.prompts_file import read_prompts
@@ -121,7 +121,7 @@ def generate(context: typer.Context, request: RequestOptions, changes: SettingsO
 
 
 def _read_image(path: Path, request: RequestOptions, values: Mapping[str, Any], loading: LoadOptions) -> ImageSettings:
-    """How the picture of --like was drawn; what the options give need not be readable."""
+    """Read the settings of the --like image, except those overridden by options."""
     from minisd.app.from_image import settings_from_image
 
     known = {**find_preset(request.preset).settings, **values} | ({"image": request.image} if request.image else {})
@@ -137,7 +137,7 @@ def _draw(
     like: ImageSettings | None,
     prompts: Sequence[Prompt],
 ) -> None:
-    """Load the model and draw one job, or one for each prompt of a file."""
+    """Load the model, and draw one job or one per prompt of a file."""
     from minisd.app.jobs import Job, Source, Target, draw_images, model_side
     from minisd.app.manifest import draw_missing
     from minisd.app.prompts_file import plan_jobs
@@ -167,13 +167,13 @@ def _draw(
         draw_missing(sd, jobs, target.folder, overwrite=request.overwrite, **common)
         return
     job = Job.create(values, defaults, model_side(sd), source)
-    if like is not None and same_images and request.batch is None:  # the size of a batch decides the last digits
+    if like is not None and same_images and request.batch is None:  # rounding depends on the batch size
         batch, job = like.batch[0], replace(job, batch=like.batch if images == 1 else (1, 0))
     draw_images(sd, job, target, images=images, batch=batch, grid=grid, **common)
 
 
 def _log_notices(sd: StableDiffusion, values: Sequence[Mapping[str, Any]], log: Callable[[str], None]) -> None:
-    """Warn of words that the model does not know, and describe the presets."""
+    """Warn about words unknown to the model, and log the presets."""
     from minisd.app.jobs import unknown_words_warning
 
     texts = [item.get(name) or "" for item in values for name in ("prompt", "negative_prompt")]
@@ -187,16 +187,16 @@ def _log_notices(sd: StableDiffusion, values: Sequence[Mapping[str, Any]], log: 
 @app.command()
 @option_groups
 def interpolate(
-    start: Annotated[str, typer.Argument(help="The first picture, in words.")],
-    end: Annotated[str, typer.Argument(help="The last picture, in words.")],
+    start: Annotated[str, typer.Argument(help="Prompt for the first picture.")],
+    end: Annotated[str, typer.Argument(help="Prompt for the last picture.")],
     changes: SettingsOptions,
     loading: LoadOptions,
-    seeds: Annotated[tuple[int, int], typer.Option(help="Of the first and of the last picture.")] = (0, 1),
-    count: Annotated[int, typer.Option("--images", "-n", min=2, max=MAX_IMAGES, help="Including both ends.")] = 8,
+    seeds: Annotated[tuple[int, int], typer.Option(help="Seeds of the first and last picture.")] = (0, 1),
+    count: Annotated[int, typer.Option("--images", "-n", min=2, max=MAX_IMAGES, help="Number of pictures.")] = 8,
     output: Output = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw the pictures on the way from one prompt and seed to another, side by side in one file.
+    """Interpolate between two prompts and seeds, and save the pictures side by side in one file.
 
     \b
     Example:
@@ -218,12 +218,12 @@ def interpolate(
 
 @app.command()
 def info(
-    source: Annotated[str, typer.Argument(metavar="MODEL|PICTURE", help="A hub id, folder or file.")] = "tiny",
+    source: Annotated[str, typer.Argument(metavar="MODEL|PICTURE", help="Hub id, folder or file.")] = "tiny",
     variant: Variant = None,
     prediction: Prediction = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Print the text of a picture as it is.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Print a picture's raw metadata text.")] = False,
 ) -> None:
-    """Describe a model, or how a picture was drawn, by minisd or by AUTOMATIC1111's web UI and similar programs.
+    """Show information about a model, or the settings of a picture drawn by minisd, AUTOMATIC1111's web UI or similar.
 
     \b
     Examples:
@@ -241,32 +241,32 @@ def info(
 
     text = read_parameters(source)
     if text is None:
-        raise OSError(f"{source} does not say how it was drawn; expected a `parameters` text, as in a PNG of minisd")
+        raise OSError(f"{source} has no generation metadata; expected a `parameters` text, as in PNGs drawn by minisd")
     print(text if raw else describe(parse_parameters(text)))
 
 
 def _check_modes(context: typer.Context, request: RequestOptions) -> None:
-    """Raise BadParameter for options of `generate` that do not go together."""
+    """Raise BadParameter for incompatible options of `generate`."""
     prompts, output = request.prompts, request.output
     if request.prompt is None and prompts is None and request.like is None:
-        raise typer.BadParameter("Missing argument 'PROMPT'; give one, or --prompts, or --like", context)
+        raise typer.BadParameter("Missing argument 'PROMPT'; pass a prompt, --prompts or --like", context)
     if prompts is None and world_size() > 1:
-        raise typer.BadParameter("several processes share the lines of --prompts; for one prompt start one", context)
+        raise typer.BadParameter("several processes require --prompts; for one prompt use a single process", context)
     if prompts is None:
         return
     for name, value in (("a prompt", request.prompt is not None), ("--like", request.like), ("--grid", request.grid)):
         if value:
-            raise typer.BadParameter(f"--prompts does not go with {name}; leave one of them out", context)
+            raise typer.BadParameter(f"--prompts cannot be combined with {name}; omit one of them", context)
     if output is None or (output.lower().endswith(".png") and not Path(output).is_dir()):
-        raise typer.BadParameter("--prompts draws many pictures; name a folder for them: --output out/", context)
+        raise typer.BadParameter("--prompts requires a folder for its pictures, such as --output out/", context)
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    """The exit code and the message for an error."""
+    """Return the exit code and the message for an error."""
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         text = error.format_message()
-        if text.startswith("Usage:"):  # a command that needs another word: its help is the message
+        if text.startswith("Usage:"):  # a missing subcommand: print the help
             return error.exit_code, text
         return error.exit_code, f"error: {text}" + (f" (see `{context.command_path} --help`)" if context else "")
     from minisd.io.tensors import CheckpointError
@@ -281,7 +281,7 @@ def _explain(error: Exception) -> tuple[int, str]:
         reason = (str(error.__cause__ or error) or type(error).__name__).split("\n")[0]
         text = f"out of memory; try a smaller --batch, --width and --height, --dtype float16 or --offload ({reason})"
     elif not isinstance(error, (OSError, ValueError, FloatingPointError)):
-        text = f"unexpected {type(error).__name__}: {text}; MINISD_DEBUG=1 shows where"
+        text = f"unexpected {type(error).__name__}: {text}; set MINISD_DEBUG=1 for a traceback"
     return 1, f"error: {text}"
 
 

@@ -1,6 +1,6 @@
-"""`minisd generate --like`: the settings of a picture that minisd or another program drew.
+"""`minisd generate --like`: reading the settings of an image drawn by minisd or another program.
 
-A PNG of minisd has a record, which is complete and exact. Without one, the text `parameters` is converted to a record.
+PNGs drawn by minisd contain a complete and exact record. Otherwise the record is built from the `parameters` text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REQUIRED = {"seed"} | {item.name for item in fields(Settings) if item.default is
 TEXTS = {"seed": Setting(int, option="--seed", png="Seed")} | dict(SETTINGS)
 BATCH = {"batch_size": "Batch size", "batch_pos": "Batch pos", "images": "Images"}
 SOURCE = {"image": "Image", "image_hash": "Image hash", "mask": "Mask", "mask_hash": "Mask hash"}
-# names in `parameters` that are read here, or have no effect on the pixels
+# keys in `parameters` that are read here or do not affect the pixels
 KNOWN = {setting.png for setting in TEXTS.values()} | {*PNG_NAMES.values(), *BATCH.values(), *SOURCE.values()}
 KNOWN |= {"Size", "Outpaint", "Schedule type", "Interpolation", "Version"}
 KNOWN |= {"Model hash", "Lora hashes", "TI hashes", "Hashes", "Size-1", "Size-2"}
@@ -32,11 +32,12 @@ KNOWN |= {"Model hash", "Lora hashes", "TI hashes", "Hashes", "Size-1", "Size-2"
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a picture was drawn.
+    """The generation settings of an existing image.
 
     Args:
-        record: See `Job.record`. Of another program's picture it has no provenance but the model's name.
-        ours: Whether minisd drew it.
+        path: The image file.
+        record: The record, see `Job.record`. For other programs, its only provenance is the model name.
+        ours: Whether the image was drawn by minisd.
     """
 
     path: Path
@@ -45,78 +46,75 @@ class ImageSettings:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The values of `Settings`, as `Settings.choose` takes them."""
+        """The settings in the record, as arguments for `Settings.choose`."""
         return {name: value for name, value in self.record.items() if name in SETTINGS}
 
     @property
     def batch(self) -> tuple[int, int]:
-        """How many pictures were drawn at a time, and which of them this was."""
+        """The batch size, and the position of the image in the batch."""
         size, position = self.record.get("batch_size", 1), self.record.get("batch_pos", 0)
         return (size, position) if 0 <= position < size < 10_000 else (1, 0)
 
     @property
     def lora_weights(self) -> dict[str, float]:
-        """The weights of the LoRAs by their names."""
+        """The weight of each LoRA, by name."""
         pairs = [text.rpartition(" ") for text in self.record.get("loras", "").split(", ") if text]
         return {name or weight: _float(weight) if name else 1.0 for name, _, weight in pairs}
 
     def check_options(self, image: Path | None, mask: Path | None, model: str | None, loras: Sequence[str]) -> None:
-        """Raise BadParameter, naming the option, for what the picture needs and was not given; warn of other files."""
+        """Raise BadParameter if a required model, LoRA or input image is missing; warn if an input file differs."""
         record, path = self.record, self.path
         if model is None and not (self.ours and record["model"] == "tiny"):
-            raise typer.BadParameter(f"{path} was drawn with the model {record['model']}; name a model with --model")
+            raise typer.BadParameter(f"{path} was drawn with the model {record['model']}; specify one with --model")
         names = {Path(split_lora(argument)[0]).stem for argument in loras}
         for name, weight in self.lora_weights.items():
             if name not in names:
-                advice = f"--lora {name}.safetensors" + ("" if self.ours else ", or a prompt without it")
-                raise typer.BadParameter(
-                    f"{path} was drawn with the LoRA {name!r} at {weight:g}; give its file: {advice}"
-                )
+                advice = f"--lora {name}.safetensors" + ("" if self.ours else " or a prompt without it")
+                raise typer.BadParameter(f"{path} was drawn with the LoRA {name!r} at {weight:g}; pass {advice}")
         for option, file in (("image", image), ("mask", mask)):
             if record.get(option) and file is None:
                 raise typer.BadParameter(
-                    f"{path} was drawn with the {option} {record[option]}; give it with --{option}"
+                    f"{path} was drawn with the {option} {record[option]}; pass it with --{option}"
                 )
             if file and record.get(f"{option}_hash") not in (None, "", file_hash(file)):
-                warn(f"{file} is not the file that {path} was drawn from; the picture will be another one")
+                warn(f"{file} is not the file that {path} was drawn from; the result will differ")
 
     def check_model(self, provenance: Provenance) -> None:
-        """Compare what was loaded with what drew the picture. Raises BadParameter for a word that is missing."""
+        """Compare the loaded model with that of the record. Raises BadParameter for a missing textual inversion."""
         record, path = self.record, self.path
         for word in filter(None, record.get("words", "").split(", ")):
             if word not in provenance.words.split(", "):
                 raise typer.BadParameter(
-                    f"{path} was drawn with the learned word {word!r}; give its file with --textual-inversion"
+                    f"{path} was drawn with the textual inversion {word!r}; pass its file with --textual-inversion"
                 )
         if not self.ours:
             return
         if record["prediction"] != provenance.prediction:
             raise typer.BadParameter(
-                f"{path} was drawn by a model that predicts {record['prediction']}, this one predicts "
-                f"{provenance.prediction}; give --prediction-type {record['prediction']}"
+                f"{path} was drawn with prediction type {record['prediction']}, but the model has "
+                f"{provenance.prediction}; pass --prediction-type {record['prediction']}"
             )
         if record["device"] != provenance.device:
             warn(f"{path} was drawn on {record['device']}; on {provenance.device} some pixels will differ")
         if record["precision"] == provenance.precision and record.get("weights") not in (None, provenance.weights):
             warn(
-                f"{path} was drawn with other weights than those loaded now (model, LoRA or textual inversion); "
-                "the picture will be another one"
+                f"{path} was drawn with weights that differ from those loaded (model, LoRA or textual inversion); "
+                "the result will differ"
             )
 
 
 def settings_from_image(path: Path, given: Mapping[str, Any]) -> ImageSettings:
-    """Read how a picture was drawn.
+    """Read the generation settings of an image. Warns about settings that are ignored.
 
     Args:
-        given: The options that were given, by the names of Python's arguments: what they replace need not be readable.
+        given: The options from the command line, by argument name. The settings that they override are not read.
 
-    Raises OSError for a picture that does not say it, BadParameter, naming the option to give, for a setting that is
-    missing or unknown here; warns of settings that it leaves out.
+    Raises OSError for an image without metadata, and BadParameter for a setting that is missing or unsupported.
     """
     text, record = read_texts(path)
     record = None if record is None else _check_record(record)
     if record is None and text is None:
-        raise OSError(f"{path} does not say how it was drawn; give a prompt and options in place of --like")
+        raise OSError(f"{path} has no generation metadata; use a prompt and options instead of --like")
     if record is None:
         parameters = parse_parameters(text or "")
         ours = parameters.settings.get("Version", "").startswith("minisd ")
@@ -125,12 +123,12 @@ def settings_from_image(path: Path, given: Mapping[str, Any]) -> ImageSettings:
     else:
         ours = True
     if "interpolation" in record:
-        raise typer.BadParameter(f"{path} was drawn by `minisd interpolate`, which draws it again; see `minisd info`")
+        raise typer.BadParameter(f"{path} was drawn by `minisd interpolate`; use that command instead of --like")
     return ImageSettings(path, {name: value for name, value in record.items() if value is not None}, ours)
 
 
 def _check_record(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A PNG's record with values of the right types, or None if it is damaged."""
+    """Validate the types in a PNG's record. Returns None if it is invalid."""
     kinds = {name: Setting(str) for name in ("prompt", "negative_prompt", "version", *SOURCE, *PNG_NAMES)}
     kinds |= {name: Setting(int) for name in BATCH} | TEXTS
     optional = {*SETTINGS, *SOURCE, "images"} - REQUIRED
@@ -148,7 +146,7 @@ def _check_record(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _record_from_parameters(path: Path, parameters: Parameters, ours: bool, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A record from a `parameters` text, without the settings that are given."""
+    """Build a record from a `parameters` text, without the settings in `given`."""
     texts = parameters.settings
     record: dict[str, Any] = {"prompt": parameters.prompt, "negative_prompt": parameters.negative_prompt}
     if "Interpolation" in texts:
@@ -160,12 +158,12 @@ def _record_from_parameters(path: Path, parameters: Parameters, ours: bool, give
         record |= {name: texts.get(png, USUAL[name]) for name, png in PNG_NAMES.items()}
         record |= {name: int(texts[png]) for name, png in BATCH.items() if texts.get(png, "").isdecimal()}
     else:
-        model = texts.get("Model", texts.get("Model hash", "of an unknown name"))
+        model = texts.get("Model", texts.get("Model hash", "(unknown)"))
         record |= {"model": model, "words": _words(texts)}
-        if "prompt" not in given:  # where LoRAs are named
+        if "prompt" not in given:  # prompts may contain LoRA tags
             record |= _read_tags(parameters.prompt)
         redrawn = "Denoising strength" in texts and not any(name.startswith("Hires") for name in texts)
-        record |= {"image": "(it does not say which)"} if redrawn else {}
+        record |= {"image": "(unknown)"} if redrawn else {}
     skipped = {"sampler", *given, *(SAMPLER_PARTS if "sampler" in given else ())}
     skipped |= set() if "image" in given else {"strength"}
     for name, kind in TEXTS.items():
@@ -178,21 +176,19 @@ def _record_from_parameters(path: Path, parameters: Parameters, ours: bool, give
 
 def _read(path: Path, texts: Mapping[str, str], kind: Setting) -> Any:
     if kind.png not in texts:
-        raise typer.BadParameter(f"{path} does not say {kind.png}; give {kind.option}")
+        raise typer.BadParameter(f"{path} has no {kind.png}; pass {kind.option}")
     try:
         return kind.from_text(texts[kind.png])
     except ValueError as error:
         text = f"{kind.png}: {texts[kind.png]!r}"
-        raise typer.BadParameter(f"{path} says {text}, which is invalid; give {kind.option}") from error
+        raise typer.BadParameter(f"{path} has an invalid {text}; pass {kind.option}") from error
 
 
 def _read_size(path: Path, texts: Mapping[str, str], margins: Sequence[int]) -> dict[str, int]:
-    """Width and height, without the margins of an outpainted picture."""
+    """Read width and height, without the outpainting margins."""
     size = _integers(texts, "Size", "x", 2)
     if size is None:
-        raise typer.BadParameter(
-            f"{path} says Size: {texts.get('Size')!r}, which is invalid; give --width and --height"
-        )
+        raise typer.BadParameter(f"{path} has an invalid Size: {texts.get('Size')!r}; pass --width and --height")
     left, right, top, bottom = margins
     return {"width": size[0] - left - right, "height": size[1] - top - bottom}
 
@@ -203,48 +199,48 @@ def _integers(texts: Mapping[str, str], name: str, separator: str, count: int) -
 
 
 def _add_sampler(path: Path, texts: Mapping[str, str], record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the sampler, and without what this sampler does not have, such as another program's eta."""
+    """Add the sampler to a record, and drop options that it does not support, such as another program's eta."""
     sampler = read_sampler(texts)
     if sampler is None:
         label = ", ".join(texts[name] for name in ("Sampler", "Schedule type") if name in texts) or "none"
         known = ", ".join(SAMPLER_LABELS)
         raise typer.BadParameter(
-            f"{path} was drawn with the sampler {label}, which is unknown here; choose one with --sampler: {known}"
+            f"{path} was drawn with the unsupported sampler {label}; choose one with --sampler: {known}"
         )
     record = record | {"sampler": sampler[0], "karras": sampler[1]}
     for name in SAMPLER_PARTS:
         try:
             Sampler(sampler[0], **{name: record[name]} if name in record else {})
         except ValueError as error:
-            warn(f"{path}: {error}; it is left out")
+            warn(f"{path}: {error}; ignoring {name}")
             del record[name]
     return record
 
 
 def _warn_of_losses(path: Path, parameters: Parameters, ours: bool) -> None:
-    """Warn of another program, and of settings that are unknown here."""
+    """Warn about images from other programs and about unsupported settings."""
     texts = parameters.settings
     unknown = [f"{name}: {text}" for name, text in texts.items() if name not in KNOWN]
     if not ours:
-        version = texts.get("Version", "it does not say which")
+        version = texts.get("Version", "unknown version")
         warn(
             f"{path} was drawn by another program ({version}), with different noise and rounding; expect a similar "
-            "picture, not the same"
+            "picture, not an identical one"
         )
         unknown += [match[0] for match in TAG.finditer(parameters.prompt) if match[1] == "hypernet"]
     if unknown:
-        warn(f"{path} was drawn with settings that are unknown here and are left out: {', '.join(unknown)}")
+        warn(f"{path} was drawn with unsupported settings, which are ignored: {', '.join(unknown)}")
 
 
 def _read_tags(prompt: str) -> dict[str, str]:
-    """The prompt without its tags, such as <lora:style:0.8>, and the LoRAs as a record has them: "style 0.8"."""
+    """Remove tags such as <lora:style:0.8> from a prompt, and return the LoRAs in record format: "style 0.8"."""
     tags = [match for match in TAG.finditer(prompt) if match[1] != "hypernet"]
     loras = [f"{match[2].strip()} {_float((match[3] or '1').split(':')[0]):g}" for match in tags]
     return {"prompt": TAG.sub("", prompt).strip(), "loras": ", ".join(loras)}
 
 
 def _words(texts: Mapping[str, str]) -> str:
-    """The words that textual inversions brought: "name: hash, name: hash" elsewhere."""
+    """Return the words of textual inversions, which other programs write as "name: hash, name: hash"."""
     if "TI hashes" not in texts:
         return texts.get("Textual inversion", "")
     return ", ".join(pair.partition(":")[0].strip() for pair in texts["TI hashes"].split(",") if pair.strip())

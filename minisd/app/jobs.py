@@ -1,4 +1,4 @@
-"""Jobs: one picture each, with everything that decides how it looks, and drawing them."""
+"""Drawing jobs: the complete specification of one image each, and the functions that draw and save them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from minisd.pipeline.checks import check_margins, resolve_seeds
 from minisd.pipeline.settings import SETTINGS, Settings, format_number
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
-MAX_GRID = 1000  # pictures
-MAX_NAME = 200  # bytes of a file name, before seed, number and ending are added; file systems allow 255
+MAX_GRID = 1000  # images
+MAX_NAME = 200  # bytes of a file name without seed, number and extension; file systems allow 255
 
 
 @dataclass(frozen=True)
 class Source:
-    """The picture that drawing starts from, if any, and what of it is redrawn. The hashes are of the files."""
+    """The optional input image of a job, with its mask or outpainting margins, and the hashes of the files."""
 
     image: Path | None = None
     image_hash: str = ""
@@ -51,12 +51,12 @@ class Source:
         outpaint: tuple[int, int, int, int] | None,
         strength: float | None = None,
     ) -> Source:
-        """The source that options name. Raises BadParameter for options that do not go together."""
+        """Build a source from command-line options. Raises BadParameter for incompatible options."""
         if image is None and (mask or outpaint or strength is not None):
             option = "--mask" if mask else "--outpaint" if outpaint else "--strength"
-            raise typer.BadParameter(f"{option} changes a picture; name the picture with --image")
+            raise typer.BadParameter(f"{option} requires an input picture; pass it with --image")
         if mask and outpaint:
-            raise typer.BadParameter("--outpaint makes its own mask; leave --mask out, or do one after the other")
+            raise typer.BadParameter("--outpaint cannot be combined with --mask; omit one of them, or run twice")
         return cls(image, image and file_hash(image) or "", mask, mask and file_hash(mask) or "", outpaint)
 
     @property
@@ -64,7 +64,7 @@ class Source:
         return 1.0 if self.mask or self.outpaint else 0.8
 
     def open(self, sd: StableDiffusion, settings: Settings) -> tuple[Image.Image | None, Image.Image | None]:
-        """The picture and its mask, both scaled and cropped to the size of the settings, then extended."""
+        """Load the image and its mask, scaled and cropped to the size in the settings, then extended."""
         if self.image is None:
             return None, None
         _, height, width = sd.latent_shape(settings.height, settings.width)
@@ -78,16 +78,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to draw: everything that decides how it looks, but for the model.
+    """The complete specification of one image, other than the model.
 
     Args:
-        seed: None until one is drawn at random.
-        batch: How many pictures are drawn at a time, and which of them this is. It decides the last digits.
-        images: How many pictures a grid has, of which this is the first.
-        interpolation: The seeds of both ends, if the grid is the way from one picture to another.
-        file: The name of its file, if it is one of many from a prompts file.
-        where: Its line of the prompts file, for messages.
-        seed_drawn: Whether the seed is drawn at random.
+        seed: The seed, or None until a random one is chosen.
+        batch: The batch size and the position in the batch, which affect rounding.
+        images: The number of images in a grid that starts with this one.
+        interpolation: The seeds of the first and last image, for an interpolation grid.
+        file: The file name, for jobs from a prompts file.
+        where: The line of the prompts file, for error messages.
+        seed_drawn: Whether the seed is chosen at random.
     """
 
     prompt: str
@@ -106,7 +106,7 @@ class Job:
     def create(
         cls, values: Mapping[str, Any], defaults: Defaults | Settings, side: int, source: Source | None = None
     ) -> Job:
-        """A job from values by the names of Python's arguments. side: width and height where they are not given."""
+        """Create a job from values by argument name. Width and height default to `side`, in pixels."""
         changes = {name: values.get(name) for name in (*SETTINGS, "preset")}
         settings = Settings.choose(changes, defaults)
         sizes: dict[str, Any] = {name: side for name in ("width", "height") if getattr(settings, name) is None}
@@ -115,13 +115,13 @@ class Job:
 
     @property
     def strength(self) -> float:
-        """How much of the source is redrawn."""
+        """The image-to-image strength."""
         strength = self.settings.strength
         return self.source.default_strength if strength is None else strength
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the pipeline is told, beside prompts, seed and pictures."""
+        """The keyword arguments for the pipeline, without prompts, seed and images."""
         arguments = self.settings.arguments()
         if self.source.image is None:
             return arguments
@@ -129,12 +129,12 @@ class Job:
         return without_size | {"strength": self.strength}
 
     def check(self, sd: StableDiffusion) -> None:
-        """Raise what drawing would raise for an invalid value, without drawing."""
+        """Raise the errors that drawing would raise for invalid values, without drawing."""
         start, mask = self.source.open(sd, self.settings)
         sd.denoise(self.prompt, start, mask, seed=self.seed or 0, **self.arguments)
 
     def record(self, provenance: Provenance) -> dict[str, Any]:
-        """Everything that decides how the picture looks, as JSON: for the manifest, and for the picture itself."""
+        """Return everything that determines the image, in JSON types, for the manifest and the PNG metadata."""
         record: dict[str, Any] = {"prompt": self.prompt, "negative_prompt": self.negative_prompt, "seed": self.seed}
         record |= self.settings.record() | vars(self.source)
         record |= {"batch_size": self.batch[0], "batch_pos": self.batch[1]}
@@ -144,7 +144,7 @@ class Job:
         return {name: _to_json(value) for name, value in record.items()}
 
     def parameters(self, provenance: Provenance) -> str:
-        """The text for the picture's `parameters`: everything that changes a pixel."""
+        """Return the `parameters` text for the PNG, with everything that affects the pixels."""
         source, texts = self.source, self.settings.texts()
         left, right, top, bottom = source.outpaint or (0, 0, 0, 0)
         width, height = (self.settings.width or 0) + left + right, (self.settings.height or 0) + top + bottom
@@ -169,7 +169,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Target:
-    """Where pictures go: their folder and the beginning of their names; `seeded` names end in the seed."""
+    """The output folder and file name stem; with `seeded`, file names end in the seed."""
 
     folder: Path
     stem: str
@@ -178,9 +178,9 @@ class Target:
 
     @classmethod
     def parse(cls, output: str | None, prompt: str, several: bool, overwrite: bool) -> Target:
-        """Read --output.
+        """Parse --output.
 
-        Raises BadParameter for a name that is neither a .png nor a folder, OSError where nothing can be written.
+        Raises BadParameter if it is neither a .png file nor a folder, and OSError if it is not writable.
         """
         path = check_path("--output", output or "")
         if output and path.suffix.lower() == ".png" and not path.is_dir():
@@ -189,22 +189,22 @@ class Target:
             target = cls(path, slug(prompt), True, overwrite)
         else:
             raise typer.BadParameter(
-                f"--output {output} is neither a .png file nor a folder; end it in .png, or in / for a new folder"
+                f"--output {output} is neither a .png file nor a folder; add .png, or / for a new folder"
             )
         if len(os.fsencode(target.stem)) > MAX_NAME:
-            raise typer.BadParameter(f"--output {target.stem[:40]}… is too long; give {MAX_NAME} letters or fewer")
+            raise typer.BadParameter(f"--output {target.stem[:40]}… is too long; expected at most {MAX_NAME} bytes")
         check_writable(target.folder)
         return target
 
     def save(self, picture: Image.Image, job: Job, provenance: Provenance) -> None:
-        """Write a job's picture and print its name."""
+        """Save an image and print its file name."""
         name = f"{self.stem}-{job.seed}.png" if self.seeded else f"{self.stem}.png"
         text, record = job.parameters(provenance), job.record(provenance)
         report(save_png(picture, self.folder / name, text, self.overwrite, record))
 
 
 def report(path: Path) -> None:
-    """Print the name of a file in one write, so that lines of several processes do not mix."""
+    """Print a file name in a single write, so that lines from several processes do not interleave."""
     print(f"{path}\n", end="", flush=True)
 
 
@@ -213,17 +213,17 @@ def _to_json(value: Any) -> Any:
 
 
 def slug(prompt: str) -> str:
-    """The beginning of a prompt as the beginning of a file name."""
+    """Convert the beginning of a prompt to a file name stem."""
     return "-".join(re.findall(r"\w+", prompt.lower()))[:40].strip("-") or "picture"
 
 
 def model_side(sd: StableDiffusion) -> int:
-    """The width and height, in pixels, of the pictures that a model was made for."""
+    """Return the native image size of a model, in pixels."""
     return sd.unet.config.sample_size * sd.autoencoder.config.downscale
 
 
 def assign_batches(jobs: Sequence[Job], size: int) -> list[Job]:
-    """Decide which jobs are drawn together: at most `size` neighbours that have the same settings and no source."""
+    """Group consecutive jobs into batches of at most `size`, with equal settings and no input image."""
     assigned: list[Job] = []
     for (_, source), group in groupby(jobs, lambda job: (job.settings, job.source)):
         neighbours = list(group)
@@ -235,7 +235,7 @@ def assign_batches(jobs: Sequence[Job], size: int) -> list[Job]:
 
 
 def batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """The jobs that are drawn together, in order."""
+    """Yield the batches of jobs, in order."""
     batch: list[Job] = []
     for job in jobs:
         if batch and job.batch[1] == 0:
@@ -247,14 +247,14 @@ def batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
 
 
 def draw(sd: StableDiffusion, jobs: Sequence[Job], progress: bool | None) -> list[Image.Image]:
-    """Draw a batch of jobs, which differ in their prompts and seeds only; or one job of a batch, as it was drawn there.
+    """Draw a batch of jobs that differ only in prompts and seeds, or reproduce a single job of a batch.
 
-    progress: show a bar; by default only on a terminal.
+    The progress bar is shown on a terminal only, unless `progress` is set.
     """
     first, (size, position) = jobs[0], jobs[0].batch
     arguments = first.arguments | {"progress": progress}
     if first.source.image is None:
-        # a row is rounded the same whatever the other rows hold, but differently in a batch of another size
+        # the rounding of a row depends on the batch size, but not on the content of the other rows
         rows = list(jobs) * size if len(jobs) < size else jobs
         negatives, seeds = [job.negative_prompt for job in rows], [job.seed or 0 for job in rows]
         pictures = list(sd([job.prompt for job in rows], negative_prompt=negatives, seed=seeds, **arguments))
@@ -283,9 +283,9 @@ def draw_images(
     quiet: bool,
     log: Callable[[str], None],
 ) -> None:
-    """Draw a job with one or several seeds, saving the pictures as they come, or the grid of all of them at the end."""
+    """Draw a job with one or more seeds, saving each image as it is finished, or all of them as a grid at the end."""
     if grid and images > MAX_GRID:
-        raise typer.BadParameter(f"--grid lays out at most {MAX_GRID} pictures, not {images}; draw several grids")
+        raise typer.BadParameter(f"--grid supports at most {MAX_GRID} pictures, got {images}; draw several grids")
     numbers, started = resolve_seeds(job.seed, images), time.perf_counter()
     log(f"seed {numbers[0]}{f' to {numbers[-1]}' if images > 1 else ''}, {describe(job.settings)}")
     pictures: list[Image.Image] = []
@@ -307,7 +307,7 @@ def draw_images(
 
 
 def describe(settings: Settings) -> str:
-    """Settings in one line, for the log."""
+    """Format settings as one line for the log."""
     texts = settings.texts()
     steps, sampler, guidance = (texts.pop(name) for name in ("Steps", "Sampler", "CFG scale"))
     more = "".join(f", {name.lower()} {text}" for name, text in texts.items())
@@ -315,9 +315,9 @@ def describe(settings: Settings) -> str:
 
 
 def unknown_words_warning(sd: StableDiffusion, prompts: Sequence[str]) -> str:
-    """A warning about words that the model never learned, with some that it did; "" if it knows all of them.
+    """Return a warning about words unknown to the model, with examples of known ones, or "" if all are known.
 
-    Prompts that cannot be parsed are skipped: drawing them raises an error that says why.
+    Invalid prompts are skipped; drawing them raises an error.
     """
     plain = []
     for prompt in dict.fromkeys(prompts):

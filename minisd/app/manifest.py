@@ -1,7 +1,7 @@
-"""The manifest of a folder: every picture of a prompts file with its seed, written before the first is drawn.
+"""The manifest: a list of all images of a prompts file, with seeds, written before the first one is drawn.
 
-It alone decides what is drawn together. So a run that was killed and started again, or shared out by `torchrun`, writes
-the same files as one that was never interrupted.
+It also fixes the batches, so a run that is resumed, or distributed with `torchrun`, writes the same files as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from minisd.pipeline.checks import resolve_seeds
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
 MANIFEST = "manifest.jsonl"
-# files that a killed process had not renamed yet
+# temporary files of killed processes
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.png|\.manifest\.jsonl\.[0-9a-f]{8}\.tmp")
-ADVICE = "choose another folder for these pictures, or draw all of them again with --overwrite"
+ADVICE = "choose another folder, or redraw all pictures with --overwrite"
 
 
 def check_jobs(jobs: Sequence[Job], sd: StableDiffusion) -> None:
-    """Raise ValueError, naming the line, for the first picture that the model cannot draw."""
+    """Raise ValueError for the first invalid job, including its line in the prompts file."""
     checked: set[Any] = set()
     for job in jobs:
         try:
@@ -51,9 +51,9 @@ def check_jobs(jobs: Sequence[Job], sd: StableDiffusion) -> None:
 
 
 def write_manifest(jobs: Sequence[Job], provenance: Provenance, folder: Path, overwrite: bool) -> None:
-    """Write the manifest of a new run, with a seed for each picture, or check that the one there is of these jobs.
+    """Write the manifest of a new run, with a seed per image, or check that an existing one matches the jobs.
 
-    Removes what a killed run left half-written. Raises ValueError if the folder holds other pictures.
+    Removes temporary files of killed runs. Raises ValueError if the folder contains other images.
     """
     path = folder / MANIFEST
     if path.exists() and not overwrite:
@@ -61,11 +61,11 @@ def write_manifest(jobs: Sequence[Job], provenance: Provenance, folder: Path, ov
         _remove_leftovers(folder)
         return
     if not overwrite and (there := [job.file for job in jobs if (folder / job.file).exists()]):
-        raise ValueError(f"{folder} has a {there[0]} already, and no {MANIFEST}; {ADVICE}")
+        raise ValueError(f"{folder} already contains {there[0]}, but no {MANIFEST}; {ADVICE}")
     seeded: list[Job] = []
     for job in jobs:
         if job.seed_drawn:
-            # the pictures of one line have consecutive seeds
+            # images of the same line have consecutive seeds
             follows = seeded and seeded[-1].where == job.where
             job = replace(job, seed=(seeded[-1].seed or 0) + 1 if follows else resolve_seeds(None, 1)[0])
         seeded.append(job)
@@ -76,24 +76,24 @@ def write_manifest(jobs: Sequence[Job], provenance: Provenance, folder: Path, ov
 
 
 def read_manifest(jobs: Sequence[Job], provenance: Provenance, folder: Path) -> list[Job]:
-    """The jobs with the seeds of the folder's manifest. Raises ValueError if it is of other jobs."""
+    """Return the jobs with the seeds from the manifest. Raises ValueError if it belongs to other jobs."""
     path = folder / MANIFEST
     try:
         text = path.read_text(encoding="utf-8").removesuffix("\n")
-        lines = [json.loads(line) for line in text.split("\n")]  # splitlines() would break at U+2028 too
+        lines = [json.loads(line) for line in text.split("\n")]  # splitlines() also splits at U+2028
         numbers = resolve_seeds([line["seed"] for line in lines], len(lines))
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {ADVICE}") from error
+        raise ValueError(f"{path} is corrupted ({error}); {ADVICE}") from error
     if len(lines) != len(jobs):
-        raise ValueError(f"{path} is for {len(lines)} pictures, not for {len(jobs)}: other prompts; {ADVICE}")
+        raise ValueError(f"{path} belongs to other prompts: it has {len(lines)} pictures, not {len(jobs)}; {ADVICE}")
     for number, (line, job, seed) in enumerate(zip(lines, jobs, numbers, strict=True), 1):
         expected = _record(replace(job, seed=seed) if job.seed_drawn else job, provenance)
-        names = sorted({**line, **expected}, key="file".__eq__)  # last, since it follows from the prompt
+        names = sorted({**line, **expected}, key="file".__eq__)  # last, since it depends on the prompt
         for name in names:
             if line.get(name) != expected.get(name):
                 raise ValueError(
                     f"{path} belongs to other prompts or settings: on line {number}, {name} is {line.get(name)!r}, "
-                    f"and now {expected.get(name)!r}; {ADVICE}"
+                    f"expected {expected.get(name)!r}; {ADVICE}"
                 )
     return [replace(job, seed=seed) for job, seed in zip(jobs, numbers, strict=True)]
 
@@ -109,12 +109,12 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def is_complete(path: Path, text: str) -> bool:
-    """Whether a file is an undamaged PNG with exactly these `parameters`."""
+    """Return whether a file is an intact PNG with exactly these `parameters`."""
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             written = picture.info.get(KEY)
-            picture.verify()  # every checksum, to the end
-    except Exception:  # missing, truncated, or something else
+            picture.verify()  # checks all checksums
+    except Exception:  # missing, truncated or not a PNG
         return False
     return written == text
 
@@ -134,8 +134,8 @@ def draw_missing(
     quiet: bool,
     log: Callable[[str], None],
 ) -> None:
-    """Draw the jobs whose pictures are missing, in as many processes as torchrun started; print the new file names."""
-    if world_size() > 1:  # torchrun ends the others when one fails: let them clean up
+    """Draw the jobs whose images are missing, distributed over torchrun's processes, and print the new file names."""
+    if world_size() > 1:  # torchrun terminates all processes if one fails; let them clean up
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     with process_group(sd.device):
         rank_zero_first(partial(_prepare, jobs, sd, provenance, folder, overwrite))
@@ -155,4 +155,4 @@ def draw_missing(
                     report(save_png(picture, file, text, overwrite=True, record=job.record(provenance)))
                     drawn += 1
         drawn, there = sum_over_ranks(drawn, there)
-        log(f"{drawn} drawn, {there} were there already, in {time.perf_counter() - started:.1f} s")
+        log(f"{drawn} drawn, {there} already existed, in {time.perf_counter() - started:.1f} s")

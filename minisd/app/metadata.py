@@ -1,13 +1,13 @@
-"""How a picture was drawn, written into its file: twice, for other programs and for this one.
+"""Generation metadata in image files, in two formats.
 
-The text `parameters` is the one that AUTOMATIC1111's web UI and others read and write:
+The `parameters` text is the format of AUTOMATIC1111's web UI and others:
 
     a fox in the snow
     Negative prompt: blurry
     Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 4, Seed: 7, Size: 128x128, Model: tiny, Version: minisd 0.1.0
 
-PNG files have it in a text chunk, JPEG and WebP files in the comment of their EXIF data. The text `minisd` of a PNG is
-JSON: the same again, complete and exact (see `Job.record`), and the version of its format.
+PNG files store it in a text chunk, JPEG and WebP files in the EXIF UserComment. The `minisd` text chunk of a PNG is a
+complete and exact record in JSON (see `Job.record`), with a format version.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from minisd.pipeline.settings import SAMPLER_LABELS
 KEY = "parameters"
 RECORD_KEY = "minisd"
 RECORD_FORMAT = 1
-MAX_TEXT = 2**20  # characters of a text that are read; Pillow unpacks no more of a compressed one either
-MAX_JSON = 2**13  # characters of one value, or a text full of what is almost JSON would take minutes
+MAX_TEXT = 2**20  # characters per text, which is also Pillow's limit for compressed ones
+MAX_JSON = 2**13  # characters per JSON value, to limit the parsing time of malformed texts
 NEGATIVE = "Negative prompt:"
 EXACT = ("Exact prompt", "Exact negative prompt")
-NAME = re.compile(r'[^",:{}]{1,80}')  # of a setting
+NAME = re.compile(r'[^",:{}]{1,80}')  # a key
 QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """A parsed `parameters` text. The settings keep the order and the names in which they were written."""
+    """A parsed `parameters` text. Settings keep their original keys and order."""
 
     prompt: str
     negative_prompt: str = ""
@@ -50,10 +50,10 @@ class Parameters:
 
 
 def read_sampler(settings: Mapping[str, str]) -> tuple[str, bool] | None:
-    """The sampler that the settings name, as (name, karras), or None if it is unknown here.
+    """Return the sampler in the settings as (name, karras), or None if it is not supported.
 
-    "Karras" is written after the sampler's name or, in newer files, in "Schedule type". There "Automatic" leaves the
-    choice to the sampler, which for DPM++ 2M is Karras, and "Uniform" means the sampler's plain noise levels.
+    "Karras" is a suffix of the sampler or, in newer files, a "Schedule type". Of the other schedule types, "Automatic"
+    is the sampler's default, which is Karras for DPM++ 2M, and "Uniform" is the default spacing of the noise levels.
     """
     names = {label.lower(): name for name, label in SAMPLER_LABELS.items()} | {"pndm": "pndm"}
     label = settings.get("Sampler", "").strip().lower()
@@ -65,29 +65,29 @@ def read_sampler(settings: Mapping[str, str]) -> tuple[str, bool] | None:
 
 
 def parameters_text(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
-    """Write the text. `parse_parameters` returns the same, but for white space around the prompts and the values.
+    """Format a `parameters` text. `parse_parameters` is the inverse, up to surrounding whitespace.
 
-    Values with a comma, a colon or a line break are quoted as in JSON. Prompts that would be parsed as something else,
-    such as one with a line that begins with "Negative prompt:", are repeated among the settings.
+    Values with a comma, colon or line break are quoted as in JSON. Ambiguous prompts, such as one with a line that
+    starts with "Negative prompt:", are repeated in the settings.
 
-    Raises ValueError unless the first setting is "Steps", a whole number, by which readers recognise the line, and for
-    names that the format cannot hold.
+    Raises ValueError if the first setting is not "Steps" with an integer, by which readers detect the settings line, or
+    if a key is invalid.
     """
     values = {name: str(value) for name, value in settings.items()}
     bad = [name for name in values if not NAME.fullmatch(name) or name != name.strip() or name in EXACT]
     if bad or next(iter(values), "") != "Steps" or not re.fullmatch("[0-9]+", values["Steps"]):
-        raise ValueError(f"settings={values}; expected Steps=… first, and names without commas, colons and quotes")
+        raise ValueError(f"settings={values}; expected Steps=… first, and keys without commas, colons or quotes")
     prompts = prompt.strip(), negative_prompt.strip()
     text = _join(*prompts, values)
     read = parse_parameters(text)
     if (read.prompt, read.negative_prompt) == prompts:
         return text
-    # always quoted, even where the value alone would not need it
+    # always quoted, even if not required
     return text + "".join(f", {name}: {json.dumps(value)}" for name, value in zip(EXACT, prompts, strict=True))
 
 
 def parse_parameters(text: str) -> Parameters:
-    """Parse the text, of this program or another one. Without a last line of settings, all of it is the prompt."""
+    """Parse a `parameters` text. Without a final settings line, the whole text is the prompt."""
     *lines, last = re.split(r"\r?\n", text.strip())
     settings = _parse_settings(last) if re.match(r"Steps: *\d+ *(,|$)", last) else {}
     if not settings:
@@ -99,14 +99,14 @@ def parse_parameters(text: str) -> Parameters:
 
 
 def describe(parameters: Parameters) -> str:
-    """The parameters as a table, with the name that the sampler has here."""
+    """Format parameters as a table, with minisd's name of the sampler."""
     rows = {"Prompt": parameters.prompt}
     if parameters.negative_prompt:
         rows["Negative prompt"] = parameters.negative_prompt
     rows |= parameters.settings
     if "Sampler" in rows:
         sampler = read_sampler(parameters.settings)
-        option = f"--sampler {sampler[0]}{' --karras' if sampler[1] else ''}" if sampler else "unknown here"
+        option = f"--sampler {sampler[0]}{' --karras' if sampler[1] else ''}" if sampler else "not supported"
         rows["Sampler"] += f"  ({option})"
     width = max(map(len, rows))
     return "\n".join(
@@ -116,15 +116,15 @@ def describe(parameters: Parameters) -> str:
 
 
 def read_parameters(path: str | os.PathLike[str]) -> str | None:
-    """The `parameters` of a picture file, or None. Raises OSError if it is not a picture, or is too large."""
+    """Return the `parameters` of an image file, or None. Raises OSError if the file is invalid or too large."""
     return read_texts(path)[0]
 
 
 def read_texts(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any] | None]:
-    """The `parameters` of a picture file of any kind, and the record of a PNG; None where there is none.
+    """Return the `parameters` and the record of an image file, each None if missing.
 
-    A record that is damaged, or of another format, counts as none. Raises OSError if the file is no picture, or if a
-    text is too large.
+    A corrupted record or one of another format version is treated as missing. Raises OSError if the file is not an
+    image, or a text is too large.
     """
     with opened_picture(path) as picture:
         picture.load()  # a text chunk may also follow the pixels
@@ -134,7 +134,7 @@ def read_texts(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any]
             text = _decode_comment(comment) if isinstance(comment, bytes) else comment
     for value in (text, record):
         if isinstance(value, str) and len(value) > MAX_TEXT:
-            raise OSError(f"a text in {path} has {len(value):,} characters; at most {MAX_TEXT:,} are read")
+            raise OSError(f"a text in {path} has {len(value):,} characters; expected at most {MAX_TEXT:,}")
     return text if isinstance(text, str) and text.strip() else None, _parse_record(record)
 
 
@@ -147,10 +147,10 @@ def _parse_record(text: Any) -> dict[str, Any] | None:
 
 
 def _decode_comment(raw: bytes) -> str:
-    """An EXIF UserComment: 8 bytes that name the encoding, then the text (EXIF 2.3, section 4.6.5)."""
+    """Decode an EXIF UserComment: an 8-byte encoding name, then the text (EXIF 2.3, section 4.6.5)."""
     kind, body = raw[:8], raw[8:]
     if kind == b"UNICODE\0":
-        # the settings are ASCII, so the half of the bytes that is 0 shows the byte order
+        # the settings are ASCII, so the positions of zero bytes reveal the byte order
         order = "utf-16-be" if body[::2].count(0) >= body[1::2].count(0) else "utf-16-le"
         marked = body[:2] in (b"\xff\xfe", b"\xfe\xff")
         text = body.decode("utf-16" if marked else order, "replace")
@@ -162,13 +162,13 @@ def _decode_comment(raw: bytes) -> str:
 def save_png(
     picture: Image.Image, path: Path, text: str, overwrite: bool = False, record: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write a picture with its `parameters` and its record, completely or not at all, and return its path.
+    """Save an image with its `parameters` and record atomically, and return its path.
 
-    Without `overwrite` a name that is taken gets a number: fox.png, fox-2.png, fox-3.png. Missing folders are made.
-    Raises OSError, leaving nothing behind.
+    Creates missing folders. Unless `overwrite` is set, a number is added to existing names: fox.png, fox-2.png. Raises
+    OSError on failure, leaving no files behind.
     """
     info = PngInfo()
-    info.add_text(KEY, text)  # Latin-1 if that is enough, else UTF-8 in an iTXt chunk
+    info.add_text(KEY, text)  # Latin-1 if possible, else UTF-8 in an iTXt chunk
     if record is not None:
         info.add_text(RECORD_KEY, json.dumps({"format": RECORD_FORMAT} | dict(record)))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,14 +184,14 @@ def save_png(
 
 
 def _number(temporary: Path, path: Path) -> Path:
-    """Give a finished file this name or, if it is taken, this name and the first free number."""
+    """Rename a finished file to `path`, adding the first free number if it exists."""
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
         try:
-            os.link(temporary, candidate)  # unlike a renaming it fails if the name is taken
+            os.link(temporary, candidate)  # unlike rename, fails if the target exists
         except FileExistsError:
             continue
-        except OSError:  # a drive without links
+        except OSError:  # a file system without hard links
             try:
                 candidate.open("xb").close()
             except FileExistsError:
@@ -211,7 +211,7 @@ def _join(prompt: str, negative: str, settings: Mapping[str, str]) -> str:
 
 
 def _parse_settings(line: str) -> dict[str, str]:
-    """`name: value, name: value …` A value may be quoted, or JSON; a comma that no name follows is part of it."""
+    """Parse `key: value, key: value …`. Values may be quoted or JSON, and may contain commas not followed by a key."""
     places: dict[str, tuple[int, int]] = {}
     name, at = "", 0
     while at <= len(line):
@@ -229,7 +229,7 @@ def _parse_settings(line: str) -> dict[str, str]:
 
 
 def _end_of_value(line: str, start: int, comma: int) -> int:
-    """Where the value that begins at `start` ends: at the next comma, unless that is inside quotes or JSON."""
+    """Return the end of the value at `start`: the next comma that is not inside quotes or JSON."""
     start += len(line[start:comma]) - len(line[start:comma].lstrip())
     end = comma
     if match := QUOTED.match(line, start):

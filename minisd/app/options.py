@@ -1,4 +1,4 @@
-"""Options of the commands, in groups: a dataclass in a command's signature stands for its fields."""
+"""Groups of command-line options, as dataclasses that are expanded in a command's signature."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 MAX_IMAGES = 1_000_000
 
-Model = Annotated[str | None, typer.Option(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")]
-Variant = Annotated[str | None, typer.Option(help="Of the model's files, such as fp16.")]
+Model = Annotated[str | None, typer.Option(help="Hub id, folder, .safetensors or .ckpt. [default: tiny]")]
+Variant = Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")]
 Prediction = Annotated[
     Literal["epsilon", "v_prediction", "sample"] | None,
-    typer.Option("--prediction-type", help="What a single file of SD 2 predicts."),
+    typer.Option("--prediction-type", help="Prediction type, required for SD 2 single files."),
 ]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first there is]")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first available]")]
 Precision = Annotated[
     Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="[default: float16 on cuda, else float32]")
 ]
@@ -38,41 +38,41 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files inst
 
 
 def existing(help: str) -> Any:
-    """An option that takes the path of an existing file."""
+    """Define an option for the path of an existing file."""
     return typer.Option(help=help, exists=True, dir_okay=False)
 
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What `minisd generate` draws, from which pictures, and where the files go."""
+    """Input and output options of `minisd generate`."""
 
-    prompt: Annotated[str | None, typer.Argument(help="What to draw, in words.")] = None
-    negative: Annotated[str | None, typer.Option(help="What to avoid, in words.")] = None
-    seed: Annotated[int | None, typer.Option(help="The same seed draws the same picture. [default: random]")] = None
+    prompt: Annotated[str | None, typer.Argument(help="Description of the picture.")] = None
+    negative: Annotated[str | None, typer.Option(help="Negative prompt: what to avoid.")] = None
+    seed: Annotated[int | None, typer.Option(help="Random seed, for reproducible results. [default: random]")] = None
     images: Annotated[
         int | None,
-        typer.Option("--images", "-n", min=1, max=MAX_IMAGES, help="How many, each with the next seed. [default: 1]"),
+        typer.Option("--images", "-n", min=1, max=MAX_IMAGES, help="Number of pictures to draw. [default: 1]"),
     ] = None
-    prompts: Annotated[Path | None, existing("Draw a picture for each line of this .txt or .jsonl file.")] = None
-    like: Annotated[Path | None, existing("Draw this picture again, with the changes that other options make.")] = None
-    image: Annotated[Path | None, existing("Start from this picture, scaled and cropped to the size.")] = None
-    mask: Annotated[Path | None, existing("Redraw only what is white in this picture, of --image's size.")] = None
+    prompts: Annotated[Path | None, existing("Draw one picture per line of a .txt or .jsonl file.")] = None
+    like: Annotated[Path | None, existing("Redraw this picture from its metadata; other options override it.")] = None
+    image: Annotated[Path | None, existing("Picture to start from, scaled and cropped to fit.")] = None
+    mask: Annotated[Path | None, existing("Inpainting mask for --image; white areas are repainted.")] = None
     outpaint: Annotated[
         tuple[int, int, int, int] | None,
-        typer.Option(help="Draw beyond --image's edges: pixels left, right, top, bottom.", metavar="L R T B"),
+        typer.Option(help="Extend --image by pixels on the left, right, top and bottom.", metavar="L R T B"),
     ] = None
     preset: Annotated[
         Literal[tuple(PRESETS)] | None,  # type: ignore[valid-type]
-        typer.Option(help="Several settings at once, which trade a little of the picture for time."),
+        typer.Option(help="Named group of settings that trades a little quality for speed."),
     ] = None
     output: Output = None
     overwrite: Overwrite = False
-    grid: Annotated[bool, typer.Option("--grid", help="Lay the pictures out in one file.")] = False
-    batch: Annotated[int | None, typer.Option(min=1, help="How many pictures to draw at a time. [default: 4]")] = None
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the file names only.")] = False
+    grid: Annotated[bool, typer.Option("--grid", help="Arrange the pictures in a grid in one file.")] = False
+    batch: Annotated[int | None, typer.Option(min=1, help="Number of pictures to draw at a time. [default: 4]")] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the file names.")] = False
 
     def values(self) -> dict[str, Any]:
-        """What was given of it, by the names of Python's arguments and of a prompts file's keys."""
+        """Return the options that were given, by argument name as in prompts files."""
         names = {"negative_prompt": "negative"} | {
             name: name for name in ("prompt", "seed", "images", "preset", "outpaint")
         }
@@ -82,7 +82,7 @@ class RequestOptions:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Which model, and where it runs."""
+    """Options for loading a model."""
 
     model: Model = None
     variant: Variant = None
@@ -90,18 +90,18 @@ class LoadOptions:
     device: Device = None
     dtype: Precision = None
     offload: Annotated[
-        bool, typer.Option("--offload", help="Keep each part on the GPU only while it computes, to save memory.")
+        bool, typer.Option("--offload", help="Keep modules in CPU memory while they are not running.")
     ] = False
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="Load this LoRA with this weight. May be repeated.", metavar="FILE[:WEIGHT]"),
+        typer.Option(help="LoRA to load, with an optional weight. May be repeated.", metavar="FILE[:WEIGHT]"),
     ] = None
     inversion: Annotated[
-        list[Path] | None, typer.Option("--textual-inversion", help="Load this word. May be repeated.", metavar="FILE")
+        list[Path] | None, typer.Option("--textual-inversion", help="File to load. May be repeated.", metavar="FILE")
     ] = None
 
     def find_device(self) -> Any:
-        """The device that was named, or None. Raises BadParameter if this machine does not have it."""
+        """Return the selected device or None. Raises BadParameter if it is not available."""
         from minisd.pipeline.memory import usable_device
 
         name = local_device(self.device)
@@ -111,7 +111,7 @@ class LoadOptions:
             raise typer.BadParameter(f"--{error}") from error
 
     def load_model(self, dtype: str | None = None) -> StableDiffusion:
-        """Load the model. dtype: if no option names one."""
+        """Load the model. `dtype` is the default for the --dtype option."""
         import torch
 
         from minisd.pipeline.stable_diffusion import StableDiffusion
@@ -122,7 +122,7 @@ class LoadOptions:
         return StableDiffusion.from_pretrained(self.model, device=device, dtype=precision, offload=self.offload, **more)
 
     def load(self, dtype: str | None = None, lora_weights: Mapping[str, float] | None = None) -> StableDiffusion:
-        """Load the model with its LoRAs and textual inversions. dtype, lora_weights: if no option names them."""
+        """Load the model with LoRAs and textual inversions. The arguments are defaults for missing options."""
         sd = self.load_model(dtype)
         for argument in self.lora or []:
             file, weight = split_lora(argument)
@@ -134,13 +134,13 @@ class LoadOptions:
 
 
 def _option(setting: Setting) -> Any:
-    """The type of an option for a setting; None if it is not given."""
+    """Return the annotation of a setting's option."""
     kind = Literal[setting.choices] if setting.choices else setting.kind  # type: ignore[valid-type]
     flags = f"{setting.option}/--no-{setting.option[2:]}" if kind is bool else setting.option
     return Annotated[kind | None, typer.Option(flags, help=setting.help, metavar=setting.metavar)]
 
 
-# One option for each setting.
+# One option per setting.
 SettingsOptions: Any = make_dataclass(
     "SettingsOptions",
     [(name, _option(setting), None) for name, setting in SETTINGS.items() if setting.option],
@@ -149,7 +149,7 @@ SettingsOptions: Any = make_dataclass(
 
 
 def option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameters of a command that are dataclasses by their fields, for typer to make options of."""
+    """Decorate a command to replace its dataclass parameters by their fields, as options for typer."""
     signature = inspect.signature(command, eval_str=True)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, Any] = {}
@@ -176,5 +176,5 @@ def option_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     flat.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del flat.__wrapped__  # type: ignore[attr-defined]  # whose signature would be read
+    del flat.__wrapped__  # type: ignore[attr-defined]  # typer would read its signature
     return flat

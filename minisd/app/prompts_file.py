@@ -1,4 +1,4 @@
-"""Prompts files: many pictures from a file, each line a prompt or, in JSON, a prompt with settings of its own."""
+"""Prompts files, with one prompt per line: plain text, or JSON with settings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from minisd.app.jobs import Job, Source, assign_batches, slug
 from minisd.io.diffusers_folder import Defaults
 from minisd.pipeline.settings import SETTINGS, Setting, Settings
 
-MAX_IMAGES = 1_000_000  # of one line
+MAX_IMAGES = 1_000_000  # per line
 NAME = re.compile(r"\w(?:[\w .,()+=@-]*[\w)+=@-])?")
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names on Windows
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # reserved on Windows
 KEYS: Mapping[str, Setting] = {
     "prompt": Setting(str),
     "negative_prompt": Setting(str),
@@ -29,21 +29,21 @@ KEYS: Mapping[str, Setting] = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line of a prompts file: where it is, for messages, and the values that it gives."""
+    """A line of a prompts file: its location, for error messages, and its values."""
 
     where: str
     values: Mapping[str, Any]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read prompts, one a line, from a .txt file or, with settings, one object a line, from a .jsonl file.
+    """Read a .txt file with one prompt per line, or a .jsonl file with one object per line.
 
-    Empty lines are skipped, and in a .txt file those that begin with #. Raises ValueError, naming file and line, for
-    anything that is not UTF-8, for unknown settings or values of the wrong type, and if there is no prompt.
+    Skips empty lines and, in .txt files, lines that start with #. Raises ValueError, with file and line number, for
+    invalid UTF-8, unknown settings and values of the wrong type, and if the file contains no prompts.
     """
     kind = path.suffix.lower()
     if kind not in (".txt", ".jsonl"):
-        raise ValueError(f"{path} is neither a .txt file (a prompt a line) nor a .jsonl file (an object a line)")
+        raise ValueError(f"{path} must be a .txt file (one prompt per line) or a .jsonl file (one object per line)")
     prompts = []
     for number, raw in enumerate(re.split(rb"\r\n|\n|\r", path.read_bytes().removeprefix(b"\xef\xbb\xbf")), 1):
         where = f"{path}, line {number}"
@@ -57,19 +57,19 @@ def read_prompts(path: Path) -> list[Prompt]:
             values = {"prompt": text} if kind == ".txt" else _parse(text)
             for name, value in values.items():
                 if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-                    raise ValueError(f"{name} has a character that is not text: {value!r}")
+                    raise ValueError(f"{name} has a null or surrogate character, which is not text: {value!r}")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         prompts.append(Prompt(where, values))
     if not prompts:
-        raise ValueError(f"{path} has no prompt; write one on each line")
+        raise ValueError(f"{path} contains no prompts; expected one per line")
     return prompts
 
 
 def _parse(text: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key comes twice")
+            raise ValueError("duplicate key")
         return dict(pairs)
 
     try:
@@ -79,10 +79,10 @@ def _parse(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError('not an object; expected {"prompt": "a fox"}')
     if "prompt" not in values:
-        raise ValueError("it has no prompt")
+        raise ValueError('missing key "prompt"; expected {"prompt": "a fox"}')
     for name in values:
         if name not in KEYS:
-            raise ValueError(f"{name!r} is not a setting; expected some of {', '.join(KEYS)}")
+            raise ValueError(f"{name!r} is not a setting; expected one of {', '.join(KEYS)}")
     return {name: KEYS[name].from_json(name, value) for name, value in values.items()}
 
 
@@ -94,14 +94,14 @@ def plan_jobs(
     side: int,
     source: Source | None = None,
 ) -> list[Job]:
-    """Decide the file of every picture, and which are drawn together, at most `batch`.
+    """Create the jobs for a list of prompts, with file names and batches.
 
     Args:
-        options: What a line does not say, by the same names.
-        defaults, side: The model's own settings, and the size of its pictures, for what the options do not say either.
+        options: The defaults for all lines, by the same keys.
+        defaults, side: The model's default settings and native size in pixels, used if the options do not set them.
 
     Raises:
-        ValueError: Naming the line, for settings that do not go together, and for names that are taken or unsafe.
+        ValueError: If settings are incompatible, or file names are duplicate or unsafe.
     """
     jobs: list[Job] = []
     taken: dict[str, str] = {}
@@ -111,17 +111,17 @@ def plan_jobs(
             values = {**options, **prompt.values}
             images = 1 if values.get("images") is None else values["images"]
             if not 1 <= images <= MAX_IMAGES:
-                raise ValueError(f"images is {images}; expected 1 or more, at most {MAX_IMAGES}")
+                raise ValueError(f"images={images}; expected an integer from 1 to {MAX_IMAGES}")
             job = Job.create(values, defaults, side, source)
             job = replace(job, where=prompt.where, seed_drawn=job.seed is None)
             name = prompt.values.get("name")
             stem = f"{number:0{digits}}-{slug(job.prompt)}" if name is None else _check_name(name)
             for at in range(images):
                 file = f"{stem}.png" if images == 1 else f"{stem}-{at + 1}.png"
-                # some file systems ignore case and how an accent is written
+                # some file systems ignore case and Unicode normalization
                 same = unicodedata.normalize("NFC", file).casefold()
                 if same in taken:
-                    raise ValueError(f"its picture would be {file}, as that of {taken[same]}; choose another name")
+                    raise ValueError(f"duplicate file name {file}, also used by {taken[same]}; choose another name")
                 taken[same] = prompt.where
                 jobs.append(replace(job, file=file, seed=None if job.seed is None else job.seed + at))
         except ValueError as error:
@@ -130,11 +130,11 @@ def plan_jobs(
 
 
 def _check_name(name: str) -> str:
-    """The stem of a file name. Raises ValueError for one that is not safe everywhere."""
+    """Return the stem of a file name. Raises ValueError if it is not portable."""
     stem = name[:-4] if name.lower().endswith(".png") else name
     if not NAME.fullmatch(stem) or ".." in stem or RESERVED.fullmatch(stem) or len(stem.encode()) > 200:
         raise ValueError(
-            f"name is {name!r}; expected at most 200 letters, digits, spaces and . , ( ) + = @ - _, "
-            "beginning with a letter or digit, with no path and no .."
+            f"name={name!r}; expected at most 200 letters, digits, spaces and . , ( ) + = @ - _, "
+            "starting with a letter or digit, with no path and no .."
         )
     return stem

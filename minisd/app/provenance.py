@@ -1,4 +1,4 @@
-"""Where a picture comes from: the model, what was loaded beside it, and where it ran."""
+"""The provenance of an image: model, adapters, precision and device."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 
 def fact(png: str, usual: str | None = None) -> Any:
-    """A field of `Provenance`. png: its name in a PNG's `parameters`, where the usual value is left out."""
+    """Define a field of `Provenance` with its key in a PNG's `parameters`, where the usual value is omitted."""
     return field(metadata={"png": png, "usual": usual})
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What drew a picture.
+    """The model, adapters, precision and device that drew an image.
 
     Args:
-        model: Its name.
-        precision: Of the weights, such as "float32".
-        device: Its type, such as "cuda".
-        prediction: The UNet's prediction type.
-        weights: A fingerprint of all weights that were loaded.
-        loras: Names and weights of the LoRAs: "style 0.8, other 1".
-        words: Those that textual inversions brought: "<unicorn>, <cat>".
+        model: The name of the model.
+        precision: The dtype of the weights, such as "float32".
+        device: The device type, such as "cuda".
+        prediction: The prediction type of the UNet.
+        weights: A fingerprint of all loaded weights.
+        loras: The names and weights of the LoRAs: "style 0.8, other 1".
+        words: The words of textual inversions: "<unicorn>, <cat>".
     """
 
     model: str = fact("Model")
@@ -43,7 +43,7 @@ class Provenance:
 
     @classmethod
     def of(cls, sd: StableDiffusion, model: str | None) -> Provenance:
-        """The provenance of what a loaded model draws. model: as it was asked for."""
+        """Return the provenance for a loaded model, where `model` is the source it was loaded from."""
         return cls(
             model=display_name(model),
             precision=str(sd.dtype).removeprefix("torch."),
@@ -55,7 +55,7 @@ class Provenance:
         )
 
     def texts(self) -> dict[str, str]:
-        """What is not as usual, by its names in a PNG's `parameters`."""
+        """Return the values that are not the usual ones, by their keys in a PNG's `parameters`."""
         order = ("model", "weights", "prediction", "precision", "device", "loras", "words")
         values = {name: getattr(self, name) for name in order}
         return {PNG_NAMES[name]: value for name, value in values.items() if value != USUAL[name]}
@@ -66,29 +66,29 @@ USUAL = {item.name: item.metadata["usual"] for item in fields(Provenance)}
 
 
 def display_name(model: str | None) -> str:
-    """What pictures call a model: a file or folder by its name without ending, a hub id as it is."""
+    """Return a model's name for metadata: the stem of a file or folder, or the hub id."""
     return Path(model).stem if model and Path(model).exists() else model or "tiny"
 
 
 def split_lora(argument: str) -> tuple[str, float | None]:
-    """FILE or FILE:WEIGHT, as --lora takes it, to the file and the weight, None where there is none."""
+    """Split FILE or FILE:WEIGHT, as passed to --lora, into the file and the weight or None."""
     match = None if Path(argument).exists() else re.fullmatch(r"(.+):(-?\d*\.?\d+)", argument)
     return (match[1], float(match[2])) if match else (argument, None)
 
 
 def file_hash(path: Path) -> str:
-    """The first ten digits of a file's SHA-256."""
+    """Return the first ten hex digits of a file's SHA-256."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:10]
 
 
 def fingerprint(sd: StableDiffusion) -> str:
-    """Ten digits that differ if models or adapters do: a hash of the configuration and of some of the weights.
+    """Return a ten-digit fingerprint of a model with its adapters, hashed from the configuration and some weights.
 
-    Only the first and the last eight values of each tensor are read, which takes no time; training changes all of them.
+    For speed, only the first and last eight values of each tensor are hashed; training changes all values anyway.
     """
     import torch
 
-    # the configuration once had another field; with it, pictures from that time are recognised
+    # includes a removed configuration field, so that fingerprints in older images stay valid
     config = repr(sd.config).removesuffix("))") + ", clip_sample=False))"
     digest = hashlib.sha256(config.encode())
     tensors = {

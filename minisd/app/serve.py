@@ -1,4 +1,4 @@
-"""The `minisd serve` command: load a model, open a port, and serve the page of `web.py` until Ctrl-C."""
+"""The `minisd serve` command: load a model and serve the page of `web.py` until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from minisd.features.distributed import log
 
 
 def serve(
-    model: Annotated[
-        str | None, typer.Argument(help="Hub id, folder, .safetensors or .ckpt. [default: the tiny one]")
-    ] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 7860,
+    model: Annotated[str | None, typer.Argument(help="Hub id, folder, .safetensors or .ckpt. [default: tiny]")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     device: Device = None,
     dtype: Precision = None,
     browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Try prompts in the browser: see the picture step by step, and which part of it attends to a word.
+    """Draw pictures in the browser, with step-by-step previews and attention maps for each word.
 
-    Only this machine can open the page, unless --host says otherwise. There is no password.
+    By default the page is only accessible from this machine; see --host. There is no password.
 
     \b
     Examples:
@@ -35,14 +33,14 @@ def serve(
       minisd serve stable-diffusion-v1-5/stable-diffusion-v1-5 --port 8080 --open
     """
     try:
-        metadata.version("gradio")  # a folder of that name would pass for a module
+        metadata.version("gradio")  # an import would also find a folder of that name
     except metadata.PackageNotFoundError:
         raise OSError('minisd serve needs gradio, which is not installed; run: pip install "minisd[web]"') from None
     _check_free(host, port)
     if not _is_loopback(host):
         log(
-            f"warning: --host {host} lets anyone on the network use this page and this machine's time; "
-            "there is no password. Leave --host out to keep it to this machine"
+            f"warning: --host {host} lets anyone on the network use this page and draw on this machine; "
+            "there is no password. Omit --host to restrict access to this machine"
         )
     import torch
 
@@ -57,7 +55,7 @@ def serve(
 
     address, server = launch(sd, provenance, host, port, browser)
     print(address, flush=True)
-    log("Ctrl-C stops it")
+    log("press Ctrl-C to stop")
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
@@ -67,7 +65,7 @@ def serve(
 
 
 def _check_free(host: str, port: int) -> None:
-    """Raise OSError if nothing can listen at this address, before a model is loaded."""
+    """Raise OSError if the address is not available, before loading a model."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

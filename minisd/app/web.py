@@ -1,7 +1,7 @@
-"""The page of `minisd serve`: a prompt, settings, the picture step by step, and a map of the attention to each word.
+"""The web page of `minisd serve`: prompt, settings, step-by-step previews, and attention maps for each word.
 
-It is built with gradio. Pictures are sent inside the page's messages, so nothing is written to disk, and the page needs
-nothing from other servers.
+Built with Gradio. Images are sent inline as data URLs, so nothing is written to disk, and the page loads no external
+resources.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from minisd.app.web_drawing import Preview, Request, Result, draw, overlay
 from minisd.pipeline.settings import SAMPLER_LABELS, SETTINGS, Settings
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
-ERRORS = (ValueError, TypeError, FloatingPointError, MemoryError)  # whose text is written for the reader
-PICTURE = -1  # the chip that shows the picture alone
-# the settings on the page, menus last
+ERRORS = (ValueError, TypeError, FloatingPointError, MemoryError)  # errors with user-facing messages
+PICTURE = -1  # the chip that shows the picture without a map
+# the settings on the page, dropdowns last
 SHOWN = {
     name: SETTINGS[name]
     for name in sorted(SETTINGS, key=lambda name: bool(SETTINGS[name].choices))
@@ -36,7 +36,7 @@ FONT = ("system-ui", "sans-serif")
 
 @dataclass(eq=False)
 class Session:
-    """One open page: the number of its latest run, which stops the ones before, and its latest picture."""
+    """The state of one open page: the number of its latest run, which cancels earlier ones, and its latest result."""
 
     run: int = 0
     result: Result | None = None
@@ -44,30 +44,30 @@ class Session:
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """What the page's buttons do, each in a session; there is no other state."""
+    """Event handlers of the page, with no state other than the session."""
 
     sd: StableDiffusion
     provenance: Provenance
 
     def begin(self, session: Session) -> tuple[Any, ...]:
-        """Number a new run, which stops an older run of this page at its next step."""
+        """Start a new run, which cancels any earlier run of this page at its next step."""
         session.run += 1
         return session.run, _status("Waiting for other pages …"), gr.update(interactive=True)
 
     def stop(self, session: Session) -> None:
-        """Stop the page's run, whether it draws or waits."""
+        """Cancel the current run, whether drawing or waiting."""
         session.run += 1
 
     def draw(
         self, session: Session, run: int, prompt: str, negative_prompt: str, seed: str, *values: Any
     ) -> Iterator[tuple[Any, ...]]:
-        """Draw a run of a session: (view, status, words, stop button) after each step and at the end.
+        """Draw a picture, yielding updates (view, status, words, stop button) after each step and at the end.
 
-        values: Of the settings that the page shows, in order.
+        `values` are those of the settings on the page, in order.
         """
         same, idle = gr.skip(), gr.update(interactive=False)
         if session.run != run:
-            yield same, _status("Stopped before it began."), same, idle
+            yield same, _status("Stopped before the first step."), same, idle
             return
         settings = {name: _clean(value) for name, value in zip(SHOWN, values, strict=True)}
         try:
@@ -88,7 +88,7 @@ class Page:
             yield same, _status("", error=message), same, idle
 
     def look(self, session: Session, chosen: int | None) -> tuple[str, str]:
-        """Lay a word's map over the picture, or take it away: (view, status)."""
+        """Show or remove the overlay of a word's attention map; return updates (view, status)."""
         result = session.result
         if result is None or chosen is None:
             return gr.skip(), gr.skip()
@@ -104,7 +104,7 @@ class Page:
 
 
 def build(sd: StableDiffusion, provenance: Provenance) -> gr.Blocks:
-    """The page for a model. Open pages share nothing but the model; one picture is drawn at a time."""
+    """Build the page for a model. Sessions share only the model; pictures are drawn one at a time."""
     page, side = Page(sd, provenance), model_side(sd)
     with gr.Blocks(title="minisd", analytics_enabled=False) as blocks:
         session, run = gr.State(Session()), gr.Number(visible=False)
@@ -113,7 +113,7 @@ def build(sd: StableDiffusion, provenance: Provenance) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
                 prompt = gr.Textbox(
-                    "a fox in the snow", label="Prompt", info="(words:1.3) count more, [words] less",
+                    "a fox in the snow", label="Prompt", info="(words:1.3) for more weight, [words] for less",
                     max_lines=6, elem_id="prompt",
                 )  # fmt: skip
                 negative = gr.Textbox(label="Negative prompt", max_lines=4, elem_id="negative")
@@ -142,13 +142,13 @@ def build(sd: StableDiffusion, provenance: Provenance) -> gr.Blocks:
 
 
 def _settings(defaults: Settings) -> list[Any]:
-    """A widget for each setting that the page shows, with the model's default."""
+    """Create the widgets for the settings on the page, with the model's defaults."""
     widgets: list[Any] = []
     for name, setting in SHOWN.items():
         common: dict[str, Any] = {"label": setting.label, "elem_id": setting.label.lower()}
         if name == "sampler":
             choices = [
-                (f"the model's own: {defaults.texts()[setting.png]}", ""),
+                (f"model default: {defaults.texts()[setting.png]}", ""),
                 *((label, name) for name, label in SAMPLER_LABELS.items()),
             ]
             widgets.append(gr.Dropdown(choices, value="", min_width=300, **common))
@@ -158,7 +158,7 @@ def _settings(defaults: Settings) -> list[Any]:
 
 
 def launch(sd: StableDiffusion, provenance: Provenance, host: str, port: int, browser: bool) -> tuple[str, gr.Blocks]:
-    """Serve the page in the background, to this address alone; return the page's address and the server."""
+    """Serve the page in the background on this address only; return the URL and the server."""
     blocks = build(sd, provenance)
     _, address, _ = blocks.launch(
         server_name=f"[{host}]" if ":" in host else host,
@@ -172,7 +172,7 @@ def launch(sd: StableDiffusion, provenance: Provenance, host: str, port: int, br
         run_history=False,
         enable_monitoring=False,
         footer_links=[],
-        max_file_size=1,  # byte: the page takes no files
+        max_file_size=1,  # in bytes; the page accepts no uploads
         quiet=True,
         css_paths=Path(__file__).with_name("page.css"),
         theme=_theme(),
@@ -181,15 +181,15 @@ def launch(sd: StableDiffusion, provenance: Provenance, host: str, port: int, br
 
 
 def _theme() -> gr.themes.Base:
-    """gradio's default theme with system fonts."""
+    """Return Gradio's default theme with system fonts."""
     blue = gr.themes.Color(*["#e6f2fa", "#cce4f4", "#99cae9", "#66afde", "#3395d3", *["#0072B2"] * 2, *["#005a8e"] * 4])
     base = gr.themes.Default(primary_hue=blue, neutral_hue="slate", font=FONT, font_mono=("ui-monospace", "monospace"))
-    # gradio's grey of small text has too little contrast on white
+    # Gradio's default gray for small text has too little contrast on white
     return base.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
 
 
 def _clean(value: Any) -> Any:
-    """A field's value: None if it is empty, and 20 for the 20.0 that some browsers send."""
+    """Convert a field's value: empty to None, and integral floats, which some browsers send, to int."""
     return int(value) if isinstance(value, float) and value.is_integer() else None if value == "" else value
 
 

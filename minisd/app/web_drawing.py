@@ -1,6 +1,6 @@
-"""What `minisd serve` does, without the page: check a request, draw with previews, and map the attention to words.
+"""The back end of `minisd serve`: request validation, drawing with previews, and attention maps.
 
-Requests share nothing but the model, which drawing does not change.
+Requests share only the model, which drawing does not modify.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minisd.pipeline.stable_diffusion import StableDiffusion
 
 @dataclass(frozen=True)
 class Request:
-    """What a page asks for. A seed of "" and settings that are None or missing leave the choice to the model."""
+    """A request from the page. An empty seed means a random one; None or missing settings use the model's defaults."""
 
     prompt: str
     negative_prompt: str = ""
@@ -36,7 +36,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """The picture that the UNet predicts at one of its calls, of the latents' own small size."""
+    """A preview of the predicted image after one UNet call, at latent resolution."""
 
     picture: Image.Image
     call: int
@@ -45,7 +45,7 @@ class Preview:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A finished picture. file: the PNG that `minisd generate` would write, and its name."""
+    """A finished image. `file` and `name` are the PNG that `minisd generate` would write."""
 
     picture: Image.Image
     seed: int
@@ -59,14 +59,14 @@ class Result:
 
 
 def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Iterator[Preview | Result]:
-    """Draw a request: a preview after each call of the UNet, then the picture, the same as that of `minisd generate`.
+    """Yield a preview after each UNet call, then the result, which is identical to that of `minisd generate`.
 
-    Raises ValueError or TypeError for invalid settings, before any work is done; later what `denoise` and `decode` do.
+    Raises ValueError or TypeError for invalid settings before any computation, later those of `denoise` and `decode`.
     """
     started = time.perf_counter()
     seed = _read_seed(request.seed)
     if not request.prompt.strip():
-        raise ValueError("the prompt is empty; say in words what to draw, such as: a fox in the snow")
+        raise ValueError("the prompt is empty; describe a picture, such as: a fox in the snow")
     values = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": seed, **request.settings}
     job = Job.create(values, sd.defaults, model_side(sd))
     _, height, width = sd.latent_shape(job.settings.height, job.settings.width)
@@ -74,14 +74,14 @@ def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Itera
     maps = WordMaps(sd.unet, height, width, rows=(TOKENS_PER_CHUNK + 2) * len(chunks))
     steps = sd.denoise(job.prompt, negative_prompt=job.negative_prompt, seed=seed, **job.arguments)
     while True:
-        with maps.watch():  # for one call at a time: the next one may come from another thread
+        with maps.watch():  # one call at a time, since the next one may run in another thread
             step = next(steps, None)
         if step is None:
             break
         latents, num_calls = step.latents, step.num_calls
         yield Preview(sd.preview(step.x0)[0], step.index + 1, num_calls)
     picture = sd.decode(latents)[0]
-    # at guidance 0 only the negative prompt is drawn
+    # at guidance 0 the image follows the negative prompt alone
     words = split_words(job.prompt, sd.tokenizer) if job.settings.guidance_scale else []
     file, name = _png(picture, job, provenance), f"{slug(job.prompt)}-{seed}.png"
     notes, seconds = _notes(sd, job, chunks), time.perf_counter() - started
@@ -89,9 +89,9 @@ def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Itera
 
 
 def overlay(picture: Image.Image, weights: Tensor, strength: float = 0.55) -> Image.Image:
-    """Lay a word's map (h/8, w/8) over its picture: dark blue at 0, yellow at the largest weight.
+    """Overlay a word's attention map (h/8, w/8) on the image, from dark blue at 0 to yellow at the maximum.
 
-    The colours are the ends and the middle of "cividis", which the colour-blind can tell apart (Nuñez et al. 2018).
+    The colors are the ends and the middle of the colorblind-safe colormap "cividis" (Nuñez et al. 2018).
     """
     unit = weights / weights.max().clamp(min=1e-12)
     gray = Image.fromarray((255 * unit).round().byte().numpy()).resize(picture.size, Image.Resampling.BICUBIC)
@@ -103,12 +103,12 @@ def _read_seed(text: str) -> int:
     try:
         seed = int(text) if text.strip() else None
     except ValueError:
-        raise ValueError(f"seed {text[:40]!r} is not a whole number; expected one from 0 on, or none") from None
+        raise ValueError(f"seed {text[:40]!r} is not an integer; expected one from 0 on, or an empty field") from None
     return resolve_seeds(seed, 1)[0]
 
 
 def _notes(sd: StableDiffusion, job: Job, chunks: list[Chunk]) -> list[str]:
-    """The warnings of `minisd generate`."""
+    """Return the warnings of `minisd generate`."""
     unknown = unknown_words_warning(sd, [job.prompt, job.negative_prompt])
     notes = [unknown.removeprefix("warning: ")] if unknown else []
     if len(chunks) > 1:

@@ -1,1 +1,1 @@
-"""What hooks on to the core from outside: each module works without the others."""
+"""Optional features, built on the core without changing it."""

@@ -1,4 +1,4 @@
-"""The LoRAs of a model, by name: active beside its layers, with a weight each, or fused into their weights."""
+"""Named LoRA adapters, applied next to a model's layers or fused into their weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minisd.lora import Layer, LoRA, LowRank
 
 
 class Adapters:
-    """The LoRAs of one model: beside its layers (computed in every call), or fused into their weights."""
+    """The LoRAs loaded into one model, either attached (computed in every call) or fused into the weights."""
 
     def __init__(self) -> None:
         self.loras: dict[str, LoRA] = {}
@@ -23,31 +23,31 @@ class Adapters:
 
     @property
     def fused(self) -> bool:
-        """Whether the weights of the model contain the updates."""
+        """Whether the LoRAs are fused into the model's weights."""
         return bool(self._originals)
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each LoRA."""
+        """The weight of each LoRA, by name."""
         return {name: lora.weight for name, lora in self.loras.items()}
 
     def add(self, name: str, lora: LoRA, layers: Mapping[str, Layer], weight: float = 1.0) -> None:
-        """Attach a LoRA to layers, beside those already there.
+        """Attach a LoRA, in addition to those already loaded.
 
         Args:
-            name: must be new.
-            lora: the updates.
-            layers: by part and name, as from `layers_of`; may be more than those of the LoRA.
-            weight: the factor of the updates.
+            name: A unique name for the LoRA.
+            lora: The low-rank updates.
+            layers: The model's layers by name, as returned by `layers_of`. May include layers without an update.
+            weight: The factor to scale the updates by.
 
         Raises:
-            TypeError: the name is not a string or empty, or the weight is not a number.
-            ValueError: the name is taken, the weight is not finite, or LoRAs are fused.
+            TypeError: If the name is not a non-empty string or the weight is not a number.
+            ValueError: If the name is already in use, the weight is not finite, or LoRAs are fused.
         """
         if not isinstance(name, str) or not name:
-            raise TypeError(f"name={name!r:.80}; expected a non-empty string, by which to address the LoRA")
+            raise TypeError(f"name={name!r:.80}; expected a non-empty string")
         if name in self.loras:
-            raise ValueError(f"a LoRA named {name!r} is loaded already; give another name, or unload it first")
+            raise ValueError(f"a LoRA named {name!r} is already loaded; choose another name, or unload it first")
         self._check_not_fused()
         lora.weight = _check_weight(name, weight)
         self._layers[name] = {each: layers[each] for each in lora.names}
@@ -55,14 +55,14 @@ class Adapters:
         self._handles += lora.attach(self._layers[name])
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Give the named LoRAs these weights, and all others 0.
+        """Set the weights of the named LoRAs, and those of all others to 0.
 
         Raises:
-            TypeError: not a mapping from names to numbers.
-            ValueError: an unknown name, a weight that is not finite, or LoRAs are fused.
+            TypeError: If `weights` is not a mapping from names to numbers.
+            ValueError: If a name is unknown, a weight is not finite, or LoRAs are fused.
         """
         if not isinstance(weights, Mapping):
-            raise TypeError(f"weights={weights!r:.80}; expected a weight for each name, such as {{'style': 0.8}}")
+            raise TypeError(f"weights={weights!r:.80}; expected a mapping of names to weights, such as {{'style': 1}}")
         self._check_loaded(*weights)
         self._check_not_fused()
         weights = {name: _check_weight(name, weight) for name, weight in weights.items()}
@@ -70,10 +70,10 @@ class Adapters:
             lora.weight = weights.get(name, 0.0)
 
     def fuse(self) -> None:
-        """Write W' = W + Σ wᵢ ΔWᵢ into the layers, which then cost nothing extra. Raises ValueError without LoRAs."""
+        """Replace each layer's weight by W' = W + Σ wᵢ ΔWᵢ. Raises ValueError if no LoRA is loaded."""
         self._check_not_fused()
         if not self.loras:
-            raise ValueError("no LoRA is loaded, so there is nothing to fuse; load one first")
+            raise ValueError("no LoRA is loaded; load one before fusing")
         updates: dict[Layer, list[tuple[float, LowRank]]] = {}
         for adapter, lora in self.loras.items():
             for name, update in lora.items():
@@ -89,16 +89,16 @@ class Adapters:
             layer.weight = parameter
 
     def unfuse(self) -> None:
-        """Put back the weights from before `fuse`, bit for bit. Raises ValueError when nothing is fused."""
+        """Restore the exact weights from before `fuse`. Raises ValueError if no LoRA is fused."""
         if not self.fused:
-            raise ValueError("no LoRA is fused, so there is nothing to undo")
+            raise ValueError("no LoRA is fused; call fuse_lora() first")
         for layer, parameter in self._originals:
             layer.weight = parameter
         self._originals = []
         self._attach()
 
     def unload(self, name: str | None = None) -> None:
-        """Remove one LoRA, or all; the model is then exactly as without it. Raises ValueError for an unknown name."""
+        """Remove one LoRA, or all of them, fused or not. Raises ValueError for an unknown name."""
         self._check_loaded(*([] if name is None else [name]))
         if fused := self.fused:
             self.unfuse()
@@ -124,11 +124,11 @@ class Adapters:
 
     def _check_loaded(self, *names: str) -> None:
         if unknown := [name for name in names if name not in list(self.loras)]:
-            raise ValueError(f"no LoRA named {unknown[0]!r}; loaded are: {', '.join(self.loras) or 'none'}")
+            raise ValueError(f"no LoRA named {unknown[0]!r}; loaded LoRAs: {', '.join(self.loras) or 'none'}")
 
 
 def layers_of(parts: Mapping[str, nn.Module]) -> dict[str, Layer]:
-    """The linear layers and convolutions of the parts, by part and name: "unet.conv_in" and so on."""
+    """Return the linear and convolutional layers of several modules, by names such as "unet.conv_in"."""
     return {
         f"{part}.{name}": module
         for part, root in parts.items()

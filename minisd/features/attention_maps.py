@@ -1,7 +1,7 @@
-"""Attention maps: which words and pixels the layers attend to, recorded by forward hooks from outside.
+"""Attention maps, recorded with forward hooks.
 
-The networks compute what they always compute, so a recorded picture is bit for bit the same. Only calls made by the
-thread that opened the block are recorded.
+Recording does not change the output of a network. Only calls from the thread that entered the context manager are
+recorded.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Callback = Callable[[Tensor], None]
 
 
 class AttentionRecord(NamedTuple):
-    """The weights that one attention layer computed in one call: `weights` (n, heads, queries, keys), rows sum to 1."""
+    """Attention weights (n, heads, queries, keys) of one layer in one call; each row sums to 1."""
 
     name: str
     weights: Tensor
 
 
 def attention_weights(q: Tensor, k: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Compute softmax(q kᵀ / √d) in each head, in float32 or wider.
+    """Compute softmax(q kᵀ / √d) for each head, in at least float32.
 
-    q (n, queries, heads·d), k (n, keys, heads·d) -> (n, heads, queries, keys). With `causal`, query i sees keys 0…i.
-    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
+    Shapes: q (n, queries, heads·d), k (n, keys, heads·d) -> (n, heads, queries, keys). With `causal`, query i attends
+    to keys 0…i. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = (rearrange(x.to(dtype), "n tokens (heads d) -> n heads tokens d", heads=heads) for x in (q, k))
@@ -48,9 +48,9 @@ def attention_weights(q: Tensor, k: Tensor, heads: int, causal: bool = False) ->
 
 @contextmanager
 def watch_attention(layers: Mapping[nn.Module, Callback]) -> Iterator[None]:
-    """Call each attention layer's function with its weights, float32 (n, heads, queries, keys), once a call.
+    """Pass the attention weights of each layer, float32 (n, heads, queries, keys), to its callback on every call.
 
-    A layer is watched through its projections of queries and keys. Compiled models run uncompiled inside the block.
+    The hooks are on the query and key projections. Inside the context, compiled models run in eager mode.
     """
     thread = threading.get_ident()
     handles = []
@@ -82,10 +82,10 @@ def _watch(layer: Any, callback: Callback, thread: int) -> list[Any]:
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
-    """Collect the weights of every attention layer of a model, in the order of the calls.
+    """Record the weights of all attention layers of a model, in execution order.
 
-    Each record holds the layer's name, such as `down_blocks.0.attentions.0.transformer_blocks.0.attn2`, and float32
-    weights (n, heads, queries, keys). Blocks nest.
+    Each record holds a layer name, such as `down_blocks.0.attentions.0.transformer_blocks.0.attn2`, and float32
+    weights (n, heads, queries, keys). Contexts can be nested.
     """
     records: list[AttentionRecord] = []
 
@@ -99,21 +99,21 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
 
 
 def is_attention(layer: nn.Module) -> bool:
-    """Whether a module is an attention layer, of the UNet, the autoencoder or the text encoder."""
+    """Return whether a module is an attention layer of the UNet, autoencoder or text encoder."""
     return hasattr(layer, "to_k") or isinstance(layer, CausalSelfAttention)
 
 
 class Word(NamedTuple):
-    """A word of a prompt, and the rows of the context (77·k, width) that its tokens have."""
+    """A word of a prompt, and the indices of its tokens in the text embeddings (77·k, width)."""
 
     text: str
     rows: tuple[int, ...]
 
 
 def split_words(prompt: str, tokenizer: Tokenizer) -> list[Word]:
-    """Split a prompt into words as the tokenizer spells them, without punctuation, brackets and weights.
+    """Split a prompt into words as normalized by the tokenizer, without punctuation, brackets and weights.
 
-    Raises ValueError where `prompts.read` does.
+    Raises ValueError for an invalid prompt, like `prompts.read`.
     """
     chunks = read(prompt, tokenizer)
     rows = [(TOKENS_PER_CHUNK + 2) * c + 1 + i for c, chunk in enumerate(chunks) for i in range(len(chunk))]
@@ -130,15 +130,15 @@ def split_words(prompt: str, tokenizer: Tokenizer) -> list[Word]:
 
 
 class WordMaps:
-    """The mean cross-attention of one picture, over the layers, their heads, and the calls of the UNet.
+    """Cross-attention maps of one image, averaged over layers, heads and UNet calls.
 
-    Memory does not grow with the calls: one sum is kept for each size of the feature maps.
-    Source: Tang et al. 2022, "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", section 3, with a
-    mean in place of the sum over layers, heads and calls.
+    Memory use is constant: one running sum per feature-map resolution.
+    Source: Tang et al. 2022, "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", section 3, with the
+    mean instead of the sum over layers, heads and calls.
 
     Args:
-        height, width: of the latents.
-        rows: of the prompt's context, 77·k.
+        height, width: The size of the latents.
+        rows: The number of rows of the prompt's text embeddings, 77·k.
     """
 
     def __init__(self, unet: nn.Module, height: int, width: int, rows: int) -> None:
@@ -148,7 +148,7 @@ class WordMaps:
         self.layers, self.heads, self.count = len(self._layers), 0, 0
 
     def watch(self) -> Any:
-        """Return a context manager in which this thread's calls of the UNet count, for the batch's last prompt."""
+        """Return a context manager that records this thread's UNet calls, for the last prompt of the batch."""
         return watch_attention(dict.fromkeys(self._layers, self._add))
 
     def _add(self, weights: Tensor) -> None:
@@ -156,7 +156,7 @@ class WordMaps:
         height, width = self.size
         while height * width > queries:
             height, width = (height + 1) // 2, (width + 1) // 2
-        # a context may have been repeated to the length of the negative prompt's; a row then has the sum of its copies
+        # the context may be repeated to the length of the negative prompt's; sum over the copies of each row
         maps = reduce(
             weights[-1], "heads (h w) (copies rows) -> rows h w", "sum", h=height, w=width, rows=min(self.rows, keys)
         )
@@ -164,13 +164,13 @@ class WordMaps:
         self.count += 1
 
     def of(self, word: Word) -> Tensor:
-        """Return the share of each latent pixel's attention that a word has, all of its tokens together, (h/8, w/8).
+        """Return the attention of each latent pixel to a word, summed over its tokens, (h/8, w/8).
 
-        The shares of all rows of the context sum to 1 at every pixel. Coarser maps are spread over the pixels that each
-        of their cells covers. Raises ValueError before the first watched call.
+        At every pixel, the attention to all rows of the context sums to 1. Coarser maps are upsampled with
+        nearest-neighbor interpolation. Raises ValueError if no UNet call has been recorded.
         """
         if not self.count:
-            raise ValueError("no call of the UNet has been watched; draw inside `with maps.watch():` first")
+            raise ValueError("no UNet call has been recorded; draw inside `with maps.watch():` first")
         rows = torch.tensor(word.rows)
         total = torch.zeros(self.size)
         for sums in self._sums.values():

@@ -1,6 +1,6 @@
-"""DeepCache: between two full calls of the UNet, run only its last layers, on the feature that the deep ones left.
+"""DeepCache: reuse the UNet's deep features between full calls, and run only its last layers.
 
-From one step to the next the deep feature changes little, so most calls can do without computing it again.
+Deep features change little between adjacent steps, so most calls can use cached ones.
 Source: Ma et al. 2024, "DeepCache: Accelerating Diffusion Models for Free", sections 3.2 and 3.3 (1:N uniform).
 """
 
@@ -16,23 +16,23 @@ from minisd.unet import DownBlock, UNet, UpBlock
 
 
 def count_up_layers(unet: UNet) -> int:
-    """Count the residual blocks on the way up, over all levels: the largest depth."""
+    """Return the number of residual blocks in the upsampling path, which is the maximum depth."""
     return len(unet.config.block_out_channels) * (unet.config.layers_per_block + 1)
 
 
 class DeepCache:
-    """A UNet that is called like the one it wraps, for the calls of one run in order.
+    """Wrapper with the call signature of a UNet, for the consecutive calls of one sampling run.
 
     Args:
-        unet: the UNet to call.
-        interval: the first call and every `interval`-th after it are full; 1 makes every call full.
-        depth: the other calls run this many of the last layers on the way up, and what they need of the way down.
-        compile_options: of torch.compile, to compile both kinds of call; None does not compile.
+        unet: The UNet to wrap.
+        interval: The number of calls per full call, starting with the first. 1 makes every call full.
+        depth: The number of final upsampling layers to run in the other calls.
+        compile_options: Arguments for `torch.compile`, or None to run in eager mode.
     """
 
     def __init__(self, unet: UNet, interval: int, depth: int, compile_options: Mapping[str, Any] | None = None) -> None:
         if not 1 <= depth <= count_up_layers(unet):
-            raise ValueError(f"depth={depth}; expected 1 to {count_up_layers(unet)}, the layers on the way up")
+            raise ValueError(f"depth={depth}; expected 1 to {count_up_layers(unet)}, the number of upsampling layers")
         self.unet, self.interval, self.depth = unet, interval, depth
         self.feature: Tensor | None = None
         self.age = 0
@@ -42,9 +42,9 @@ class DeepCache:
             self._full, self._last = (torch.compile(run, **compile_options) for run in (run_full, run_last))
 
     def __call__(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """Predict as `UNet.forward` does, full or from the cached feature.
+        """Predict like `UNet.forward`, with a full call or from the cached feature.
 
-        Without guidance the batch is half as large: the cached feature's second half belongs to the prompts.
+        Without guidance the batch is half as large; the second half of the cached feature is that of the prompts.
         """
         rows = len(latents)
         if self.feature is None or self.age >= self.interval or len(self.feature) < rows:
@@ -57,7 +57,7 @@ class DeepCache:
 
 
 def run_full(unet: UNet, latents: Tensor, timesteps: Tensor, context: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """Run the whole UNet; return its output and the feature that the last `depth` layers begin with."""
+    """Run the full UNet, and return its output and the input feature of the last `depth` layers."""
     time = unet.embed_time(timesteps, latents.dtype)
     x = unet.conv_in(latents)
     skips = [x]
@@ -75,7 +75,7 @@ def run_full(unet: UNet, latents: Tensor, timesteps: Tensor, context: Tensor, de
 
 
 def run_last(unet: UNet, latents: Tensor, timesteps: Tensor, context: Tensor, depth: int, feature: Tensor) -> Tensor:
-    """Run the first layers on the way down, then the last `depth` layers on the way up, from a cached feature."""
+    """Run the first downsampling layers, then the last `depth` upsampling layers from a cached feature."""
     time = unet.embed_time(timesteps, latents.dtype)
     x = unet.conv_in(latents)
     skips = [x]
@@ -89,7 +89,7 @@ def run_last(unet: UNet, latents: Tensor, timesteps: Tensor, context: Tensor, de
 
 
 def down_layers(unet: UNet) -> list[DownLayer]:
-    """The layers on the way down, one for each skip connection after the first."""
+    """Return the layers of the downsampling path, one per skip connection after the first."""
     layers: list[DownLayer] = []
     for block in unet.down_blocks:
         assert isinstance(block, DownBlock)
@@ -99,7 +99,7 @@ def down_layers(unet: UNet) -> list[DownLayer]:
 
 
 def up_layers(unet: UNet) -> list[UpLayer]:
-    """The layers on the way up; the last one of a level upsamples."""
+    """Return the layers of the upsampling path; the last layer of each level includes the upsampler."""
     layers: list[UpLayer] = []
     for block in unet.up_blocks:
         assert isinstance(block, UpBlock)
@@ -111,7 +111,7 @@ def up_layers(unet: UNet) -> list[UpLayer]:
 
 
 class DownLayer(NamedTuple):
-    """A residual block with its attention, or a downsampling."""
+    """A residual block with its attention, or a downsampler."""
 
     module: nn.Module
     attention: nn.Module | None = None
@@ -121,7 +121,7 @@ class DownLayer(NamedTuple):
 
 
 class UpLayer(NamedTuple):
-    """A residual block with its attention, which takes its skip connection from the end of a list."""
+    """A residual block with its attention. Pops its skip connection from the end of `skips`."""
 
     resnet: nn.Module
     attention: nn.Module

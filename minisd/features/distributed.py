@@ -1,4 +1,4 @@
-"""Several processes at once, as `torchrun` starts them."""
+"""Multi-process utilities for `torchrun`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 
 
 def log(text: str) -> None:
-    """Print a line on standard error; standard output is for file names."""
+    """Print a line to stderr; stdout is reserved for file names."""
     print(text, file=sys.stderr, flush=True)
 
 
 def rank() -> int:
-    """This process's number under torchrun, else 0."""
+    """Return the rank of this process under torchrun, else 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes torchrun started, else 1."""
+    """Return the number of processes under torchrun, else 1."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_device(device: str | None) -> str | None:
-    """The device of this process: under torchrun each has a GPU of its own, unless one is named by number."""
+    """Return the device of this process: under torchrun its own GPU, unless one is given by index."""
     if world_size() == 1 or device not in (None, "cuda"):
         return device
     import torch
@@ -38,7 +38,7 @@ def local_device(device: str | None) -> str | None:
 
 @contextmanager
 def process_group(device: torch.device | None = None) -> Iterator[None]:
-    """Join torchrun's other processes, if there are any: with nccl if they compute on CUDA, else with gloo."""
+    """Join torchrun's process group, if any: NCCL on CUDA, Gloo elsewhere."""
     if world_size() == 1:
         yield
         return
@@ -56,7 +56,7 @@ def process_group(device: torch.device | None = None) -> Iterator[None]:
 
 
 def rank_zero_first(action: Callable[[], None]) -> None:
-    """Run `action` in process 0 while the others wait. If it fails there, the others exit silently."""
+    """Run `action` on rank 0 while the other ranks wait. If it fails, the other ranks exit silently."""
     failed = [False]
     if rank() == 0:
         try:
@@ -73,7 +73,7 @@ def rank_zero_first(action: Callable[[], None]) -> None:
 
 
 def sum_over_ranks(*numbers: int) -> list[int]:
-    """The sums of the numbers over all processes, which wait for each other here."""
+    """Return the sum of each number over all ranks. Acts as a barrier."""
     if world_size() == 1:
         return list(numbers)
     import torch.distributed as dist

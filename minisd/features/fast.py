@@ -1,7 +1,6 @@
-"""Faster layers for the CPU that compute the same: `speed_up(model)` swaps layer classes in place.
+"""Drop-in faster layers, mostly for the CPU: `speed_up(model)` swaps layer classes in place.
 
-Parameters, and so state dicts, stay as they are. What each class saves is measured by `minisd bench` and told in
-notebook 14.
+Parameters and state dicts do not change. Notebook 14 and `minisd bench` measure the speedup of each class.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from minisd.autoencoder import Decoder, Encoder
 from minisd.blocks import Upsample
 from minisd.unet import UNet
 
-HEAVY = 16  # weights for each number of the map, from which on a convolution on a CPU is better one matrix product
-LARGE = 2**18  # numbers in a map, from which on upsampling in quarters pays
+HEAVY = 16  # weights per input element above which a single matmul beats torch's convolution on a CPU
+LARGE = 2**18  # input elements above which QuarterUpsample is faster
 
 
 class ChannelsLastConv(nn.Conv2d):
-    """The first convolution of a UNet: it puts the map into channels-last order, which the layers behind it keep.
+    """First convolution of a UNet, which converts its input to channels_last; subsequent layers keep that format.
 
-    Convolutions are faster so, and tokens, (n, pixels, c), are then a view of the map.
+    Convolutions are faster in channels_last, and the tokens (n, pixels, c) are a view of the feature map.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,9 +31,9 @@ class ChannelsLastConv(nn.Conv2d):
 
 
 class ChannelsLastOnCPUConv(nn.Conv2d):
-    """The first convolution of encoder and decoder: channels last, but not on CUDA.
+    """First convolution of the encoder and decoder, which converts its input to channels_last except on CUDA.
 
-    There, torch's GroupNorm copies channels-last maps twice, which costs a fifth of the decoder's time.
+    On CUDA, torch's GroupNorm copies channels_last tensors twice, which takes a fifth of the decoder's time.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,14 +41,14 @@ class ChannelsLastOnCPUConv(nn.Conv2d):
 
 
 class MatmulConv(nn.Conv2d):
-    """A 3×3 convolution that is one matrix product on a CPU where the weights far outnumber the map.
+    """3×3 convolution that uses a single matmul on a CPU if it has far more weights than input elements.
 
-    Deep in the UNet 64 pixels meet 15 million weights, and torch's convolution spends most of its time on reordering
-    them at each call. The rows of all neighbourhoods, times the weights as they are, give the same sums.
+    Deep in the UNet, 64 pixels meet 15 million weights, and torch's convolution spends most of its time reordering
+    the weights on every call. Unfolding the input into patches and multiplying gives the same sums without that.
     """
 
     def is_heavy(self, numbers: int) -> bool:
-        """Tell whether the weights far outnumber a map of so many numbers."""
+        """Return whether the layer has far more weights than an input of `numbers` elements."""
         return self.weight.numel() >= HEAVY * numbers
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,22 +64,22 @@ class MatmulConv(nn.Conv2d):
 
 
 class QuarterUpsample(Upsample):
-    """Doubling and convolving at once, as four 2×2 convolutions: 16 products for 36.
+    """Nearest-neighbor upsampling and 3×3 convolution fused into four 2×2 convolutions: 16 multiplications, not 36.
 
-    Where every pixel is repeated in a square, a 3×3 neighbourhood holds only 2×2 different pixels. Each quarter of the
-    output (every second row and column) is a 2×2 convolution with the weights of equal pixels added up.
+    After 2× upsampling, a 3×3 neighborhood has only 2×2 distinct pixels. Each quarter of the output (every second row
+    and column) is therefore a 2×2 convolution whose kernel sums the weights of equal pixels.
     """
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         doubled = (2 * x.shape[-2], 2 * x.shape[-1])
         plain = x.device.type != "cpu" or torch.is_grad_enabled() or x.numel() < LARGE
-        plain |= bool(self.conv._forward_hooks or self.conv._forward_pre_hooks)  # such as a LoRA's: it must be called
+        plain |= bool(self.conv._forward_hooks or self.conv._forward_pre_hooks)  # such as a LoRA's
         if plain or (size or doubled) != doubled or self.conv.is_heavy(4 * x.numel()):  # type: ignore[operator]
             return super().forward(x, size)
         n, c, h, w = x.shape
         out = x.new_empty(n, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
         x, weight = F.pad(x, [1] * 4), self.conv.weight.flatten(2)
-        # rows 2i−1, 2i, 2i+1 of the doubled map are rows i−1, i, i of the map; rows 2i, 2i+1, 2i+2 are i, i, i+1
+        # upsampled rows 2i−1, 2i, 2i+1 are input rows i−1, i, i; upsampled rows 2i, 2i+1, 2i+2 are i, i, i+1
         sums = x.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         for i, j in product(range(2), range(2)):
             quarter = (weight @ torch.kron(sums[i], sums[j]).T).unflatten(2, (2, 2))
@@ -89,9 +88,9 @@ class QuarterUpsample(Upsample):
 
 
 class InPlaceSiLU(nn.SiLU):
-    """SiLU that overwrites its input where no gradient is wanted: the input is always a norm's own output.
+    """SiLU that runs in place when gradients are disabled, which is safe because its input is always a norm's output.
 
-    In the decoder that saves 268 MB for a picture of 512×512.
+    Saves 268 MB in the decoder for a 512×512 image.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,9 +98,9 @@ class InPlaceSiLU(nn.SiLU):
 
 
 def speed_up(model: nn.Module) -> None:
-    """Swap the layers of a UNet or an autoencoder for the faster ones, in place.
+    """Swap the layers of a UNet or an autoencoder for faster ones, in place.
 
-    The results are the same up to the order of sums, and to the last bit from one call to the next.
+    Outputs differ by rounding only, and are deterministic.
     """
     for module in model.modules():
         if type(module) is Upsample:

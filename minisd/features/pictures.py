@@ -1,4 +1,4 @@
-"""PIL pictures of any kind, whatever camera or program made them, as RGB and as brightness."""
+"""Conversion of PIL images of any mode to RGB and to grayscale arrays."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from PIL import Image, ImageOps
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Convert a PIL picture to RGB.
+    """Convert a PIL image to RGB.
 
-    The camera's rotation (EXIF) is applied, and transparency is laid over white. White is 65535 in mode I;16, and in
-    mode I if a number exceeds 255; in mode F it is the largest number, but at least 1.
+    Applies the EXIF orientation and composites transparency over white. White is 65535 in mode I;16, and in mode I if
+    any value exceeds 255; in mode F it is the maximum, but at least 1.
 
     Raises:
-        TypeError: not a PIL picture.
-        ValueError: the picture is empty, or Pillow cannot convert its mode.
-        FloatingPointError: it holds NaN or infinity.
+        TypeError: If the argument is not a PIL image.
+        ValueError: If the image is empty, or Pillow cannot convert its mode.
+        FloatingPointError: If the image contains NaN or infinity.
     """
     picture = _upright(picture)
     if {"A", "a"} & {*picture.getbands()} or "transparency" in picture.info:
@@ -26,7 +26,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def to_brightness(picture: Image.Image) -> np.ndarray:
-    """The brightness of a PIL picture of any mode, (h, w) in [0, 1], read as by `to_rgb`; alpha is ignored."""
+    """Convert a PIL image to grayscale, (h, w) in [0, 1], like `to_rgb` but ignoring alpha."""
     picture = _upright(picture)
     if "a" in picture.getbands():
         picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
@@ -35,9 +35,9 @@ def to_brightness(picture: Image.Image) -> np.ndarray:
 
 def _upright(picture: Image.Image) -> Image.Image:
     if not isinstance(picture, Image.Image):
-        raise TypeError(f"expected a PIL picture, got {type(picture).__name__}; open files with PIL.Image.open(path)")
+        raise TypeError(f"expected a PIL image, got {type(picture).__name__}; open files with PIL.Image.open(path)")
     if not picture.width or not picture.height:
-        raise ValueError(f"the picture is {picture.width}×{picture.height}; expected at least one pixel")
+        raise ValueError(f"the image is {picture.width}×{picture.height}; expected at least one pixel")
     return ImageOps.exif_transpose(picture)
 
 
@@ -45,11 +45,11 @@ def _to_eight_bits(picture: Image.Image, mode: str) -> Image.Image:
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture, dtype=np.float32)
         if not np.isfinite(values).all():
-            raise FloatingPointError("the picture holds NaN or infinity; expected finite numbers")
+            raise FloatingPointError("the image contains NaN or infinity; expected finite values")
         eight = picture.mode == "I" and values.max() <= 255
         scale = max(float(values.max()), 1.0) if picture.mode == "F" else 255 if eight else 65535
         picture = Image.fromarray((values / scale * 255).clip(0, 255).round().astype(np.uint8))
     try:
         return picture.convert(mode)
     except ValueError as error:
-        raise ValueError(f"a picture of mode {picture.mode} cannot be used ({error}); convert it to RGB") from error
+        raise ValueError(f"unsupported image mode {picture.mode} ({error}); convert the image to RGB") from error

@@ -1,4 +1,4 @@
-"""Presets: several settings under one name, which trade a little of a picture for time."""
+"""Presets: named groups of settings that trade a little image quality for speed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings under one name.
+    """A named group of settings.
 
     Args:
-        description: What they do, for people.
-        settings: By the names of `StableDiffusion.denoise`'s arguments.
+        description: A one-line description.
+        settings: Keyword arguments for `StableDiffusion.denoise`.
     """
 
     name: str = ""
@@ -22,7 +22,7 @@ class Preset:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """The preset in one line."""
+        """Return a one-line description."""
         return f"preset {self.name}: {self.description}"
 
 
@@ -40,11 +40,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def find_preset(name: str | None) -> Preset:
-    """The preset of a name; None has no settings. Raises ValueError, naming the presets, for an unknown one."""
+    """Return a preset by name, or an empty one for None. Raises ValueError for an unknown name."""
     if name is None:
         return Preset()
     if not isinstance(name, str):
-        raise TypeError(f"preset must be a name, one of {', '.join(PRESETS)}; got {type(name).__name__}")
+        raise TypeError(f"preset must be a name, one of {', '.join(PRESETS)}, got {type(name).__name__}")
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -1,10 +1,10 @@
-"""Prompts with weights in brackets, and prompts of any length, read in chunks of 75 tokens.
+"""Weighted prompts, and long prompts in chunks of 75 tokens.
 
-    a (fox) in the [snow], (red:1.3) leaves        fox 1.1, snow 1/1.1, red 1.3, all else 1
+    a (fox) in the [snow], (red:1.3) leaves        weights: fox 1.1, snow 1/1.1, red 1.3, everything else 1
 
-The syntax is that of AUTOMATIC1111's web UI. What a weight does differs: here a token's vector moves along the line
-from that of the empty prompt; the web UI multiplies it and then restores the mean of all vectors. Pictures of the same
-prompt are alike, not equal.
+The syntax is that of AUTOMATIC1111's web UI, but weights are applied differently. Here a token's embedding is
+interpolated or extrapolated from that of the empty prompt; the web UI multiplies embeddings, then restores their mean.
+The resulting images are similar, not identical.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from minisd.tokenizer import Tokenizer
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
 OPENING = {")": "(", "]": "["}
-MAX_WEIGHT = 10.0  # of either sign
-TOKENS_PER_CHUNK = 75  # without start and end
-MAX_CHUNKS = 8  # of one prompt
-MAX_CONTEXT_CHUNKS = 64  # of a batch; 56 is the least common multiple of 7 and 8
-MAX_CHARACTERS, MAX_WORD = 50_000, 2_000  # far beyond 8 chunks; the tokenizer takes quadratic time for a long word
+MAX_WEIGHT = 10.0  # in absolute value
+TOKENS_PER_CHUNK = 75  # excluding the start and end tokens
+MAX_CHUNKS = 8  # per prompt
+MAX_CONTEXT_CHUNKS = 64  # per batch; lcm(7, 8) = 56
+MAX_CHARACTERS, MAX_WORD = 50_000, 2_000  # far beyond 8 chunks; tokenization is quadratic in the length of a word
 
 BRACKET = re.compile(r"[()\[\]]")
 NUMBER = r"[+-]?(?:[0-9.]+(?:e[+-]?[0-9]+)?|nan|inf|infinity)"
-# An escaped character, a number that closes a bracket, a bracket, a run of text, or any other character.
+# An escaped character, a weight with its closing bracket, a bracket, a run of text, or any other character.
 SYNTAX = re.compile(rf"(?si)\\[()\[\]\\]|:\s*(?P<number>{NUMBER})\s*\)|[()\[\]]|[^()\[\]\\:]+|.")
 
 Chunk = list[tuple[int, float]]  # token ids with their weights
 
 
 class _Weights:
-    """The weights of the pieces read so far; closing a bracket multiplies those inside it."""
+    """The weights of the pieces parsed so far; closing a bracket scales those inside it."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -54,18 +54,18 @@ class _Weights:
 
 
 def parse(prompt: str) -> list[tuple[str, float]]:
-    r"""Split a prompt into pieces with their weights; neighbours of equal weight are one piece.
+    r"""Parse a prompt into (text, weight) pairs, merging adjacent pieces of equal weight.
 
-    (text) multiplies by 1.1, [text] divides by it, (text:1.3) multiplies by 1.3, and nested brackets multiply. \( \) \[
-    \] and \\ are characters. An unclosed bracket reaches to the end, and a closing one that nothing opened is text. A
-    prompt without brackets is taken as it is, backslashes too.
+    (text) multiplies the weight by 1.1, [text] divides it by 1.1, (text:1.3) multiplies it by 1.3; nested brackets
+    multiply. \( \) \[ \] and \\ are literal characters. An unclosed bracket extends to the end of the prompt, and an
+    unmatched closing bracket is literal. In a prompt without brackets, backslashes are literal.
 
     Raises:
-        TypeError: the prompt is not a string.
-        ValueError: a weight is not a number, or is beyond ±10, or the text is absurdly long.
+        TypeError: If the prompt is not a string.
+        ValueError: If a weight is not a number in [-10, 10], or the prompt is too long to tokenize.
     """
     if not isinstance(prompt, str):
-        raise TypeError(f"expected the prompt as a str, got {type(prompt).__name__}: {prompt!r:.80}")
+        raise TypeError(f"prompt must be a str, got {type(prompt).__name__}: {prompt!r:.80}")
     if not BRACKET.search(prompt):
         return [(_check_length(prompt), 1.0)]
     texts, weights = [], _Weights()
@@ -81,7 +81,7 @@ def parse(prompt: str) -> list[tuple[str, float]]:
             texts.append(token[1:] if len(token) == 2 and token[0] == "\\" else token)
             weights.values.append(1.0)
     weights.close_all()
-    # rounded, so that 1.1 · 1/1.1 is 1 in any order
+    # rounding makes 1.1 · 1/1.1 equal to 1 in any order
     groups = groupby(zip(texts, weights.values, strict=True), key=lambda piece: round(piece[1], 9))
     pieces = [("".join(text for text, _ in group), weight) for weight, group in groups]
     weighted = [(text, _check_weight(weight, text, prompt)) for text, weight in pieces]
@@ -90,15 +90,15 @@ def parse(prompt: str) -> list[tuple[str, float]]:
 
 
 def escape(text: str) -> str:
-    """The prompt that `parse` reads as this text, at weight 1, brackets and all."""
+    """Escape brackets and backslashes so that `parse` returns the text unchanged, at weight 1."""
     return re.sub(r"[()\[\]\\]", r"\\\g<0>", text) if BRACKET.search(text) else text
 
 
 def read(prompt: str, tokenizer: Tokenizer) -> list[Chunk]:
-    """Turn a prompt into token ids with weights, in one chunk of at most 75 or more.
+    """Tokenize a prompt into one or more chunks of at most 75 weighted token ids.
 
-    The tokens of a learned word (see `textual_inversion.py`) stay in one chunk. Raises ValueError for more than 8
-    chunks, and where `parse` does.
+    The tokens of a textual inversion are kept in one chunk. Raises ValueError for an invalid prompt (see `parse`) and
+    for more than 8 chunks.
     """
     chunks: list[Chunk] = [[]]
     for text, weight in parse(prompt):
@@ -113,14 +113,13 @@ def read(prompt: str, tokenizer: Tokenizer) -> list[Chunk]:
     if len(chunks) > MAX_CHUNKS:
         raise ValueError(
             f"the prompt has {sum(map(len, chunks))} tokens, which is {len(chunks)} chunks of {TOKENS_PER_CHUNK}; "
-            f"expected at most {MAX_CHUNKS} ({MAX_CHUNKS * TOKENS_PER_CHUNK} tokens), since each costs memory: shorten "
-            f"it ({prompt[:40]!r} …)"
+            f"expected at most {MAX_CHUNKS} ({MAX_CHUNKS * TOKENS_PER_CHUNK} tokens): shorten {prompt[:40]!r} …"
         )
     return chunks
 
 
 def rows(chunks: Sequence[Chunk], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Add start, end and padding: ids (chunks, 77) and weights (chunks, 77), which are 1 outside the text."""
+    """Add start, end and padding tokens; return ids and weights, both (chunks, 77). Added tokens have weight 1."""
     ids = [[tokenizer.bos_token_id, *(number for number, _ in chunk), tokenizer.eos_token_id] for chunk in chunks]
     weights = [[1.0, *(weight for _, weight in chunk)] for chunk in chunks]
     length = TOKENS_PER_CHUNK + 2
@@ -131,24 +130,24 @@ def rows(chunks: Sequence[Chunk], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]
 
 
 def weigh(context: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
-    """Move each vector of a context (n, 77, width) away from the empty prompt's (77, width), by its weight (n, 77).
+    """Scale the difference of a context (n, 77, width) from the empty prompt's (77, width) by weights (n, 77).
 
-    1 changes nothing, not even a bit; 0 leaves the empty prompt's vector.
-    Source: the library compel (InvokeAI) for weights from 1 on; for smaller ones it does something else.
+    Weight 1 leaves an embedding exactly unchanged, and weight 0 gives that of the empty prompt.
+    Source: InvokeAI's compel library, for weights of at least 1.
     """
     dtype = torch.promote_types(context.dtype, torch.float32)
     z, e, w = context.to(dtype), empty.to(dtype), weights.to(dtype).to(context.device)[..., None]
-    # z' = e + w (z − e), written so that w = 1 gives z exactly
+    # z' = e + w (z − e), rearranged so that w = 1 gives z exactly
     return (z + (w - 1) * (z - e)).to(context.dtype)
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, encode: Callable[[Tensor], Tensor]) -> Tensor:
-    """Encode prompts with weights, of any length, to context (n, 77·k, width).
+    """Encode weighted prompts of up to 600 tokens to text embeddings (n, 77·k, width).
 
     Args:
-        prompts: a warning says which of them have more than 75 tokens.
-        tokenizer: the model's.
-        encode: the text encoder, ids (rows, 77) -> (rows, 77, width).
+        prompts: The prompts. Warns for each one of more than 75 tokens.
+        tokenizer: The model's tokenizer.
+        encode: The text encoder, a function from ids (rows, 77) to embeddings (rows, 77, width).
     """
     chunked = [read(prompt, tokenizer) for prompt in prompts]
     for chunks in chunked:
@@ -157,7 +156,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, encode: Callabl
             warnings.warn(f"the prompt has {sum(map(len, chunks))} tokens: {notice}", stacklevel=3)
     ids, weights = rows([*chain(*chunked), []], tokenizer)
     weighted = any(weight != 1 for chunk in chain(*chunked) for _, weight in chunk)
-    # the last row is the empty prompt, which only weights need
+    # the last row is the empty prompt, needed only for weights
     context = encode(ids if weighted else ids[:-1])
     if weighted:
         context = weigh(context, context[-1], weights)[:-1]
@@ -168,7 +167,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, encode: Callabl
 
 
 def find_unknown_words(prompt: str, tokenizer: Tokenizer, embeddings: Tensor) -> list[str]:
-    """The words of a prompt with a token that was never trained: its row of (tokens, width) is all zeros."""
+    """Return the words of a prompt with an untrained token, whose row of `embeddings` (tokens, width) is all zeros."""
     text = " ".join(piece for piece, _ in parse(prompt))
     for word in tokenizer.added:
         text = re.sub(re.escape(word), " ", text, flags=re.IGNORECASE)
@@ -181,10 +180,10 @@ def find_unknown_words(prompt: str, tokenizer: Tokenizer, embeddings: Tensor) ->
 
 
 def common_length(*contexts: Tensor) -> list[Tensor]:
-    """Contexts (n, 77·k, width) of any k, repeated to one length, the least common multiple.
+    """Repeat contexts (n, 77·k, width) with different k to the least common multiple of their lengths.
 
-    Attention sees no difference: keys and values that all come r times have softmax weights r times smaller, which sum
-    to the same. Raises ValueError where the common length would be more than 64 chunks.
+    This leaves attention unchanged: if all keys and values appear r times, their softmax weights are r times smaller
+    and sum to the same. Raises ValueError if the common length exceeds 64 chunks.
     """
     rows = TOKENS_PER_CHUNK + 2
     counts = [context.shape[1] // rows for context in contexts]
@@ -193,7 +192,7 @@ def common_length(*contexts: Tensor) -> list[Tensor]:
         lengths = ", ".join(map(str, sorted(set(counts))))
         raise ValueError(
             f"prompts of {lengths} chunks of {TOKENS_PER_CHUNK} tokens cannot be drawn together: their common length "
-            f"would be {common} chunks, expected at most {MAX_CONTEXT_CHUNKS}. Draw them one by one, or shorten one"
+            f"is {common} chunks, expected at most {MAX_CONTEXT_CHUNKS}; draw them one at a time, or shorten one"
         )
     return [context.repeat(1, common // count, 1) for context, count in zip(contexts, counts, strict=True)]
 
@@ -202,14 +201,14 @@ def _check_length(text: str) -> str:
     longest = max(map(len, text.split()), default=0)
     if len(text) > MAX_CHARACTERS or longest > MAX_WORD:
         raise ValueError(
-            f"the prompt has {len(text)} characters, {longest} of them in one word; expected at most {MAX_CHARACTERS} "
-            f"and {MAX_WORD}: shorten it"
+            f"the prompt has {len(text)} characters, with up to {longest} per word; expected at most {MAX_CHARACTERS}, "
+            f"with up to {MAX_WORD} per word: shorten it"
         )
     return text
 
 
 def _check_weight(weight: float | str, where: str, prompt: str) -> float:
-    """Return a weight as a float. Raises ValueError if it is not a number, not finite, or out of range."""
+    """Convert a weight to float. Raises ValueError if it is not a number in [-10, 10]."""
     try:
         value = float(weight)
     except ValueError:
@@ -217,6 +216,6 @@ def _check_weight(weight: float | str, where: str, prompt: str) -> float:
     if not abs(value) <= MAX_WEIGHT:
         raise ValueError(
             f"{where!r} in the prompt {prompt[:80]!r} has the weight {weight}; expected a number from {-MAX_WEIGHT:g} "
-            f"to {MAX_WEIGHT:g}, such as (fox:1.3). To write brackets as text, put a backslash before each: \\( and \\)"
+            f"to {MAX_WEIGHT:g}, such as (fox:1.3). To include literal brackets, escape them: \\( and \\)"
         )
     return value

@@ -1,4 +1,4 @@
-"""Textual inversion: a new word whose token vectors were learned from a few pictures.
+"""Textual inversion: a new word whose token embeddings are learned from a few images.
 
 Source: Gal et al. 2022, "An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion",
 section 4.
@@ -13,52 +13,52 @@ from minisd.features.validate import check_strings
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import END_OF_WORD, Tokenizer, normalize
 
-TABLE = "text_model.embeddings.token_embedding.weight"  # the token vectors, in the state of a TextEncoder
+TABLE = "text_model.embeddings.token_embedding.weight"  # the token embeddings in a TextEncoder's state dict
 
 
 def add_token(tokenizer: Tokenizer, token: str, count: int = 1) -> Tokenizer:
-    """Return a tokenizer that turns one more word into `count` new tokens, which take the next free ids.
+    """Return a tokenizer with a new word of `count` tokens, which get the next free ids.
 
-    As in transformers, the word is found wherever it occurs, in either case, before a text is split. As in diffusers,
-    its tokens are called word, word_1, word_2 …
+    As in transformers, the word is matched anywhere in a text, ignoring case, before the text is split. As in
+    diffusers, its tokens are named word, word_1, word_2 …
 
     Raises:
-        TypeError: the word is not a string.
-        ValueError: the word is empty, or a token already.
+        TypeError: If the word is not a string.
+        ValueError: If the word is empty or already in the vocabulary.
     """
     if not isinstance(token, str):
-        raise TypeError(f"token={token!r:.80}; expected the new word, as a string")
+        raise TypeError(f"token={token!r:.80}; expected a string")
     (token,) = check_strings("token", token)
     word = normalize(token).strip()
     names = (word, *(f"{word}_{i}" for i in range(1, count)))
     if not word or count < 1:
-        raise ValueError(f"expected a word that stands for 1 token or more, got {token!r} for {count}")
+        raise ValueError(f"expected a non-empty word with at least 1 token, got {token!r} with {count}")
     if taken := [name for name in names if {name, name + END_OF_WORD} & tokenizer.vocabulary.keys()]:
-        raise ValueError(f"{taken[0]!r} is a token already; choose a new word, such as '<{word}-new>'")
+        raise ValueError(f"{taken[0]!r} is already in the vocabulary; choose a new word, such as '<{word}-new>'")
     vocabulary = tokenizer.vocabulary | {name: len(tokenizer.vocabulary) + i for i, name in enumerate(names)}
     added = tokenizer.added | {name: (name,) for name in names} | {word: names}
     return Tokenizer(vocabulary, list(tokenizer.ranks), tokenizer.pad_token, added)
 
 
 def add_word(tokenizer: Tokenizer, text_encoder: TextEncoder, token: str, vectors: Tensor) -> Tokenizer:
-    """Give a word its vectors (n, width): the text encoder gets a longer table, and a new tokenizer is returned.
+    """Add a word with embeddings (n, width) to a text encoder, in place, and return the extended tokenizer.
 
-    The old table and the old tokenizer remain unchanged.
+    The text encoder gets a new embedding module; the previous one and the given tokenizer are not modified.
 
     Raises:
-        ValueError: the word is a token already, the vectors have another width than the table, or the table and the
-            tokenizer have different lengths.
+        ValueError: If the word is already in the vocabulary, the embeddings have the wrong width, or the text encoder
+            and the tokenizer have different vocabulary sizes.
     """
     table = text_encoder.token_embedding.weight
     if vectors.shape[-1] != table.shape[1]:
         raise ValueError(
-            f"the vectors of {token!r} have {vectors.shape[-1]} numbers; this text encoder takes {table.shape[1]}. "
-            "Use a textual inversion made for this kind of model"
+            f"the embeddings of {token!r} have width {vectors.shape[-1]}; expected {table.shape[1]}. Use a textual "
+            "inversion trained for this model architecture"
         )
     if len(table) != len(tokenizer.vocabulary):
         raise ValueError(
-            f"the text encoder has {len(table)} token vectors and the tokenizer {len(tokenizer.vocabulary)} tokens; "
-            "load the model again, and give each model its own text encoder"
+            f"the text encoder has {len(table)} token embeddings, but the tokenizer has {len(tokenizer.vocabulary)} "
+            "tokens; reload the model, and do not share a text encoder between models"
         )
     extended = add_token(tokenizer, token, len(vectors))
     embedding = nn.Embedding.from_pretrained(torch.cat([table.detach(), vectors.to(table)]))

@@ -1,4 +1,4 @@
-"""Large pictures in little memory: run a network over overlapping tiles, and blend what it returns."""
+"""Tiled processing of large images: run a network on overlapping tiles and blend the results, to save memory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, zoom: float) -> Tensor:
-    """Apply a network to a map (n, c, h, w) tile by tile; returns (n, c', zoom · h, zoom · w), float32.
+    """Apply a network to x (n, c, h, w) tile by tile; return float32 (n, c', zoom · h, zoom · w).
 
-    tile: side of a tile. overlap: how many cells neighbours share; across them the weight of the one falls linearly
-    while that of the other rises, so that no seam shows. zoom: pixels for each cell: 8 to decode, 1/8 to encode.
-    Not the same as without tiles: norms see one tile's mean and spread, not the picture's, so tiles should be large.
-    Raises ValueError for an overlap that leaves no way to go.
+    `tile` and `overlap` are in input pixels; overlapping tiles are blended linearly to hide seams. `zoom` is the scale
+    factor of the network: 8 to decode, 1/8 to encode. The result differs slightly from an untiled one, because norms
+    use the mean and standard deviation of a tile, so tiles should be large. Raises ValueError unless
+    0 < overlap < tile.
     """
     if not 0 < overlap < tile:
-        raise ValueError(f"tiles of {tile} cells cannot overlap by {overlap}; expected from 1 to {tile - 1}")
+        raise ValueError(f"tiles of {tile} pixels cannot overlap by {overlap}; expected 1 to {tile - 1}")
     height, width = x.shape[-2:]
     total, weights = torch.zeros(()), torch.zeros(round(height * zoom), round(width * zoom), device=x.device)
     for top in starts(height, tile, overlap):
@@ -36,13 +36,13 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: i
 
 
 def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along a side: at equal steps, the last moved back so that it ends where the side does."""
+    """Return the start positions of tiles along one axis; the last tile is shifted to end at the border."""
     last = max(length - tile, 0)
     return [*range(0, last, tile - overlap), last]
 
 
 def ramp(length: int, overlap: int, rises: bool, falls: bool) -> Tensor:
-    """Weights along a side of a tile, (length,): 1, and towards 0 across the overlap with a neighbour."""
+    """Return the blending weights along one axis of a tile, (length,): 1, falling linearly to 0 in overlaps."""
     weights = torch.ones(length)
     slope = (torch.arange(overlap) + 0.5) / overlap
     if rises:

@@ -1,1 +1,1 @@
-"""Reading and writing files: checkpoints, folders, adapters, downloads."""
+"""Reading and writing of checkpoints, model folders and adapters, and downloads from the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""Writing files and folders so that a reader, or a kill at any time, finds the old version or the new one."""
+"""Atomic writes of files and folders: readers, and crashes at any time, see either the old or the new version."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from minisd.features.validate import check_writable
 
 
 def save_atomically(write: Any, path: Path) -> None:
-    """Call `write(temporary path)`, then rename the finished file to `path`; a link is replaced, not followed.
+    """Call `write` with a temporary path, then rename the file to `path`. Symlinks are replaced, not followed.
 
-    A kill may leave the temporary file, hidden and ending in .tmp; it can be deleted.
+    A killed process may leave a hidden .tmp file behind, which is safe to delete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -29,20 +29,20 @@ def save_atomically(write: Any, path: Path) -> None:
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors makes its files readable by the owner only
+        temporary.chmod(mode)  # safetensors creates files with mode 600
         os.replace(temporary, path)
     except (SafetensorError, RuntimeError) as error:  # raised by safetensors and torch when the disk is full
-        raise OSError(f"{path} could not be written ({error}); is the disk full?") from error
+        raise OSError(f"failed to write {path} ({error}); check that the disk is not full") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder, which takes the place of `target` at the end of the block; on failure it is removed.
+    """Yield a new folder that replaces `target` on success and is removed on failure.
 
-    Files that only the old folder has are linked into the new one. Programs that have mapped the old files keep them. A
-    kill may leave a folder .NAME.….tmp beside the target, complete or not; it can be deleted.
+    Files that exist only in the old folder are hard-linked into the new one. Memory maps of old files stay valid. A
+    killed process may leave a folder .NAME.….tmp next to the target, which is safe to delete.
     """
     check_writable(target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
-        # in the temporary folder, since filelock leaves its files behind
+        # in the system's temporary folder, since filelock does not delete its lock files
         name = f"minisd-{getattr(os, 'getuid', int)()}-{hashlib.sha256(os.fsencode(target)).hexdigest()[:16]}.lock"
         with FileLock(Path(tempfile.gettempdir()) / name):
             _exchange(new, target)
@@ -65,7 +65,7 @@ def _temporary(path: Path) -> Path:
 def _exchange(new: Path, target: Path) -> None:
     if not target.exists():
         new.rename(target)
-    elif os.path.ismount(target):  # which cannot be renamed
+    elif os.path.ismount(target):  # mount points cannot be renamed
         for path in (path for path in new.rglob("*") if path.is_file()):
             place = target / path.relative_to(new)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -79,12 +79,12 @@ def _exchange(new: Path, target: Path) -> None:
         except OSError:
             old.rename(target)
             raise
-        _link_missing(old, target)  # files written in between
+        _link_missing(old, target)  # files written in the meantime
         shutil.rmtree(old, ignore_errors=True)
 
 
 def _link_missing(source: Path, target: Path) -> None:
-    """Link, or else copy, all files of a folder that another one lacks."""
+    """Hard-link, or else copy, all files of `source` that are missing in `target`."""
     for path in source.rglob("*"):
         place = target / path.relative_to(source)
         if path.is_dir() and not path.is_symlink():

@@ -1,4 +1,4 @@
-"""Checkpoints: a model from a hub id, a diffusers folder or a single file. Every tensor must be accounted for."""
+"""Loading of models from hub ids, diffusers folders and single files, with strict matching of all tensors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 class WeightFile(NamedTuple):
-    """A file of weights, what goes before its keys, such as "unet." in a folder, and its header."""
+    """A weight file, the prefix to add to its keys (such as "unet." in a folder), and its header."""
 
     path: Path
     prefix: str
@@ -51,10 +51,10 @@ class WeightFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, every key accounted for, its weights not yet read.
+    """A validated checkpoint on disk whose weights have not been read.
 
     Attributes:
-        sources: for each parameter, such as "unet.conv_in.weight", where the files have it.
+        sources: The location of each parameter, by names such as "unet.conv_in.weight".
     """
 
     path: Path
@@ -66,7 +66,7 @@ class Checkpoint:
     sources: Mapping[str, Source]
 
     def load(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Loaded:
-        """Read the weights straight to a device and dtype, with no second copy of them in memory."""
+        """Load the weights directly to a device and dtype, without a second copy in memory."""
         modules = _meta_modules(self.config)
         shapes = {name: value.shape for name, value in _parameters(modules).items()}
         targets: dict[str, list[str]] = {}
@@ -87,7 +87,7 @@ class Checkpoint:
         return Loaded(self.config, self.tokenizer, text_encoder, unet, vae, self.defaults)
 
     def describe(self) -> str:
-        """Parts, parameters, layout, dtype and size, for `minisd info`; the weights stay on disk."""
+        """Return a summary for `minisd info`, without reading the weights."""
         infos = {prefix + key: (path, info) for path, prefix, header in self.files for key, info in header.items()}
         size = sum(path.stat().st_size for path, _, _ in self.files)
         pixels, defaults = self.config.unet.sample_size * self.config.autoencoder.downscale, self.defaults
@@ -119,20 +119,20 @@ def open_checkpoint(
     revision: str | None = None,
     config: ModelConfig | None = None,
 ) -> Checkpoint:
-    """Find a checkpoint and account for every key, without reading the weights.
+    """Open a checkpoint and match every key to a parameter, without reading the weights.
 
     Args:
-        source: None or "tiny" for the shipped model, a diffusers folder, a single file in CompVis layout, or a hub id
+        source: None or "tiny" for the bundled model, a diffusers folder, a single file in CompVis layout, or a hub id
             "owner/name", which is downloaded once.
-        variant: such as "fp16", for folders that hold several.
-        prediction_type: what the UNet was trained to predict, where the checkpoint does not say so, or wrongly.
-        revision: the version of a hub id.
-        config: the sizes of a single file that is not a published model.
+        variant: The variant of the weight files, such as "fp16".
+        prediction_type: The UNet's prediction type, to override the checkpoint or to supply it if missing.
+        revision: The branch, tag or commit of a hub id.
+        config: The model configuration of a single file. By default it is inferred.
 
     Raises:
-        CheckpointError: names what is missing, unexpected or has the wrong shape.
-        FileNotFoundError: there is no such source.
-        OSError: see `minisd.io.hub.download`.
+        CheckpointError: If keys are missing or unexpected, or have the wrong shape.
+        FileNotFoundError: If the source does not exist.
+        OSError: See `minisd.io.hub.download`.
     """
     path = _locate(source, variant, revision)
     checkpoint = _open_folder(path, variant) if path.is_dir() else _open_single_file(path, prediction_type, config)
@@ -149,12 +149,12 @@ def load(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Loaded:
-    """Load a model. Options and errors are those of `open_checkpoint`."""
+    """Load a model. Accepts the options of `open_checkpoint`, and raises the same errors."""
     return open_checkpoint(source, **options).load(device, dtype)
 
 
 def describe(source: str | os.PathLike[str] | None = None, **options: Any) -> str:
-    """Describe a model without reading its weights. Options and errors are those of `open_checkpoint`."""
+    """Return a summary of a model without reading its weights. Accepts the options of `open_checkpoint`."""
     return open_checkpoint(source, **options).describe()
 
 
@@ -166,12 +166,12 @@ def _locate(source: str | os.PathLike[str] | None, variant: str | None, revision
         return path
     hub_id = isinstance(source, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII)
     if isinstance(source, str) and hub_id and path.suffix not in SINGLE_FILES:
-        from minisd.io import hub  # imports huggingface_hub, which nothing else needs
+        from minisd.io import hub  # deferred: imports huggingface_hub
 
         return hub.download(source, variant=variant, revision=revision)
     raise FileNotFoundError(
         f"no model at {source!r}; expected a diffusers folder, a .safetensors or .ckpt file, a hub id 'owner/name', "
-        "or nothing for the shipped model"
+        "or None for the bundled model"
     )
 
 
@@ -188,16 +188,16 @@ def _weight_files(folder: Path, part: str, variant: str | None) -> list[WeightFi
     chosen = pick_weights(names, STEMS[part], variant)
     if not chosen:
         content = _list(sorted(names))
-        raise CheckpointError(f"{folder} holds no {STEMS[part]}.safetensors or .bin, but {content}; fetch all of it")
+        raise CheckpointError(f"{folder} has no {STEMS[part]}.safetensors or .bin, only {content}; download all of it")
     first = folder / chosen[0]
     if first.suffix != ".json":
         return [WeightFile(first, f"{part}.", read_header(first))]
     index = read_index(first)
     files = [WeightFile(path, f"{part}.", read_header(path)) for path in sorted({folder / n for n in index.values()})]
-    # each tensor must be in one shard only, the one that the index names
+    # each tensor must be in exactly one shard, the one listed in the index
     found = {(key, file.path.name) for file in files for key in file.header}
     if wrong := _list(sorted({key for key, _ in found ^ set(index.items())}), empty=""):
-        raise CheckpointError(f"{first} and its shards disagree on {wrong}; they are of different versions")
+        raise CheckpointError(f"{first} and its shards disagree on {wrong}; download all of them again")
     return files
 
 
@@ -208,14 +208,14 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
         raise CheckpointError(str(error)) from error
     count = len(tokenizer.vocabulary)
     if count > vocab_size or (count < vocab_size and not (folder / "added_tokens.json").is_file()):
-        table = f"the text encoder a table of {vocab_size}"
-        raise CheckpointError(f"{folder} has {count} tokens and {table}; they are of different models")
+        table = f"the text encoder has {vocab_size} embeddings"
+        raise CheckpointError(f"{folder} has {count} tokens, but {table}; use the tokenizer of the same model")
     return tokenizer
 
 
 def _open_single_file(path: Path, prediction_type: str | None, config: ModelConfig | None) -> Checkpoint:
     if path.suffix not in SINGLE_FILES:
-        raise CheckpointError(f"{path} is not a checkpoint; expected a folder or a {', '.join(SINGLE_FILES)} file")
+        raise CheckpointError(f"{path} is not a checkpoint; expected a folder or one of {', '.join(SINGLE_FILES)}")
     header = read_header(path)
     config = config or _infer_config(path, header, prediction_type)
     for item in fields(config):
@@ -236,13 +236,13 @@ def _infer_config(path: Path, header: Mapping[str, TensorInfo], prediction_type:
     if first is None or width not in (768, 1024) or first.shape[1:2] not in ((4,), (9,)):
         kind = key_names.looks_like(header)
         raise CheckpointError(
-            f"{path} is not Stable Diffusion 1 or 2 in CompVis layout; expected model.diffusion_model.* of context "
+            f"{path} is not Stable Diffusion 1 or 2 in CompVis layout; expected model.diffusion_model.* with context "
             f"width 768 or 1024 and 4 or 9 input channels, found {_list(list(header))}. "
             + (f"It looks like {kind}, which cannot be loaded as a model" if kind else "Use another file")
         )
     if width == 1024 and prediction_type is None:
         raise CheckpointError(
-            f"{path} is Stable Diffusion 2, and a single file does not say what the UNet predicts; give "
+            f"{path} is a Stable Diffusion 2 model, whose prediction type is not stored in single files; pass "
             "prediction_type='v_prediction' (2.x at 768 pixels) or 'epsilon' (2.x base, at 512)"
         )
     base = SD15 if width == 768 else SD21_BASE if prediction_type == "epsilon" else SD21
@@ -250,7 +250,7 @@ def _infer_config(path: Path, header: Mapping[str, TensorInfo], prediction_type:
 
 
 class _NoInit(TorchFunctionMode):
-    """Skips the initialisation of parameters, which takes seconds even on the meta device."""
+    """Skips parameter initialization, which takes seconds even on the meta device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -262,7 +262,7 @@ class _NoInit(TorchFunctionMode):
 
 
 def _meta_modules(config: ModelConfig) -> dict[str, Any]:
-    """The parts without memory for their weights, under the names of a diffusers folder."""
+    """Return the modules on the meta device, by their names in a diffusers folder."""
     with torch.device("meta"), _NoInit():
         return {
             "text_encoder": TextEncoder(config.text_encoder),
@@ -282,7 +282,7 @@ def _match(
     ignored: re.Pattern[str],
     path: Path,
 ) -> dict[str, Source]:
-    """Find a source for every parameter, and a use for every key; CheckpointError lists all that do not fit."""
+    """Match every parameter to a key. Raises CheckpointError for missing, misshaped and unexpected keys."""
     header = {prefix + key: info for _, prefix, infos in files for key, info in infos.items()}
     found: dict[str, Source] = {}
     missing, misshaped = [], []
@@ -299,7 +299,7 @@ def _match(
         if not same_shape(info.shape, expected):
             misshaped.append(f"{source.key} {list(info.shape)}, expected {list(expected)}")
         elif info.dtype not in FLOAT_DTYPES:
-            misshaped.append(f"{source.key} of dtype {info.dtype}, expected floating point of 16 to 64 bits")
+            misshaped.append(f"{source.key} of dtype {info.dtype}, expected float16 to float64")
     used = {source.key for source in found.values()}
     unexpected = [key for key in header if key not in used and not ignored.fullmatch(key)]
     lists = {"missing": missing, "misshaped": misshaped, "unexpected": unexpected}

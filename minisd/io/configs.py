@@ -1,7 +1,7 @@
-"""JSON files, above all `config.json`: reading, checking and writing configurations.
+"""Reading, validation and writing of `config.json` and other JSON files.
 
-Keys without influence on the network are ignored. Where a key asks for something that minisd does not build, or a size
-makes no sense, the error names the key, its value and what was expected, before any memory is allocated.
+Keys that do not affect the network are ignored. Unsupported options and invalid sizes are rejected before any memory is
+allocated.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 MAX_JSON_BYTES = 2**26  # far more than the largest vocabulary or index of shards
 MAX_SIZE = 2**20
 MAX_LEVELS = 8
-# Smaller limits for what multiplies layers or fills tables.
+# Tighter limits for numbers of layers and table sizes.
 MAX_SIZES = {"num_hidden_layers": 128, "layers_per_block": 16, "sample_size": 2**14, "num_train_timesteps": 100_000}
 
-# Keys of published files for which minisd supports these values only; the first one is written.
+# The supported values of keys in published files; the first one is written when saving.
 FIXED: Mapping[type, Mapping[str, tuple[Any, ...]]] = {
     TextEncoderConfig: {"model_type": ("clip_text_model",)},
     AutoencoderConfig: {
@@ -55,41 +55,41 @@ CHOICES = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; CheckpointError where the file is missing, not JSON, or holds something else."""
+    """Read a JSON object. Raises CheckpointError if the file is missing or not a valid JSON object."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing, or not a regular file; fetch the whole folder")
+        raise CheckpointError(f"{path} is missing, or not a regular file; download the entire folder")
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, far too many for JSON; fetch it again")
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; expected at most {MAX_JSON_BYTES:,}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON in UTF-8 ({error}); fetch it again") from error
+        raise CheckpointError(f"{path} is not JSON in UTF-8 ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object. Fetch it again")
+        raise CheckpointError(f"{path} contains a {type(value).__name__}; expected a JSON object; download it again")
     return value
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Write a JSON object, into a new folder if need be; without indent, on one line."""
+    """Write a JSON object, creating the parent folder; without `indent`, on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, ensure_ascii=False, indent=indent, separators=None if indent else (",", ":"))
     path.write_text(text + ("\n" if indent else ""), encoding="utf-8", newline="\n")
 
 
 def read_config(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Read a configuration from the content of a published `config.json`.
+    """Build a configuration from the content of a published `config.json`.
 
     Args:
-        kind: TextEncoderConfig, AutoencoderConfig, UNetConfig or ScheduleConfig.
-        values: the content; keys that are absent or null take the values of Stable Diffusion 1.
+        kind: The configuration class: TextEncoderConfig, AutoencoderConfig, UNetConfig or ScheduleConfig.
+        values: The parsed JSON. Missing and null keys default to the values of Stable Diffusion 1.
 
     Raises:
-        ValueError: names a key whose value minisd does not support.
+        ValueError: If a key has an unsupported value.
     """
     for key, supported in FIXED[kind].items():
         if key in values and values[key] not in supported:
             expected = " or ".join(repr(value) for value in supported)
-            raise ValueError(f"config has {key}={_shorten(values[key])}; minisd builds only {key}={expected}")
+            raise ValueError(f"unsupported {key}={_shorten(values[key])}; minisd supports only {key}={expected}")
     names = {item.name for item in fields(kind)}
     given: dict[str, Any] = {key: value for key, value in values.items() if key in names and value is not None}
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
@@ -99,7 +99,7 @@ def read_config(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The content of a `config.json` for diffusers or transformers."""
+    """Return the content of a `config.json` for diffusers or transformers."""
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     content = {key: supported[0] for key, supported in FIXED[type(config)].items()} | values
     if isinstance(config, AutoencoderConfig):
@@ -110,7 +110,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def check_config(config: Config) -> None:
-    """Raise ValueError for a value of the wrong type, a size out of range, or sizes that do not fit together."""
+    """Raise ValueError for values of the wrong type or out of range, and for incompatible sizes."""
     for item in fields(config):
         _check_value(item.name, getattr(config, item.name), item.default)
     if isinstance(config, TextEncoderConfig):
@@ -127,27 +127,27 @@ def check_config(config: Config) -> None:
         levels = len(config.block_out_channels)
         for name in ("down_block_types", "up_block_types", "heads"):
             if len(getattr(config, name)) != levels:
-                raise ValueError(f"{name} has {len(getattr(config, name))} entries; expected {levels}, one per level")
+                raise ValueError(f"{name} has length {len(getattr(config, name))}; expected {levels}, one per level")
         for channels, heads in zip(config.block_out_channels, config.heads, strict=True):
             _check_divisible("block_out_channels", channels, "attention_head_dim (the number of heads)", heads)
 
 
 def _check_value(name: str, value: Any, default: Any) -> None:
-    """Check the type of a value by that of the field's default, and its range."""
+    """Check the type of a value against the field's default, and its range."""
     expected = None
     if isinstance(value, tuple) and (isinstance(default, tuple) or name == "attention_head_dim"):
         if not 1 <= len(value) <= MAX_LEVELS:
-            raise ValueError(f"{name} has {len(value)} entries; expected 1 to {MAX_LEVELS}")
+            raise ValueError(f"{name} has length {len(value)}; expected 1 to {MAX_LEVELS}")
         for entry in value:
             _check_value(name, entry, default[0] if isinstance(default, tuple) else default)
     elif isinstance(default, bool):
         expected = None if isinstance(value, bool) else "true or false"
     elif isinstance(default, int):
         low, high = 0 if name == "steps_offset" else 1, MAX_SIZES.get(name, MAX_SIZE)
-        expected = None if type(value) is int and low <= value <= high else f"a whole number from {low} to {high}"
-    elif isinstance(default, float):  # the comparison fails for NaN and infinity as well
+        expected = None if type(value) is int and low <= value <= high else f"an integer from {low} to {high}"
+    elif isinstance(default, float):  # the comparison also rejects NaN and infinity
         valid = type(value) in (int, float) and 0 < value < MAX_SIZE
-        expected = None if valid else "a number above 0"
+        expected = None if valid else "a positive number"
     elif isinstance(default, tuple):
         expected = "a list"
     elif not isinstance(value, str) or value not in CHOICES[name]:
@@ -158,10 +158,10 @@ def _check_value(name: str, value: Any, default: Any) -> None:
 
 def _check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
     if value % divisor:
-        raise ValueError(f"{name} has {value}, which {divisor_name}={divisor} does not divide; choose a multiple")
+        raise ValueError(f"{name}={value} is not divisible by {divisor_name}={divisor}; choose a multiple")
 
 
 def _shorten(value: Any) -> str:
-    """A value as a message shows it; long ones and containers by their type alone."""
+    """Format a value for an error message; long values and containers by their type only."""
     short = isinstance(value, (int, float, str)) and len(str(value)) < 50
     return repr(value) if short else f"a {type(value).__name__}"

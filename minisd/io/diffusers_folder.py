@@ -1,4 +1,4 @@
-"""The diffusers folder: the names of its files, the content of its JSON files, and how it is written."""
+"""The diffusers folder format: file names, JSON configurations, and saving."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from minisd.unet import UNet
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
 PIPELINES = tuple(f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint"))
-# For each sampler, diffusers' class and its settings beyond the schedule.
+# The diffusers class of each sampler, with its settings other than the noise schedule.
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
@@ -50,13 +50,13 @@ SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule
 
 @dataclass(frozen=True)
 class Defaults:
-    """How a model is sampled unless the caller says otherwise.
+    """A model's default sampling settings.
 
-    A folder's `minisd.json` has them. In other folders the scheduler names the sampler: 25 steps for DPM++ 2M, 50 for
-    others, guidance 7.5; but 4 steps without guidance for LCM. A single file gets the values below.
+    They are read from `minisd.json`. Folders without that file use the sampler of the scheduler configuration with 25
+    steps (DPM++ 2M) or 50 steps, and guidance 7.5; LCM uses 4 steps and no guidance. Single files use the values below.
 
     Attributes:
-        preview: the linear map from the model's latents to colours.
+        preview: The linear map from latents to RGB, for previews.
     """
 
     sampler: Sampler = Sampler("dpmpp_2m", karras=True)
@@ -67,21 +67,21 @@ class Defaults:
 
 @dataclass(frozen=True, eq=False)
 class Loaded(Model):
-    """A model in memory, and how it is sampled; its parts are in evaluation mode and without gradients."""
+    """A loaded model with its default sampling settings; modules are in eval mode, with gradients disabled."""
 
     defaults: Defaults = Defaults()
 
 
 def pick_weights(names: Collection[str], stem: str, variant: str | None = None) -> list[str]:
-    """Choose the weights of a part among the names of its files: one file, or an index of shards and the shards.
+    """Choose a module's weight files: a single file, or an index with its shards.
 
     Args:
-        names: all files in the part's folder.
-        stem: "model" for the text encoder, "diffusion_pytorch_model" for the others.
-        variant: is preferred to plain files, which are preferred to fp16; safetensors are preferred to pickles.
+        names: The names of all files in the module's folder.
+        stem: The base name, "model" for the text encoder and "diffusion_pytorch_model" for the others.
+        variant: The preferred variant, before files without a variant, then fp16. Safetensors come before pickles.
 
     Returns:
-        The names of the files; empty if there are no weights.
+        The names of the weight files, or an empty list.
     """
     for wanted in (f".{variant}" if variant else "", "", ".fp16"):
         for first, suffix in ((stem, ".safetensors"), ("pytorch_model" if stem == "model" else stem, ".bin")):
@@ -95,22 +95,22 @@ def pick_weights(names: Collection[str], stem: str, variant: str | None = None) 
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Read an index of shards, from tensors to files; CheckpointError unless the files lie beside it."""
+    """Read a shard index as a map from tensor to file names. Raises CheckpointError unless all files are next to it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensors to files; fetch it again")
+        raise CheckpointError(f"{index} has no valid weight_map; download it again")
     for name in sorted(set(weight_map.values())):
         if re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name) is None:
             raise CheckpointError(
-                f"{index} names the file {name!r}; shards must lie beside their index. Do not trust it"
+                f"{index} refers to {name!r}; shards must be in the folder of the index. Do not trust this file"
             )
         if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index} names {name}, which is missing; fetch it")
+            raise CheckpointError(f"{index} refers to {name}, which is missing; download it")
     return weight_map
 
 
 def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
-    """Read the JSON files of a folder; CheckpointError where one is missing, damaged, or of another model."""
+    """Read the JSON files of a folder. Raises CheckpointError if one is missing, corrupted or unsupported."""
     path, scheduler = folder / "model_index.json", folder / "scheduler/scheduler_config.json"
     if not path.exists():
         raise CheckpointError(f"{path} is missing; {_suggestion(folder)}")
@@ -125,30 +125,30 @@ def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
         read_part_config(TextEncoderConfig, folder / "text_encoder/config.json"),
         read_part_config(AutoencoderConfig, folder / "vae/config.json"),
         read_part_config(UNetConfig, folder / "unet/config.json"),
-        read_part_config(ScheduleConfig, scheduler, clip_sample=False),  # diffusers' pipeline turns it off as well
+        read_part_config(ScheduleConfig, scheduler, clip_sample=False),  # as in diffusers' pipeline
     )
     path = folder / "minisd.json"
     return config, _read_defaults(path) if path.is_file() else _scheduler_defaults(read_json(scheduler))
 
 
 def read_part_config(kind: type[ConfigT], path: Path, **changes: Any) -> ConfigT:
-    """Read the configuration of one part from its file, some of the values being changed."""
+    """Read the configuration of one module from its file, with some values overridden."""
     values = read_json(path)
     try:
         return read_config(kind, values | changes)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} describes a model that minisd does not build: {error}") from error
+        raise CheckpointError(f"{path} describes an unsupported model: {error}") from error
 
 
 def _suggestion(folder: Path) -> str:
-    """What to do with a folder that is not a model."""
+    """Return advice for a folder that is not a complete model."""
     if (folder / "config.json").is_file():
         values = read_json(folder / "config.json")
         kind = str(values.get("_class_name") or values.get("architectures") or values.get("model_type"))[:80]
-        return f"the folder is only a part, {kind}; give the folder that holds all parts"
+        return f"the folder contains only one module, {kind}; pass the parent folder"
     for path in folder.glob("*.safetensors"):
-        return f"to read the single file {path.name}, or to load it as an adapter, give its own path"
-    return "fetch the whole folder"
+        return f"to load the single file {path.name}, pass its path"
+    return "download the entire folder"
 
 
 def _read_defaults(path: Path) -> Defaults:
@@ -160,9 +160,9 @@ def _read_defaults(path: Path) -> Defaults:
         if type(steps) is not int or not 1 <= steps <= 1000 or not math.isfinite(guidance):
             raise ValueError(f"num_inference_steps={steps!r}, guidance_scale={guidance!r}")
         if not all(math.isfinite(number) for row in preview for number in row):
-            raise ValueError("preview has numbers that are not finite")
+            raise ValueError("preview has values that are not finite")
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"{path} has no valid generation defaults ({error!r}); fetch it again") from error
+        raise CheckpointError(f"{path} has no valid generation defaults ({error!r}); download it again") from error
     return defaults
 
 
@@ -176,22 +176,22 @@ def _scheduler_defaults(scheduler: Mapping[str, Any]) -> Defaults:
 
 
 def save(model: Loaded, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
-    """Write a folder that minisd, diffusers and transformers load.
+    """Save a model to a folder that minisd, diffusers and transformers can load.
 
-    The complete folder replaces the old one at once (see `replaced_folder`); other files in it are kept.
+    An existing folder is replaced atomically (see `replaced_folder`); other files in it are kept.
 
     Args:
-        model: the parts.
-        folder: where; a new folder, an empty one, or a model with the same files.
-        dtype: of the files; by default that of the weights.
+        model: The model to save.
+        folder: The target: a new or empty folder, or a model with the same weight files.
+        dtype: The dtype of the saved weights. Defaults to that of the model.
 
     Raises:
-        FileExistsError: the folder holds something else.
+        FileExistsError: If the folder contains anything else.
     """
     target = check_path("folder", folder).resolve()
     existing = _files_in(target) if target.is_dir() else set()
     if target.exists() and (not target.is_dir() or (existing and Path("model_index.json") not in existing)):
-        raise FileExistsError(f"{target} exists and is not a model; choose a new folder, or empty it first")
+        raise FileExistsError(f"{target} exists and is not a model; choose a new or an empty folder")
     parts: dict[str, nn.Module] = {"text_encoder": model.text_encoder, "vae": model.autoencoder, "unet": model.unet}
     with replaced_folder(target) as new:
         for part, content in _contents(model).items():
@@ -205,7 +205,7 @@ def save(model: Loaded, folder: str | os.PathLike[str], dtype: torch.dtype | Non
         if left:
             names = ", ".join(sorted(map(str, left)))
             raise FileExistsError(
-                f"{target} holds weights of another model ({names}); choose a new folder, or empty it"
+                f"{target} contains the weights of another model ({names}); choose a new or an empty folder"
             )
 
 
@@ -214,9 +214,9 @@ def _files_in(folder: Path) -> set[Path]:
 
 
 def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
-    """The JSON files of a model, by their paths in the folder."""
+    """Return the content of a model's JSON files, by path."""
     config, sampler = model.config, model.defaults.sampler
-    # without "dtype", diffusers would load float16 files in float16 here and in float32 elsewhere
+    # without "dtype", diffusers would load float16 files as float16 for this module but as float32 for others
     clip = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
     ends = {"bos_token_id": model.tokenizer.bos_token_id, "eos_token_id": model.tokenizer.eos_token_id}
     return {
@@ -227,7 +227,7 @@ def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
         "minisd.json": asdict(model.defaults),
         "model_index.json": {
             "_class_name": f"StableDiffusion{'Inpaint' if config.unet.in_channels == 9 else ''}Pipeline",
-            "_diffusers_version": "0.38.0",  # of the layout; diffusers' inpainting pipeline needs one
+            "_diffusers_version": "0.38.0",  # required by diffusers' inpainting pipeline
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
@@ -251,17 +251,17 @@ def _scheduler(schedule: ScheduleConfig, sampler: Sampler) -> dict[str, Any]:
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:
-    """Load a `vae/` folder by itself, in float32. Raises CheckpointError without its config.json."""
+    """Load only a `vae/` folder, in float32. Raises CheckpointError if its config.json is invalid."""
     return _load_weights(Autoencoder(read_part_config(AutoencoderConfig, folder / "config.json")), folder)
 
 
 def load_text_encoder(folder: Path) -> TextEncoder:
-    """Load a `text_encoder/` folder by itself, in float32. Raises CheckpointError without its config.json."""
+    """Load only a `text_encoder/` folder, in float32. Raises CheckpointError if its config.json is invalid."""
     return _load_weights(TextEncoder(read_part_config(TextEncoderConfig, folder / "config.json")), folder, "model")
 
 
 def load_unet(folder: Path) -> UNet:
-    """Load a `unet/` folder by itself, in float32. Raises CheckpointError without its config.json."""
+    """Load only a `unet/` folder, in float32. Raises CheckpointError if its config.json is invalid."""
     return _load_weights(UNet(read_part_config(UNetConfig, folder / "config.json")), folder)
 
 

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face hub, cached and verified."""
+"""Cached and verified downloads from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ SMALL_FILES = (
 
 
 class HubError(OSError):
-    """A model cannot be downloaded; the message says why and what to do."""
+    """Raised if a model cannot be downloaded."""
 
 
 def download(repo: str, variant: str | None = None, revision: str | None = None) -> Path:
-    """Download what is not cached yet of a model, and return its local folder.
+    """Download the files of a model that are not cached, and return its local folder.
 
-    Only the files of one variant are fetched; their size is printed to standard error first. Without a connection the
-    cache is used.
+    Only the files of one variant are downloaded; their total size is printed to stderr first. Falls back to the cache
+    when offline.
 
     Args:
-        repo: "owner/name".
-        variant: such as "fp16".
-        revision: a branch, tag or commit.
+        repo: The hub id, "owner/name".
+        variant: The variant of the weight files, such as "fp16".
+        revision: The branch, tag or commit.
 
     Raises:
-        HubError: the model does not exist, is gated, or is neither reachable nor cached.
-        CheckpointError: the model is not a diffusers folder, or a file is damaged.
+        HubError: If the model does not exist, is gated, or is neither reachable nor cached.
+        CheckpointError: If the model is not a diffusers folder, or a file is corrupted.
     """
     try:
         info = _model_info(repo, revision)
@@ -55,8 +55,8 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
     chosen = choose_files(files, variant)
     if not chosen:
         raise CheckpointError(
-            f"{repo} holds no Stable Diffusion folder with {', '.join(STEMS)}; download the single file that you want "
-            "from its page, and give its path"
+            f"{repo} is not a Stable Diffusion model in diffusers format with {', '.join(STEMS)}; to use a single "
+            "file, download it from the model page and pass its path"
         )
     find = huggingface_hub.try_to_load_from_cache
     new = [files[name] for name in files if name in chosen and not isinstance(find(repo, name, revision=info.sha), str)]
@@ -67,15 +67,15 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=chosen, tqdm_class=bar))
     except (OSError, ValueError, errors.HTTPError) as error:  # type: ignore[attr-defined]
-        raise HubError(f"the download of {repo} broke off ({error}); run again, finished files are kept") from error
+        raise HubError(f"the download of {repo} failed ({error}); retry to resume it") from error
     if folder.name != info.sha:
-        raise HubError(f"{repo} changed while it was downloaded; run again")
+        raise HubError(f"{repo} changed during the download; retry")
     _verify(folder, new)
     return folder
 
 
 def _model_info(repo: str, revision: str | None) -> Any:
-    """The hub's description of a model; HubError if there is none, another error if the hub cannot be reached."""
+    """Fetch a model's metadata. Raises HubError if it does not exist, and other errors if the hub is unreachable."""
     try:
         if constants.HF_HUB_OFFLINE:
             raise errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
@@ -88,15 +88,15 @@ def _model_info(repo: str, revision: str | None) -> Any:
             raise
         name = f"{repo} at revision {revision}" if revision else repo
         raise HubError(
-            f"the hub has no model {name}, or it is private; check the name, or run `hf auth login`"
+            f"model {name} does not exist on the hub or is private; check the name, or run `hf auth login`"
         ) from error
-    if re.fullmatch(r"[0-9a-f]{40}", info.sha or "") is None:  # it becomes the name of a folder
-        raise HubError(f"{constants.ENDPOINT} sent an invalid commit for {repo} ({info.sha!r}); do not trust it")
+    if re.fullmatch(r"[0-9a-f]{40}", info.sha or "") is None:  # used as a folder name
+        raise HubError(f"{constants.ENDPOINT} sent an invalid commit hash for {repo} ({info.sha!r}); do not trust it")
     return info
 
 
 def choose_files(names: Iterable[str], variant: str | None = None) -> list[str]:
-    """Choose the files of a repository that minisd needs; empty if a part has no weights there."""
+    """Return the files of a repository to download, or an empty list if a module has no weights."""
     present = set(names)
     chosen = [name for name in SMALL_FILES if name in present]
     for part, stem in STEMS.items():
@@ -109,7 +109,7 @@ def choose_files(names: Iterable[str], variant: str | None = None) -> list[str]:
 
 
 def _limited_bar(limit: int) -> Any:
-    """The hub client's progress bar, which ends a download after so many bytes."""
+    """Return a progress bar class for the hub client that aborts a download after `limit` bytes."""
 
     class Bar(huggingface_hub.utils.tqdm):  # type: ignore[misc]
         received = 0
@@ -117,31 +117,31 @@ def _limited_bar(limit: int) -> Any:
         def update(self, n: float | None = 1) -> bool | None:
             self.received += int(n or 0)
             if self.received > limit:
-                raise OSError(f"it sends more than {limit:,} bytes, far more than announced")
+                raise OSError(f"received more than {limit:,} bytes, far more than announced")
             return super().update(n)  # type: ignore[no-any-return]
 
     return Bar
 
 
 def _cached(repo: str, revision: str | None, reason: Exception) -> Path:
-    with suppress(errors.HFValidationError):  # an impossible name
+    with suppress(errors.HFValidationError):  # an invalid name
         index = huggingface_hub.try_to_load_from_cache(repo, "model_index.json", revision=revision)
         if isinstance(index, str):
             return Path(index).parent
     raise HubError(
-        f"{repo} is not in the cache and the hub cannot be reached ({reason}); connect, unset HF_HUB_OFFLINE, or give "
-        "a local folder"
+        f"{repo} is not in the cache and the hub cannot be reached ({reason}); check the connection, unset "
+        "HF_HUB_OFFLINE, or pass a local folder"
     ) from reason
 
 
 def _verify(folder: Path, files: Iterable[Any]) -> None:
-    """Check that new files are inside the cache and have the hub's digests; its client compares sizes only."""
+    """Check that new files are inside the cache and match the hub's SHA-256; the client checks sizes only."""
     cache = folder.parent.parent.resolve()
     for file in files:
         path = folder / file.rfilename
         if not path.resolve().is_relative_to(cache):
             path.unlink()
-            raise HubError(f"{constants.ENDPOINT} put {file.rfilename} at {path.resolve()}; do not trust it")
+            raise HubError(f"{constants.ENDPOINT} placed {file.rfilename} at {path.resolve()}; do not trust it")
         if file.lfs is None:
             continue
         with path.open("rb") as stream:
@@ -150,5 +150,5 @@ def _verify(folder: Path, files: Iterable[Any]) -> None:
             path.resolve().unlink()
             path.unlink(missing_ok=True)
             raise CheckpointError(
-                f"{file.rfilename} arrived damaged (sha256 {digest[:12]}…) and was removed; run again"
+                f"{file.rfilename} was corrupted in transit (sha256 {digest[:12]}…) and has been removed; retry"
             )

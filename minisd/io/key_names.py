@@ -1,8 +1,8 @@
-"""From the names of parameters, which are those of diffusers, to the keys of checkpoint files.
+"""Mapping from parameter names, which follow diffusers, to the keys of checkpoint files.
 
-A diffusers folder has a file for each part and, but for a few old spellings, the same names. A single file in CompVis
-layout (`model.diffusion_model.…`) holds all parts under the names of https://github.com/CompVis/stable-diffusion; the
-text encoder of Stable Diffusion 2 has the names of OpenCLIP.
+A diffusers folder has one file per module and, except for a few old spellings, the same names. A single file in CompVis
+layout (`model.diffusion_model.…`) contains all modules under the names of https://github.com/CompVis/stable-diffusion;
+the text encoder of Stable Diffusion 2 uses the names of OpenCLIP.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from minisd.config import ModelConfig, UNetConfig
 
 
 class Source(NamedTuple):
-    """A tensor in a file: its key and, where query, key and value are stacked in one tensor, which of them it is."""
+    """The key of a tensor in a file and, if query, key and value are stacked, the index of the one to use."""
 
     key: str
     qkv_index: int | None = None
 
 
-# Kinds of files, by the first pattern that matches one of their keys.
+# Other kinds of files, identified by the first pattern that matches one of their keys.
 OTHER_KINDS = (
     (r"conditioner\.embedders\..*|model\.diffusion_model\.label_emb\..*|add_embedding\..*", "Stable Diffusion XL"),
     (r"(model\.diffusion_model\.)?(joint_blocks|x_embedder)\..*|text_encoders\..*", "Stable Diffusion 3"),
@@ -30,22 +30,22 @@ OTHER_KINDS = (
     (r".*[._]lora[._].*|.*\.(hada|lokr)_.*", "a LoRA"),
     (r"emb_params|string_to_param", "a textual inversion"),
     (r"model\.diffusion_model\..*", "a model in CompVis layout"),
-    (r"time_embedding\.linear_1\..*", "a UNet alone"),
-    (r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up|mid)[._].*", "an autoencoder alone"),
-    (r"(text_model\.)?(encoder\.layers|embeddings\.token_embedding)\..*", "a text encoder alone"),
+    (r"time_embedding\.linear_1\..*", "a UNet only"),
+    (r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up|mid)[._].*", "an autoencoder only"),
+    (r"(text_model\.)?(encoder\.layers|embeddings\.token_embedding)\..*", "a text encoder only"),
 )
 
-# Keys that no part needs. Any other unused key is an error.
+# Keys that no module uses. Any other unused key is an error.
 IGNORED_IN_FOLDER = re.compile(
     r"text_encoder\.((text_model\.)?embeddings\.position_ids|text_projection\.weight|logit_scale)"
 )
 IGNORED_IN_SINGLE_FILE = re.compile(
-    r"model_ema\..*"  # the moving average kept for training
+    r"model_ema\..*"  # EMA weights
     r"|betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod|lvlb_weights|logvar"
-    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor"  # the schedule, computed anew
-    r"|cond_stage_model\.(transformer\.|model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)"  # for images
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor"  # the noise schedule, which is recomputed
+    r"|cond_stage_model\.(transformer\.|model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)"  # unused
     r"|cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids"  # 0, 1, 2 … 76
-    r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # Stable Diffusion 2 stops one layer early
+    r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # Stable Diffusion 2 skips the last layer
 )
 
 UNET_ENDS = {
@@ -91,7 +91,7 @@ OPENCLIP_RULES = (
 
 
 def folder_sources(part: str, name: str) -> tuple[Source, ...]:
-    """Possible sources of a parameter in a diffusers folder, the current spelling first; keys begin with the part."""
+    """Return the possible keys of a parameter in a diffusers folder, prefixed by the module; current spelling first."""
     names = [name]
     if part == "vae":
         names.append(_rewrite(name, OLD_AUTOENCODER_RULES))
@@ -101,7 +101,7 @@ def folder_sources(part: str, name: str) -> tuple[Source, ...]:
 
 
 def single_file_sources(part: str, name: str, config: ModelConfig) -> tuple[Source, ...]:
-    """Possible sources of a parameter in a single file in CompVis layout."""
+    """Return the possible keys of a parameter in a single file in CompVis layout."""
     if part == "unet":
         return (Source(f"model.diffusion_model.{_unet_key(name, config.unet)}"),)
     if part == "vae":
@@ -118,7 +118,7 @@ def single_file_sources(part: str, name: str, config: ModelConfig) -> tuple[Sour
 
 
 def looks_like(keys: Collection[str]) -> str:
-    """The kind of file that has such keys, or "" if it is not known."""
+    """Return the kind of file that the keys belong to, or "" if unknown."""
     for pattern, kind in OTHER_KINDS:
         if any(re.fullmatch(pattern, key) for key in keys):
             return kind
@@ -132,7 +132,7 @@ def _rewrite(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _unet_key(name: str, config: UNetConfig) -> str:
-    """CompVis numbers blocks across levels; each level has its layers, one more on the way up, and its resampling."""
+    """Return the CompVis key of a UNet parameter; blocks are numbered across levels, including the resampling."""
     block = UNET_BLOCK.fullmatch(name)
     if block is None:
         stem, _, tail = name.rpartition(".")

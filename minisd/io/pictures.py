@@ -1,4 +1,4 @@
-"""Reading picture files, whatever is in them."""
+"""Safe reading of image files."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 @contextmanager
 def opened_picture(path: str | PathLike[str]) -> Iterator[Image.Image]:
-    """Open a picture file within a block.
+    """Open an image file as a context manager; of an animation, only the first frame.
 
-    Only the first frame of an animation is seen. Raises OSError, naming the file, for whatever goes wrong in the block,
-    for pictures of more than 179 million pixels (Pillow's limit, before they are unpacked), and for formats whose
-    readers start other programs, such as EPS.
+    Raises OSError for any error inside the context, for images above Pillow's limit of 179 million pixels (before they
+    are decompressed), and for formats whose readers run other programs, such as EPS.
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")  # damaged metadata beside undamaged pixels
+            warnings.filterwarnings("ignore", module="PIL")  # corrupted metadata with intact pixels
             with Image.open(path, formats=FORMATS) as picture:
                 yield picture
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever a damaged or hostile file provokes in its reader
-        raise OSError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
+    except Exception as error:  # corrupted or malicious files can raise anything
+        raise OSError(f"{path} is not a valid image ({error}); use a PNG, JPEG or WebP file") from error
 
 
 def read_picture(path: Path, width: int, height: int) -> Image.Image:
-    """Read a picture file as RGB, scaled and cropped to a size. Raises OSError, naming the file, for anything else."""
+    """Read an image file as RGB, scaled and cropped to a size. Raises OSError for an invalid file."""
     with opened_picture(path) as opened:
         picture = to_rgb(opened)
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors and pickles are memory-mapped, and nothing in a file can run code."""
+"""Memory-mapped reading of tensors from safetensors and pickle files, without running any code in them."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from minisd.io.pickles import INERT, PickleError, check_pickle, record_sizes
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 BATCH_BYTES = 2**28
-# What a file begins with that is not weights.
+# The beginnings of files that are not weights.
 NOT_WEIGHTS = {
-    rb"$": "is empty; fetch it again",
+    rb"$": "is empty; download it again",
     rb"version https://git-lfs": "is a git-lfs pointer, not the weights; run `git lfs pull` in its folder",
     rb"[^\n]*annex/objects/": "is a git-annex pointer, not the weights; run `git annex get` in its folder",
-    rb"\s*<(!doctype|html|\?xml)": "is a web page, not weights; fetch it again, from the download link",
+    rb"\s*<(!doctype|html|\?xml)": "is a web page, not weights; download it again, using the download link",
 }
-ADVICE = "fetch it again from a source you trust, best as .safetensors"
+ADVICE = "download it again from a source you trust, preferably as .safetensors"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says what was wrong, what was expected and what to do."""
+    """Raised for a checkpoint or adapter file that is invalid, unsupported or unsafe."""
 
 
 class TensorInfo(NamedTuple):
-    """The shape of a tensor in a file and the name of its dtype, such as "float32"."""
+    """The shape and dtype name (such as "float32") of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def nbytes(self) -> int:
-        """The size in memory; 1 byte per number where torch does not know the dtype."""
+        """The size in bytes; dtypes unknown to torch count as 1 byte per element."""
         return math.prod(self.shape) * (getattr(torch, self.dtype).itemsize if hasattr(torch, self.dtype) else 1)
 
 
 class _Inert:
-    """Stands in for classes that old checkpoints name beside tensors; building it does nothing."""
+    """Inert stand-in for the non-tensor classes in old checkpoints."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
@@ -55,10 +55,10 @@ class _Inert:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Shape and dtype of every tensor in a .safetensors, .ckpt, .bin or .pt file, without reading the tensors.
+    """Return the shape and dtype of each tensor in a .safetensors, .ckpt, .bin or .pt file, without reading the data.
 
     Raises:
-        CheckpointError: the file is damaged, is not what its name says, or would run code.
+        CheckpointError: If the file is corrupted, is not a weight file, or could run code.
     """
     _check_start(path)
     if path.suffix != ".safetensors":
@@ -73,20 +73,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 for key, item in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or incomplete ({error}); fetch it again") from error
+        raise CheckpointError(f"{path} is corrupted or incomplete ({error}); download it again") from error
 
 
 def read_tensors(
     path: Path, header: Mapping[str, TensorInfo], device: torch.device | str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file that `header` names, on a device and in a dtype.
+    """Yield the tensors listed in `header` from a file, on a device and in a dtype.
 
-    Tensors that need no conversion stay a private, lazy map of the file: no second copy in memory, and writing to them
-    does not write to the file. Others are converted a few at a time, and the map is closed in between.
+    Tensors that need no conversion are private (copy-on-write) memory maps, so there is no second copy in memory and
+    the file is never modified. Others are converted in batches, closing the memory map in between.
     """
     same = str(dtype).removeprefix("torch.")
     mapped = torch.device(device).type == "cpu" and all(info.dtype == same for info in header.values())
-    # an old pickle, which is not a zip archive, can only be read as a whole
+    # old pickles, which are not zip archives, can only be read at once
     at_once = mapped or not (path.suffix == ".safetensors" or zipfile.is_zipfile(path))
     for keys in [list(header)] if at_once else _batches(header):
         with _open(path) as read:
@@ -95,7 +95,7 @@ def read_tensors(
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings that a .safetensors file carries beside its tensors; empty for other files."""
+    """Return the metadata of a .safetensors file; empty for other files."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, framework="pt") as file:
@@ -103,30 +103,30 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_pickle(path: Path) -> Any:
-    """The content of a .ckpt, .bin or .pt file, if reading it runs no code; CheckpointError otherwise."""
+    """Load the content of a .ckpt, .bin or .pt file. Raises CheckpointError if it is corrupted or could run code."""
     _check_start(path)
     _check_pickle(path)
     return _unpickle(path)
 
 
 def plain_tensor(value: Tensor, path: Path) -> Tensor:
-    """A tensor from a pickle, without gradient; CheckpointError where it repeats a few numbers to look large."""
+    """Detach a tensor from a pickle. Raises CheckpointError if it is larger than its storage."""
     tensor = Tensor.detach(value)
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(
-            f"{path} holds a tensor of shape {list(tensor.shape)} in {tensor.untyped_storage().nbytes()} bytes, which "
-            "repeats numbers to look large; checkpoints never do. Do not trust it"
+            f"{path} has a tensor of shape {list(tensor.shape)} in a storage of {tensor.untyped_storage().nbytes()} "
+            "bytes, which repeats numbers, unlike any checkpoint; do not trust it"
         )
     return tensor
 
 
 def same_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether shapes agree, a linear layer (c, d) being the same as a 1×1 convolution (c, d, 1, 1)."""
+    """Return whether shapes match, treating a linear layer (c, d) as a 1×1 convolution (c, d, 1, 1)."""
     return shape in (expected, (*expected, 1, 1)) or (*shape, 1, 1) == expected
 
 
 def printable(name: str) -> str:
-    """A name from a file as a message shows it: shortened, and without characters that control a terminal."""
+    """Format a name from a file for an error message: truncated, and without control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in name[:120]) + ("…" if len(name) > 120 else "")
 
 
@@ -144,7 +144,7 @@ def _batches(header: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[Callable[[str], Tensor]]:
-    """A function that reads one tensor of a file."""
+    """Open a file, and yield a function that reads one tensor."""
     if path.suffix != ".safetensors":
         yield _load_pickle(path).pop
         return
@@ -152,8 +152,8 @@ def _open(path: Path) -> Iterator[Callable[[str], Tensor]]:
     def read(key: str) -> Tensor:
         try:
             return file.get_tensor(key)  # type: ignore[no-any-return]
-        except (SafetensorError, AttributeError, RuntimeError) as error:  # an unknown dtype, an absurd shape
-            message = f"{path} holds {printable(key)}, which torch cannot read ({error}); fetch it again"
+        except (SafetensorError, AttributeError, RuntimeError) as error:  # an unknown dtype or invalid shape
+            message = f"{path} has {printable(key)}, which torch cannot read ({error}); download it again"
             raise CheckpointError(message) from error
 
     with safe_open(path, framework="pt") as file:
@@ -161,9 +161,9 @@ def _open(path: Path) -> Iterator[Callable[[str], Tensor]]:
 
 
 def _check_start(path: Path) -> None:
-    """Recognise by its first bytes what is not a file of weights."""
-    if not path.is_file():  # reading a pipe would wait, reading a device never end
-        raise CheckpointError(f"{path} is missing or not a regular file; fetch it, or give a file on a disk")
+    """Reject files that are not weights, based on their first bytes."""
+    if not path.is_file():  # reading a pipe or device could block forever
+        raise CheckpointError(f"{path} is missing or not a regular file; expected a file on disk")
     with path.open("rb") as file:
         start = file.read(200)
     for pattern, fault in NOT_WEIGHTS.items():
@@ -184,7 +184,7 @@ def _unpickle(path: Path) -> Any:
     def on_cpu(storage: Any, location: str) -> Any:
         sizes[storage.nbytes()] += 1
         if sum(size * count for size, count in sizes.items()) > path.stat().st_size:
-            raise ValueError("its tensors need more bytes than it has")
+            raise ValueError("its tensors need more bytes than the file has")
         return storage
 
     try:
@@ -192,15 +192,15 @@ def _unpickle(path: Path) -> Any:
             content = torch.load(path, map_location=on_cpu, weights_only=True, mmap=zipped)
         if zipped and (missing := sizes - Counter(record_sizes(path))):
             raise ValueError(f"no storage has the {min(missing):,} bytes that a tensor needs")
-    except Exception as error:  # a hostile or damaged pickle can raise anything
-        raise CheckpointError(f"{path} is damaged or incomplete ({error}); {ADVICE}") from error
+    except Exception as error:  # corrupted or malicious pickles can raise anything
+        raise CheckpointError(f"{path} is corrupted or incomplete ({error}); {ADVICE}") from error
     return content
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, or of the "state_dict" in it."""
+    """Load the tensors of a pickle, or of its "state_dict" entry."""
     loaded = _unpickle(path)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}; expected a dictionary of tensors")
+        raise CheckpointError(f"{path} contains a {type(loaded).__name__}; expected a dictionary of tensors")
     return {str(key): plain_tensor(value, path) for key, value in state.items() if isinstance(value, Tensor)}

@@ -1,4 +1,4 @@
-"""Tokenizer folders: vocab.json and merges.txt, or tokenizer.json, and the pad token."""
+"""Reading and writing of tokenizer folders: vocab.json and merges.txt, or tokenizer.json, and the pad token."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from minisd.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer, byte_symbols
 
 
 def read_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
-    """Read the `tokenizer` folder of a Stable Diffusion model.
+    """Load the `tokenizer` folder of a Stable Diffusion model.
 
     Raises:
-        FileNotFoundError: there is neither vocab.json with merges.txt nor tokenizer.json.
-        ValueError: the files are damaged, or of different models.
+        FileNotFoundError: If the folder has neither vocab.json and merges.txt nor tokenizer.json.
+        ValueError: If the files are corrupted or do not belong to the same model.
     """
     folder = Path(folder)
     try:
@@ -26,11 +26,11 @@ def read_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
         check_vocabulary(vocabulary, merges, pad_token)
         return Tokenizer(vocabulary, merges, pad_token)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the tokenizer in {folder} is damaged ({error}); fetch its files again") from error
+        raise ValueError(f"the tokenizer in {folder} is corrupted ({error}); download it again") from error
 
 
 def check_vocabulary(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], pad_token: str = EOS) -> None:
-    """Raise ValueError unless the vocabulary is that of the merges, numbered from 0, and has the pad token."""
+    """Raise ValueError unless the vocabulary matches the merges, with ids from 0, and contains the pad token."""
     symbols = byte_symbols()
     tokens = [*symbols, *(symbol + END_OF_WORD for symbol in symbols)]
     tokens += [*(left + right for left, right in merges), BOS, EOS]
@@ -47,10 +47,10 @@ def check_vocabulary(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, 
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write the four files that transformers' CLIPTokenizer reads."""
+    """Save the four files of transformers' CLIPTokenizer."""
 
     def special(content: str) -> dict[str, Any]:
-        # "normalized": found in lower-cased text, so that <|ENDOFTEXT|> counts as well
+        # "normalized" also matches in lower-cased text, such as <|ENDOFTEXT|>
         return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
 
     tokens = {"bos_token": special(BOS), "eos_token": special(EOS), "unk_token": special(EOS)}

@@ -1,4 +1,4 @@
-"""The public class, `StableDiffusion`, and what it needs around the core."""
+"""The public `StableDiffusion` class and its supporting modules."""
 
 from typing import TYPE_CHECKING, Any
 

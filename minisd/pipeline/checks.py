@@ -1,4 +1,4 @@
-"""Checks of everything a caller asks for, before any work begins."""
+"""Validation of pipeline arguments, run before any computation."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
 MAX_SEED = 2**63 - 1
-MAX_SIDE_FACTOR = 16  # times the side a model was trained at: attention then takes 65,536 times as long
-MAX_GUIDANCE = 1000.0  # far beyond anything that still gives a picture, and far below what overflows
+MAX_SIDE_FACTOR = 16  # relative to the training resolution; at this size attention takes 65,536 times as long
+MAX_GUIDANCE = 1000.0  # far beyond any useful value, but far below overflow
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What is to be drawn, checked."""
+    """A validated generation request."""
 
     prompts: list[str]
     negative_prompts: list[str]
@@ -55,7 +55,7 @@ class Request:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """The guidance scale of each image."""
+        """The guidance scale for each image."""
         scale = self.guidance.scale
         return scale if isinstance(scale, tuple) else (scale,) * len(self.prompts)
 
@@ -71,21 +71,21 @@ def check_request(
     latents: Any = None,
     prompt_embeds: Any = None,
 ) -> Request:
-    """Check all arguments of `StableDiffusion.denoise`, together and against the model; nothing is computed.
+    """Check the arguments of `StableDiffusion.denoise` against each other and the model, without running the model.
 
-    Raises TypeError for a value of the wrong type, ValueError for one that cannot be used.
+    Raises TypeError for a value of the wrong type and ValueError for an invalid value.
     """
     prompts = check_strings("prompt", prompt)
     negatives = check_strings("negative_prompt", negative_prompt)
     negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
     if len(negatives) != len(prompts):
-        raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+        raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one, or one per prompt")
     for text in dict.fromkeys([*prompts, *negatives]):
         read(text, sd.tokenizer)
     guidance = check_guidance(settings, len(prompts))
     images = None if image is None else check_image(sd, image)
     if images is not None and len(images) not in (1, len(prompts)):
-        raise ValueError(f"{len(images)} images for {len(prompts)} prompts; give one, or one for each")
+        raise ValueError(f"{len(images)} images for {len(prompts)} prompts; pass one image, or one per prompt")
     shape = check_size(sd, settings.height, settings.width, len(prompts), images)
     mask = check_inpainting(sd, images, mask_image)
     check_feature_reuse(settings.feature_reuse, sd)
@@ -104,14 +104,14 @@ def check_request(
 
 
 def check_guidance(settings: Settings, count: int) -> Guidance:
-    """Check scale, rescale and interval, for so many images."""
+    """Check the guidance settings for a batch of `count` images."""
     scale: Any = settings.guidance_scale
     scale = tuple(scale) if isinstance(scale, (list, tuple)) else scale
     for value in scale if isinstance(scale, tuple) else (scale,):
         check_float("guidance_scale", value, -MAX_GUIDANCE, MAX_GUIDANCE, ", such as 7.5")
     if isinstance(scale, tuple) and len(scale) != count:
-        raise ValueError(f"{len(scale)} guidance scales for {count} images; give one number, or one for each")
-    check_float("guidance_rescale", settings.guidance_rescale, 0, 1, ": 0 is off")
+        raise ValueError(f"{len(scale)} guidance scales for {count} images; pass one number, or one per image")
+    check_float("guidance_rescale", settings.guidance_rescale, 0, 1, " (0 disables it)")
     interval = (0.0, 1.0) if settings.guidance_interval is None else settings.guidance_interval
     ends = interval if isinstance(interval, Sequence) and len(interval) == 2 else ()
     begin, end = (check_float("guidance_interval", x, 0, 1) for x in ends) if ends else (1.0, 0.0)
@@ -121,10 +121,10 @@ def check_guidance(settings: Settings, count: int) -> Guidance:
 
 
 def check_image(sd: StableDiffusion, image: Any) -> Tensor:
-    """Check a PIL picture, or images (n, 3, h, w) in [-1, 1]; return it as such images.
+    """Check a PIL image or a tensor (n, 3, h, w) in [-1, 1], and return it as a tensor.
 
-    Images may leave the range a little. Beyond [-2, 2] they are taken for something else (pixels from 0 to 255,
-    perhaps), which is a ValueError, as are sides that are not multiples of 8.
+    Values slightly outside the range are allowed. Raises ValueError for values outside [-2, 2] (such as pixels in
+    0…255) and for a height or width that is not a multiple of 8.
     """
     if isinstance(image, Tensor):
         check_shape("image", image, "n", sd.config.autoencoder.in_channels, "h", "w")
@@ -134,16 +134,16 @@ def check_image(sd: StableDiffusion, image: Any) -> Tensor:
         images = from_pil(to_rgb(image))
     height, width = images.shape[-2:]
     if height % sd.downscale or width % sd.downscale:
-        raise ValueError(f"image is {width}×{height}; both sides must be multiples of {sd.downscale}; resize it first")
+        raise ValueError(f"image is {width}×{height}; expected multiples of {sd.downscale}; resize it first")
     return images
 
 
 def check_size(
     sd: StableDiffusion, height: int | None, width: int | None, count: int, images: Tensor | None = None
 ) -> tuple[int, int, int]:
-    """Check the size of so many pictures; return the shape (4, h/8, w/8) of one picture's latents.
+    """Check the size of a batch of `count` images, and return the latent shape of one image, (4, h/8, w/8).
 
-    What is None is the size of the images, or the model's own.
+    `height` and `width` default to the size of `images`, or to the model's native size.
     """
     own = sd.config.unet.sample_size * sd.downscale
     usual = (own, own) if images is None else images.shape[-2:]
@@ -154,86 +154,86 @@ def check_size(
             raise ValueError(f"{name}={side}; expected a positive multiple of {sd.downscale}, such as {own}")
         sides.append(side)
     if images is not None and sides != [*usual]:
-        raise ValueError(f"image is {usual[1]}×{usual[0]}, not {sides[1]}×{sides[0]}; resize it first")
+        raise ValueError(f"image is {usual[1]}×{usual[0]}; expected {sides[1]}×{sides[0]}; resize it first")
     check_memory(sd, count, sides[0], sides[1])
     return sd.config.autoencoder.latent_channels, sides[0] // sd.downscale, sides[1] // sd.downscale
 
 
 def check_memory(sd: StableDiffusion, count: int, height: int, width: int, encoding: bool = False) -> None:
-    """Raise ValueError if so many pictures of so many pixels cannot fit into what the device has left.
+    """Raise ValueError if `count` images of this size cannot fit into the free device memory.
 
-    What is counted is a lower bound, so that nothing is refused that would have fitted.
+    The estimate is a lower bound, so a request that fits is never rejected.
     """
     widths = sd.config.autoencoder.block_out_channels
-    # the UNet holds two maps or more at the size of latents; the autoencoder three at full size: the input of a
-    # residual block, its norm and its activation
+    # the UNet holds at least two feature maps at latent resolution, the autoencoder three at full resolution: the
+    # input of a residual block, its norm and its activation
     numbers = 2 * sd.config.unet.block_out_channels[0] / sd.downscale**2
     if sd.tile is None:
         numbers = max(numbers, 3 * widths[0 if encoding else min(1, len(widths) - 1)])
     needed, free = count * height * width * numbers * sd.dtype.itemsize, free_memory(sd.device)
     if free is not None and needed > free:
-        what = f"a picture of {width}×{height}" if count == 1 else f"{count} pictures of {width}×{height} at a time"
-        raise ValueError(f"{what} would take {needed / 1e9:,.1f} GB, {free / 1e9:.1f} GB are free; {ADVICE}")
+        batch = f"{count} image{'' if count == 1 else 's'} of {width}×{height}"
+        raise ValueError(f"{batch} would need {needed / 1e9:,.1f} GB, but only {free / 1e9:.1f} GB are free; {ADVICE}")
 
 
 def check_inpainting(sd: StableDiffusion, images: Tensor | None, mask: Any) -> Tensor | None:
-    """Check that mask, image and the UNet's input channels go together; return the mask, (1, 1, h, w)."""
+    """Check that mask, image and UNet input channels are compatible, and return the mask, (1, 1, h, w)."""
     channels, latent_channels = sd.config.unet.in_channels, sd.config.autoencoder.latent_channels
     if mask is None:
         if channels != latent_channels:
             raise ValueError(
-                f"this UNet takes {channels} channels: an inpainting model, which needs image and mask_image; "
-                f"for text alone expected one that takes {latent_channels}"
+                f"this is an inpainting model (its UNet takes {channels} channels); pass image and mask_image, or use "
+                f"a model whose UNet takes {latent_channels} channels"
             )
         return None
     if images is None:
-        raise ValueError("mask_image says which part of a picture is redrawn; pass the picture too, as image")
+        raise ValueError("mask_image requires an image to inpaint; pass it as image")
     return check_mask(mask, (images.shape[-1], images.shape[-2]))
 
 
 def check_mask(mask: Any, size: tuple[int, int]) -> Tensor:
-    """Check a mask; return it as (1, 1, h, w) float32 in [0, 1]: 1 (white) is redrawn, 0 (black) is kept.
+    """Check a mask and return it as float32 (1, 1, h, w) in [0, 1]: 1 (white) is repainted, 0 (black) is kept.
 
     Args:
-        mask: a PIL picture of any mode, or a tensor (h, w), (1, h, w) or (1, 1, h, w).
-        size: (width, height) of the picture.
+        mask: A PIL image of any mode, or a tensor (h, w), (1, h, w) or (1, 1, h, w).
+        size: The size of the image to inpaint, (width, height).
     """
     if isinstance(mask, Image.Image):
         values = torch.from_numpy(to_brightness(mask))
     elif isinstance(mask, Tensor) and not mask.is_complex():
         values = mask.detach().float().cpu()
     else:
-        raise TypeError(f"the mask must be a PIL picture or a tensor of numbers; got {type(mask).__name__}")
+        raise TypeError(f"the mask must be a PIL image or a real tensor, got {type(mask).__name__}")
     while values.dim() > 2 and values.shape[0] == 1:
         values = values[0]
     if tuple(values.shape) != size[::-1]:
-        raise ValueError(f"the mask has shape {tuple(values.shape)}; expected {size[::-1]}, height and width of image")
+        raise ValueError(f"the mask has shape {tuple(values.shape)}; expected that of the image, {size[::-1]}")
     if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError("the mask has values outside [0, 1]; expected 1 where the picture is redrawn, 0 where kept")
+        raise ValueError("the mask has values outside [0, 1]; expected 1 to repaint a pixel and 0 to keep it")
     if not bool((values >= 0.5).any()):
-        raise ValueError("the mask is black everywhere, so nothing would be redrawn; paint white what is to change")
+        raise ValueError("the mask is black everywhere, so nothing would change; paint the area to repaint white")
     return values[None, None]
 
 
 def check_feature_reuse(value: Any, sd: StableDiffusion) -> None:
-    """Check (interval, depth), or None."""
+    """Check a DeepCache setting: (interval, depth) or None."""
     if value is None:
         return
     if not isinstance(value, Sequence) or len(value) != 2:
-        raise TypeError(f"feature_reuse={value!r}; expected two numbers, (interval, depth), such as (3, 1)")
+        raise TypeError(f"feature_reuse={value!r}; expected a pair (interval, depth), such as (3, 1)")
     check_int("feature_reuse", value[0], 1, 1000)
     check_int("feature_reuse", value[1], 1, count_up_layers(sd.unet))
 
 
 def check_plan(sd: StableDiffusion, settings: Settings, has_image: bool, has_mask: bool) -> tuple[Plan, float]:
-    """Check sampler, steps and strength; return the planned run, and the strength."""
+    """Check sampler, steps and strength, and return the sampling plan and the strength."""
     steps = check_int("num_inference_steps", settings.num_inference_steps, 1, sd.config.schedule.num_train_timesteps)
     strength = settings.strength
     if strength is not None and not has_image:
-        raise ValueError(f"strength={strength!r} says how much of a picture is redrawn; pass the picture, as image")
+        raise ValueError(f"strength={strength!r} is only valid for image-to-image; pass an image, or omit strength")
     strength = (1.0 if has_mask else 0.8) if strength is None else check_float("strength", strength)
     if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength}; expected more than 0 (keep the picture) and at most 1 (forget it)")
+        raise ValueError(f"strength={strength}; expected 0 < strength ≤ 1, where 1 ignores the image")
     running = int(steps * strength) if has_image else steps
     if running < 1:
         raise ValueError(f"{steps} steps at strength {strength} run none; raise either, so that steps · strength ≥ 1")
@@ -241,19 +241,19 @@ def check_plan(sd: StableDiffusion, settings: Settings, has_image: bool, has_mas
 
 
 def check_margins(left: int, right: int, top: int, bottom: int) -> None:
-    """Check the margins of outpainting: multiples of 8 pixels, not all of them 0."""
+    """Check the outpainting margins, in pixels: multiples of 8, and not all 0."""
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
     for name, side in sides.items():
         if check_int(name, side, 0, 2**16) % 8:
-            raise ValueError(f"{name}={side}; expected a multiple of 8 pixels, 0 or more")
+            raise ValueError(f"{name}={side}; expected a non-negative multiple of 8, in pixels")
     if not any(sides.values()):
-        raise ValueError("no side is extended; give left, right, top or bottom a number of pixels")
+        raise ValueError("all margins are 0; set left, right, top or bottom to a number of pixels")
 
 
 def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """Return one seed for each image: a number counts up, a list is taken as it is, None draws a first one at random.
+    """Return one seed per image: consecutive seeds from an integer or, for None, from a random one; a list unchanged.
 
-    Seeds are integers of Python or numpy from 0 to 2⁶³ − 1; TypeError or ValueError for others.
+    Raises TypeError or ValueError for seeds that are not integers in [0, 2⁶³ − 1].
     """
     if seed is None:
         seed = int(torch.randint(2**31, ()))
@@ -263,5 +263,5 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         first = check_int("seed", seed, 0, MAX_SEED)
         seeds = [first + i for i in range(count)]
     if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds for {count} images; give one number, or one for each")
+        raise ValueError(f"{len(seeds)} seeds for {count} images; pass one seed, or one per image")
     return [check_int("seed", number, 0, MAX_SEED) for number in seeds]

@@ -1,4 +1,4 @@
-"""Editing pictures: image to image, inpainting, outpainting, interpolation, as methods of `StableDiffusion`."""
+"""Image editing methods of `StableDiffusion`: image-to-image, inpainting, outpainting, interpolation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ImageInput = Image.Image | Tensor
 
 
 class ImageEditing:
-    """The methods of `StableDiffusion` that begin with pictures, or end with several on a way."""
+    """Mixin with the image editing methods of `StableDiffusion`."""
 
     def image_to_image(
         self: StableDiffusion,
@@ -34,7 +34,10 @@ class ImageEditing:
         progress: bool | None = None,
         **options: Any,
     ) -> Image.Image:
-        """Redraw a picture towards a prompt: strength near 0 keeps it, 1 forgets it. Options as for `denoise`."""
+        """Redraw an image to match a prompt, with a strength in (0, 1], where 1 ignores the image.
+
+        Accepts the options of `denoise`.
+        """
         request = self._request(prompt, image, None, strength=strength, **options)
         return self._draw(request, progress)[0]
 
@@ -48,10 +51,7 @@ class ImageEditing:
         progress: bool | None = None,
         **options: Any,
     ) -> Image.Image:
-        """Redraw what is white in the mask; what is black comes back exactly. Options as for `denoise`.
-
-        Works with any UNet, and as it was trained with one of 9 input channels.
-        """
+        """Repaint the white area of a mask; black pixels are returned unchanged. Accepts the options of `denoise`."""
         image = to_rgb(image)
         mask = check_mask(mask_image, image.size)
         request = self._request(prompt, image, mask, strength=strength, **options)
@@ -70,7 +70,7 @@ class ImageEditing:
         bottom: int = 0,
         **options: Any,
     ) -> Image.Image:
-        """Draw beyond the edges of a picture, by so many pixels on each side (multiples of 8); `inpaint` does it."""
+        """Extend an image by the given number of pixels per side (multiples of 8), using `inpaint`."""
         picture = to_rgb(image)
         check_margins(left, right, top, bottom)
         check_size(self, picture.height + top + bottom, picture.width + left + right, 1)
@@ -85,14 +85,14 @@ class ImageEditing:
         progress: bool | None = None,
         **options: Any,
     ) -> list[Image.Image]:
-        """Draw `count` pictures on the way from one prompt and seed to another, both ends included.
+        """Draw `count` images that interpolate between two prompts and seeds, endpoints included.
 
-        Contexts go along a straight line, first noises along an arc (`editing.slerp`). Options as for `denoise`.
+        Interpolates text embeddings linearly and noise spherically (`editing.slerp`). Accepts the options of `denoise`.
         """
         count = check_int("count", count, 2, 2**31)
         texts = check_strings("prompts", prompts)
         if len(texts) != 2:
-            raise ValueError(f"{len(texts)} prompts; expected two, the first picture's and the last one's")
+            raise ValueError(f"expected two prompts, for the first and the last image, got {len(texts)}")
         shape = self.latent_shape(options.get("height"), options.get("width"), count)
         ends = resolve_seeds(seeds, 2)
         shares = torch.linspace(0, 1, count).tolist()
@@ -122,5 +122,5 @@ class ImageEditing:
         **settings: Any,
     ) -> Request:
         if not isinstance(prompt, str):
-            raise TypeError(f"prompt must be a string, since one picture is drawn; got {type(prompt).__name__}")
+            raise TypeError(f"prompt must be a string, got {type(prompt).__name__}; pass one prompt per call")
         return check_request(self, prompt, negative_prompt, self._settings(preset, settings), seed, image, mask)

@@ -1,4 +1,4 @@
-"""Where the parts of a model compute, and in how much memory: devices, offloading, advice when memory runs out."""
+"""Device selection, CPU offloading and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -14,33 +14,31 @@ from torch import nn
 from minisd.unet import UNet
 
 OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|ALLOC_FAILED|buffer size", re.IGNORECASE)
-ADVICE = (
-    "draw smaller pictures or fewer at a time, or load the model with tile=True, dtype=torch.float16 or offload=True"
-)
+ADVICE = "draw smaller images or fewer at a time, or load the model with tile=True, dtype=torch.float16 or offload=True"
 
 
 def best_device() -> torch.device:
-    """The fastest device of this machine: cuda, then mps, then cpu."""
+    """Return the first available device of cuda, mps and cpu."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """Check that a device computes on this machine. Raises ValueError if not, TypeError for other types."""
+    """Return a device after checking that it works. Raises TypeError or ValueError if it does not."""
     if not isinstance(name, (str, torch.device)):
-        raise TypeError(f'device={name!r}; expected a name, such as "cpu", or a torch.device')
+        raise TypeError(f'device={name!r}; expected a torch.device or a string such as "cpu"')
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         best = best_device()
-        raise ValueError(f"device {name} cannot be used on this machine; leave it out to take {best}") from error
+        raise ValueError(f"device {name} is not available on this machine; omit it to use {best}") from error
     return device
 
 
 def move(part: nn.Module, device: torch.device) -> None:
-    """Move a part's weights to a GPU; those of the UNet's convolutions channels last, as tensor cores read them."""
+    """Move a module's weights to a GPU, with the UNet's convolutions in channels_last for the tensor cores."""
     formats = {4: torch.channels_last} if isinstance(part, UNet) else {}
     weights = {
         key: value.to(device, memory_format=formats.get(value.dim(), torch.preserve_format))
@@ -51,7 +49,7 @@ def move(part: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def offloaded(part: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move a part to a device for the time of this block; afterwards its weights are back where they were."""
+    """Move a module to a device inside a `with` block, and restore its original weights afterwards."""
     if next(part.parameters()).device == device:
         yield
         return
@@ -64,14 +62,14 @@ def offloaded(part: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def explain(error: RuntimeError, part: nn.Module) -> Exception:
-    """Turn an error that says that memory ran out, whatever torch calls it, into a MemoryError that says what helps."""
+    """Convert any of torch's out-of-memory errors to a MemoryError with advice; return other errors unchanged."""
     if not is_out_of_memory(error):
         return error
     return MemoryError(f"out of memory in the {type(part).__name__}; {ADVICE} ({error})")
 
 
 def free_memory(device: torch.device) -> int | None:
-    """The bytes that a device has left, or None where this is unknown."""
+    """Return the free memory of a device in bytes, or None if unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -85,7 +83,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out; torch raises a RuntimeError with one of many messages."""
+    """Return whether an error is an out-of-memory error, including torch's many plain RuntimeErrors."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
     )

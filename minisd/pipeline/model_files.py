@@ -1,4 +1,4 @@
-"""Model and adapter files, as methods of `StableDiffusion`: loading, saving, LoRAs, learned words, compiling."""
+"""Methods of `StableDiffusion` for loading and saving models, LoRAs, textual inversions, and compiling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ModelFiles:
-    """The methods of `StableDiffusion` that read and write files, and what changes its weights."""
+    """Mixin with the methods of `StableDiffusion` that load, save or modify weights."""
 
     _compile_options: dict[str, Any] | None = None
 
@@ -42,17 +42,17 @@ class ModelFiles:
         """Load a model.
 
         Args:
-            source: a hub id, a diffusers folder, a .safetensors or .ckpt file; by default the tiny model inside.
-            device: by default the first there is of cuda, mps and cpu.
-            dtype: by default float16 on cuda, else float32.
-            offload: keep the parts in main memory, each on the device only while it computes. In float16 the largest,
-                the UNet, takes 1.7 GB there in place of 2.1 GB for all three. Slower, and threads may not share it.
-            tile: encode and decode one picture at a time, and those of more than 1½ times the model's own size in
-                tiles.
-            options: variant, prediction_type, revision …, see `io.checkpoint.load`, which says what it raises.
+            source: A hub id, a diffusers folder, or a .safetensors or .ckpt file. Defaults to the bundled tiny model.
+            device: The device to run on. Defaults to the first available of cuda, mps and cpu.
+            dtype: The dtype of the weights. Defaults to float16 on cuda and float32 elsewhere.
+            offload: Whether to keep the modules in CPU memory and move each to the device only while it runs. In
+                float16 this takes 1.7 GB of device memory instead of 2.1 GB, but is slower and not thread-safe.
+            tile: Whether to encode and decode images one at a time, and in tiles above 1.5 times the native size.
+            options: Further arguments for `io.checkpoint.load`, such as `variant`, `prediction_type` or `revision`.
 
         Raises:
-            ValueError: this machine lacks the device, or weights cannot have the dtype.
+            ValueError: If the device is not available or the dtype is not supported.
+            CheckpointError, OSError: See `io.checkpoint.load`.
         """
         place = memory.usable_device(device) if device is not None else memory.best_device()
         default_dtype = torch.float16 if place.type == "cuda" else torch.float32
@@ -64,25 +64,26 @@ class ModelFiles:
         return cls(loaded.config, *parts, loaded.defaults, offload=place if offload else None, tile=tile)
 
     def save_pretrained(self: StableDiffusion, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
-        """Write a folder that diffusers, transformers and minisd load. dtype: by default the weights' own.
+        """Save the model to a folder that minisd, diffusers and transformers can load.
 
-        Fused LoRAs are saved in the weights. Raises ValueError if there are others, or textual inversions, which such a
-        folder cannot hold.
+        `dtype` defaults to that of the weights. Fused LoRAs are saved as part of the weights. Raises ValueError if
+        unfused LoRAs or textual inversions are loaded.
         """
         if self.adapters.loras and not self.adapters.fused:
             raise ValueError(f"{', '.join(self.adapters.loras)} is not fused; call fuse_lora() or unload_lora() first")
         if self.tokenizer.added:
-            raise ValueError(f"a model folder cannot hold {', '.join(self.tokenizer.added)}; keep their own files")
+            words = ", ".join(self.tokenizer.added)
+            raise ValueError(f"a model folder cannot hold {words}; reload the model without textual inversions")
         loaded = checkpoint.Loaded(**vars(self.model), defaults=self.defaults)
         checkpoint.save(loaded, folder, None if dtype is None else check_dtype(dtype))
 
     def load_lora(
         self: StableDiffusion, path: str | PathLike[str], name: str | None = None, weight: float = 1.0
     ) -> str:
-        """Load a LoRA beside those already there, acting with `weight`; return its name, by default the file's.
+        """Load a LoRA in addition to those already loaded, and return its name, by default the file's stem.
 
-        path: a .safetensors, .bin or .pt file in the layouts of diffusers, peft or kohya, or a folder with one. Raises
-        CheckpointError, naming keys and shapes, if it does not fit, and ValueError if the name is taken.
+        `path` is a .safetensors, .bin or .pt file in diffusers, peft or kohya format, or a folder containing one.
+        Raises CheckpointError if the LoRA does not fit the model, and ValueError if the name is already in use.
         """
         name = check_path("path", path).stem if name is None else name
         parts = {"unet": self.unet, "text_encoder": self.text_encoder}
@@ -90,39 +91,38 @@ class ModelFiles:
         return name
 
     def set_adapters(self: StableDiffusion, weights: Mapping[str, float]) -> None:
-        """Let the named LoRAs act with these weights, and the others not at all. ValueError for an unknown name."""
+        """Set the weights of the named LoRAs, and disable all others. Raises ValueError for an unknown name."""
         self.adapters.set_weights(weights)
 
     def fuse_lora(self: StableDiffusion) -> None:
-        """Add the loaded LoRAs to the weights, so that drawing costs nothing extra; `unfuse_lora` undoes it exactly."""
+        """Merge the loaded LoRAs into the weights, so that inference has no overhead; `unfuse_lora` reverts this."""
         self.adapters.fuse()
 
     def unfuse_lora(self: StableDiffusion) -> None:
-        """Put back the weights as they were before `fuse_lora`, bit for bit; the LoRAs act beside them again."""
+        """Restore the exact weights from before `fuse_lora`; the LoRAs stay loaded."""
         self.adapters.unfuse()
 
     def unload_lora(self: StableDiffusion, name: str | None = None) -> None:
-        """Remove one LoRA, or all of them, exactly, fused or not."""
+        """Remove one LoRA, or all of them, fused or not, and restore the original weights."""
         self.adapters.unload(name)
 
     def load_textual_inversion(self: StableDiffusion, path: str | PathLike[str], token: str | None = None) -> str:
-        """Teach the text encoder a word, and return it.
+        """Load a textual inversion and return its token, which prompts may then contain.
 
-        Raises CheckpointError for other files, ValueError for a word that is known already or vectors that do not fit.
+        Raises CheckpointError for an invalid file, and ValueError if the token exists or the embedding does not fit.
         """
         word, vectors = read_textual_inversion(path, token)
         self.tokenizer = add_word(self.tokenizer, self.text_encoder, word, vectors)
         return word
 
     def compile(self: StableDiffusion, **options: Any) -> None:
-        """Compile the UNet and the decoder with torch.compile, one graph each.
+        """Compile the UNet and the decoder with `torch.compile`, one graph each.
 
-        Each new size and number of pictures is compiled when it first comes, which takes a minute or more; from then on
-        it is faster, most of all on a GPU. On a CPU a C++ compiler is needed. Where attention is recorded, the plain
-        code runs.
+        Compilation runs again for every new image size and batch size, and takes a minute or more; the CPU backend
+        needs a C++ compiler. Calls whose attention is recorded run in eager mode.
 
         Args:
-            options: of torch.compile, such as mode="reduce-overhead".
+            options: Arguments for `torch.compile`, such as `mode="reduce-overhead"`.
         """
         options = {"fullgraph": True, "dynamic": False, **options}
         for part in (self.unet, self.autoencoder.decoder):

@@ -1,7 +1,7 @@
-"""How a picture is drawn: the one list of settings.
+"""Generation settings, defined in one place.
 
-Python arguments, command-line options, prompts files, the manifest, PNG texts, `--like` and the web page all iterate
-over the fields of `Settings`. To add a setting, add a field here and use it where the picture is drawn.
+Python arguments, command-line options, prompts files, the manifest, PNG metadata, `--like` and the web page all iterate
+over the fields of `Settings`. To add a setting, add a field here and use it in the pipeline.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from minisd.features.presets import find_preset
 
-if TYPE_CHECKING:  # imported when needed: the command line reads this list before it imports torch
+if TYPE_CHECKING:  # the command line reads the settings before it imports torch
     from minisd.io.diffusers_folder import Defaults
     from minisd.samplers import Sampler
 
-# The samplers by the names that AUTOMATIC1111's web UI gives them.
+# Sampler names in AUTOMATIC1111's web UI.
 SAMPLER_LABELS: Mapping[str, str] = MappingProxyType(
     {
         "ddpm": "DDPM",
@@ -31,22 +31,22 @@ SAMPLER_LABELS: Mapping[str, str] = MappingProxyType(
         "lcm": "LCM",
     }
 )
-JSON_KINDS = {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}
+JSON_KINDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one setting: how it is called, read and written.
+    """The type and the names of one setting, with its conversions.
 
     Args:
-        kind: `int`, `float`, `bool`, `str`, or a pair such as `tuple[int, int]`.
-        help: One line for `--help`.
-        option: On the command line, such as "--steps". "" if it is no option.
-        png: In the `parameters` text of a PNG, such as "Steps". "" if it is not there under a name of its own.
-        label: On the web page. "" if it is not shown there.
-        in_file: Whether a line of a prompts file may have it.
-        choices: All valid values, where there are few.
-        metavar: What `--help` calls the value.
+        kind: The type: `int`, `float`, `bool`, `str`, or a pair such as `tuple[int, int]`.
+        help: The help text for the command line.
+        option: The command-line option, such as "--steps", or "" for none.
+        png: The key in the `parameters` text of a PNG, such as "Steps", or "" for none.
+        label: The label on the web page, or "" to hide it.
+        in_file: Whether the setting is allowed in prompts files.
+        choices: The valid values of an enumeration.
+        metavar: The placeholder for the value in `--help`.
     """
 
     kind: Any
@@ -59,18 +59,18 @@ class Setting:
     metavar: str | None = None
 
     def from_json(self, name: str, value: Any) -> Any:
-        """A value of a JSON file, checked for its type. Raises ValueError, naming what was expected."""
+        """Convert a JSON value. Raises ValueError if it has the wrong type."""
         pair = get_origin(self.kind) is tuple
         if pair and isinstance(value, list) and len(value) == 2 and all(type(x) in (int, float) for x in value):
             return tuple(value)
         numbers = (int, float) if self.kind is float else (self.kind,)
-        if not pair and type(value) in numbers:  # not isinstance: True is no number here
+        if not pair and type(value) in numbers:  # not isinstance, which accepts bool as int
             return value
         expected = "a list of two numbers" if pair else JSON_KINDS[self.kind]
         raise ValueError(f"{name} is {json.dumps(value)}; expected {expected}")
 
     def from_text(self, text: str) -> Any:
-        """A value of a PNG's `parameters`. Raises ValueError if it cannot be read."""
+        """Parse a value from a PNG's `parameters`. Raises ValueError if it is malformed."""
         if get_origin(self.kind) is tuple:
             first, second = text.split()
             kind = get_args(self.kind)[0]
@@ -78,23 +78,23 @@ class Setting:
         return self.kind(text)
 
     def to_text(self, value: Any) -> str:
-        """A value as a PNG's `parameters` have it, as short as possible without changing it."""
+        """Format a value for a PNG's `parameters`, as short as possible without loss of precision."""
         if isinstance(value, tuple):
             return " ".join(map(self.to_text, value))
         return format_number(value) if isinstance(value, float) else str(value)
 
 
 def setting(kind: Any, help: str, default: Any = ..., **more: Any) -> Any:
-    """A field of `Settings`; without a default the model decides."""
+    """Define a field of `Settings`. Fields without a default are set by the model's defaults."""
     metadata = {"setting": Setting(kind, help, **more)}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a picture is drawn, but for its prompts, its seed, and the picture it starts from.
+    """All generation settings other than prompts, seed and input image.
 
-    The names are those of `StableDiffusion.denoise`'s arguments. Values are checked where they are used.
+    Field names match the arguments of `StableDiffusion.denoise`, which also validates the values.
     """
 
     num_inference_steps: int = setting(int, "Number of sampling steps.", option="--steps", png="Steps", label="Steps")
@@ -116,20 +116,20 @@ class Settings:
         png="Timestep spacing",
         choices=("leading", "trailing", "linspace"),
     )
-    karras: bool = setting(bool, "Noise levels of Karras et al. (euler, heun, dpmpp_2m).", False, option="--karras")
+    karras: bool = setting(bool, "Use Karras noise levels (euler, heun, dpmpp_2m).", False, option="--karras")
     eta: float = setting(
-        float, "Share of fresh noise, 0 to 1 (ddim). [default: 0]", 0.0, option="--eta", png="Eta", label="Eta"
+        float, "Stochasticity of ddim, 0 to 1. [default: 0]", 0.0, option="--eta", png="Eta", label="Eta"
     )
     guidance_rescale: float = setting(
         float,
-        "Reduce the contrast of strong guidance, 0 (off) to 1. [default: 0]",
+        "Guidance rescale factor, 0 (off) to 1; reduces overexposure. [default: 0]",
         0.0,
         option="--rescale",
         png="Guidance rescale",
     )
     guidance_interval: tuple[float, float] | None = setting(
         tuple[float, float],
-        "Part of the run in which guidance acts. [default: 0 1]",
+        "Interval of the run in which guidance is applied. [default: 0 1]",
         None,
         option="--guidance-interval",
         png="Guidance interval",
@@ -137,7 +137,7 @@ class Settings:
     )
     feature_reuse: tuple[int, int] | None = setting(
         tuple[int, int],
-        "DeepCache: run the whole UNet at every N-th call, and only its last L layers at the others.",
+        "DeepCache: run the full UNet every N-th call, and only its last L layers otherwise.",
         None,
         option="--reuse",
         png="Feature reuse",
@@ -145,16 +145,16 @@ class Settings:
     )
     clip_skip: int = setting(
         int,
-        "Layer of the text encoder to use, counted from the last. [default: 1]",
+        "Text encoder layer to use, counted from the last. [default: 1]",
         1,
         option="--clip-skip",
         png="Clip skip",
     )
-    width: int | None = setting(int, "In pixels, a multiple of 8. [default: the model's]", None, option="--width")
-    height: int | None = setting(int, "In pixels, a multiple of 8. [default: the model's]", None, option="--height")
+    width: int | None = setting(int, "Width in pixels, a multiple of 8. [default: native]", None, option="--width")
+    height: int | None = setting(int, "Height in pixels, a multiple of 8. [default: native]", None, option="--height")
     strength: float | None = setting(
         float,
-        "How much of --image to redraw, above 0 to 1. [default: 0.8, with --mask 1]",
+        "Amount of change to --image, from above 0 to 1. [default: 0.8, or 1 with --mask]",
         None,
         option="--strength",
         png="Denoising strength",
@@ -163,18 +163,18 @@ class Settings:
 
     @classmethod
     def choose(cls, changes: Mapping[str, Any], defaults: Defaults | Settings) -> Settings:
-        """Settings from the defaults, then from the preset that `changes["preset"]` names, then from the other changes.
+        """Build settings from the defaults, then the preset `changes["preset"]`, then the other changes.
 
-        A named sampler comes with its own spacing and noise levels, not with those of the default or preset sampler.
+        Changing the sampler also resets its spacing, noise levels and eta.
 
         Args:
-            changes: Values by the names of the fields, and `preset`; None changes nothing. `sampler` is a name or a
-                `Sampler`.
-            defaults: The model's, or the settings of another picture.
+            changes: Values by field name, and optionally `preset`. None leaves a setting unchanged. `sampler` is a name
+                or a `Sampler`.
+            defaults: The defaults of the model, or the settings of another image.
 
         Raises:
             TypeError: If a name is not a setting, or a value has the wrong type.
-            ValueError: If the preset is unknown, or sampler, spacing and noise levels do not go together.
+            ValueError: If the preset is unknown, or the sampler does not support its options.
         """
         for name in changes:
             if name not in SETTINGS and name != "preset":
@@ -184,12 +184,12 @@ class Settings:
         for layer in (own, {} if preset is None else find_preset(preset).settings, changes):
             values = _merge(values, {name: value for name, value in layer.items() if name != "preset"})
         settings = cls(**values)
-        _ = settings.sampler_object  # raises for what does not go together
+        _ = settings.sampler_object  # raises for incompatible options
         return settings
 
     @property
     def sampler_object(self) -> Sampler:
-        """The sampler with its spacing and noise levels. Raises ValueError for a combination that does not exist."""
+        """The sampler with its options. Raises ValueError if it does not support them."""
         from minisd.samplers import Sampler
 
         if not isinstance(self.karras, bool):
@@ -197,37 +197,37 @@ class Settings:
         return Sampler(self.sampler, **{name: getattr(self, name) for name in SAMPLER_PARTS})
 
     def arguments(self) -> dict[str, Any]:
-        """The settings as arguments of `StableDiffusion.denoise`; what the model decides is left out."""
+        """Return keyword arguments for `StableDiffusion.denoise`, without the settings that are None."""
         values = {name: value for name, value in vars(self).items() if value is not None and name not in SAMPLER_PARTS}
         return values | {"sampler": self.sampler_object}
 
     def record(self) -> dict[str, Any]:
-        """All settings as JSON has them: 4 and 4.0 are the same guidance scale."""
+        """Return all settings for JSON, with integers converted to float for float settings."""
         kinds = {name: known.kind for name, known in SETTINGS.items()}
         return {name: float(v) if kinds[name] is float and type(v) is int else v for name, v in vars(self).items()}
 
     def texts(self) -> dict[str, str]:
-        """The changed settings as a PNG's `parameters` have them, by their names there."""
+        """Return the non-default settings as formatted for a PNG's `parameters`, by their keys there."""
         values = self.changed() | {"sampler": sampler_label(self.sampler, self.karras)}
         return {SETTINGS[name].png: SETTINGS[name].to_text(v) for name, v in values.items() if SETTINGS[name].png}
 
     def changed(self) -> dict[str, Any]:
-        """The values that differ from the fields' own defaults; those without a default are always there."""
+        """Return the settings that differ from the field defaults, and those that have none."""
         return {item.name: value for item in fields(self) if (value := getattr(self, item.name)) != item.default}
 
 
 SETTINGS: Mapping[str, Setting] = MappingProxyType({item.name: item.metadata["setting"] for item in fields(Settings)})
-SAMPLER_PARTS = ("spacing", "karras", "eta")  # of a `Sampler`, beside its name
+SAMPLER_PARTS = ("spacing", "karras", "eta")  # the options of a `Sampler`
 
 
 def _merge(values: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the values of a layer that are not None over those below it."""
+    """Override values by those of a layer that are not None."""
     from minisd.samplers import Sampler
 
     changes = {name: value for name, value in layer.items() if value is not None}
     sampler = changes.get("sampler")
     if sampler is not None and not isinstance(sampler, (str, Sampler)):
-        raise TypeError(f"sampler must be a name or a Sampler; got {type(sampler).__name__}")
+        raise TypeError(f"sampler must be a name or a Sampler, got {type(sampler).__name__}")
     if isinstance(sampler, Sampler):
         parts = {name: getattr(sampler, name) for name in SAMPLER_PARTS}
         changes = parts | changes | {"sampler": sampler.name}
@@ -236,11 +236,11 @@ def _merge(values: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any
 
 
 def sampler_label(name: str, karras: bool = False) -> str:
-    """The web UI's name of a sampler: "dpmpp_2m" with the noise levels of Karras et al. is "DPM++ 2M Karras"."""
+    """Return a sampler's name in the web UI, such as "DPM++ 2M Karras" for "dpmpp_2m" with `karras`."""
     return SAMPLER_LABELS[name] + (" Karras" if karras else "")
 
 
 def format_number(value: float) -> str:
-    """A number as short as it can be written without changing it: 4, 7.5, 0.30000000000000004."""
+    """Format a number as short as possible without loss of precision: 4, 7.5, 0.30000000000000004."""
     short = f"{value:g}"
     return short if float(short) == value else repr(float(value))

@@ -1,4 +1,4 @@
-"""`StableDiffusion`, the public class: it checks what it is given and wires features around the core's loop."""
+"""`StableDiffusion`, the public class: argument checks and optional features around the core sampling loop."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ from minisd.unet import UNet
 
 
 class StableDiffusion(ImageEditing, ModelFiles):
-    """Text to image, image to image, inpainting.
+    """Pipeline for text-to-image, image-to-image and inpainting.
 
-    The parts are attributes to take apart: tokenizer, text_encoder, unet, autoencoder, schedule. Drawing keeps no state
-    between calls, so threads may share the object; only loading and setting adapters changes it.
+    The modules are plain attributes: tokenizer, text_encoder, unet, autoencoder, schedule. Drawing is stateless and
+    thread-safe without `offload`; only loading and setting adapters modifies the object.
 
     Args:
-        config, tokenizer, text_encoder, unet, autoencoder: the parts of the model.
-        defaults: how it is sampled unless a call says otherwise.
-        offload: the device on which a part is only while it computes.
-        tile: encode and decode one picture at a time, and large ones in tiles.
+        config, tokenizer, text_encoder, unet, autoencoder: The configuration and the modules of the model.
+        defaults: The default sampling settings.
+        offload: The device to move each module to while it runs, or None to keep all modules where they are.
+        tile: Whether to encode and decode images one at a time, and large ones in tiles.
     """
 
     tokenizer: Tokenizer
@@ -83,16 +83,16 @@ class StableDiffusion(ImageEditing, ModelFiles):
         self.schedule = Schedule(config.schedule)
         self.adapters = Adapters()
         self.offload, self.tile = offload, unet.config.sample_size * 3 // 2 if tile else None
-        self.downscale = config.autoencoder.downscale  # pixels for each latent, along a side
+        self.downscale = config.autoencoder.downscale  # pixels per latent along each side
 
     @property
     def model(self) -> Model:
-        """The parts as the core's `generate` takes them."""
+        """The modules as a `Model` for the core's `generate`."""
         return Model(self.config, self.tokenizer, self.text_encoder, self.unet, self.autoencoder)
 
     @property
     def device(self) -> torch.device:
-        """Where the parts compute."""
+        """The device that the modules run on."""
         return self.offload or self.unet.conv_in.weight.device
 
     @property
@@ -111,19 +111,20 @@ class StableDiffusion(ImageEditing, ModelFiles):
         progress: bool | None = None,
         **settings: Any,
     ) -> Any:
-        """Draw one PIL picture for one prompt, or a list for a list of prompts or several images per prompt.
-
-        Every picture's `.info["seed"]` is the seed that draws it again.
+        """Draw images from text.
 
         Args:
-            prompt, negative_prompt, seed, preset, settings: see `denoise`.
-            num_images_per_prompt: pictures for each prompt, each with the next seed.
-            progress: show a progress bar; by default only on a terminal.
+            prompt, negative_prompt, seed, preset, settings: See `denoise`.
+            num_images_per_prompt: The number of images per prompt, with consecutive seeds.
+            progress: Whether to show a progress bar. By default it is shown on a terminal only.
+
+        Returns:
+            A PIL image for a single prompt, otherwise a list. The seed of each image is in `image.info["seed"]`.
         """
         chosen = self._settings(preset, settings)
         count = check_int("num_images_per_prompt", num_images_per_prompt, 1, 2**31)
         prompts, negatives = check_strings("prompt", prompt), check_strings("negative_prompt", negative_prompt)
-        check_size(self, chosen.height, chosen.width, count * len(prompts))  # before there are lists of that length
+        check_size(self, chosen.height, chosen.width, count * len(prompts))  # before allocating lists of that length
         prompts = [text for text in prompts for _ in range(count)]
         if len(negatives) > 1:
             negatives = [text for text in negatives for _ in range(count)]
@@ -143,27 +144,26 @@ class StableDiffusion(ImageEditing, ModelFiles):
         preset: str | None = None,
         **settings: Any,
     ) -> Iterator[Step]:
-        """Run the sampler, one `Step` per call of the UNet; `decode(step.latents)` of the last is the picture.
+        """Run the sampler and yield a `Step` per UNet call. `decode(step.latents)` of the last step is the result.
 
-        Leave the loop to stop early. All arguments are checked before any work is done.
+        Break out of the loop to stop early. All arguments are validated before any computation.
 
         Args:
-            prompt: one, or one per image, with weights in brackets (see `features.prompts`).
-            image: start from this picture, or from images (1 or n, 3, h, w) in [-1, 1]. It is not resized: its sides
-                must be multiples of 8.
-            mask_image: of the picture's size; only what is white is redrawn.
-            negative_prompt: one, or one per image.
-            seed: an integer from 0 to 2⁶³ − 1 (image i uses seed + i), or one per image.
-            latents: the first noise, unit Gaussian (n, 4, h/8, w/8), in place of the seed's.
-            prompt_embeds: the context (n, 77·k, width), in place of the prompt's.
-            preset: the name of several settings, see `features.presets`.
-            settings: any field of `pipeline.settings.Settings`. What is not given comes from the preset, or from the
-                model's defaults.
+            prompt: One prompt, or one per image, with optional weights in brackets (see `features.prompts`).
+            image: The image to start from: a PIL image, or a tensor (1 or n, 3, h, w) in [-1, 1]. It is not resized;
+                height and width must be multiples of 8.
+            mask_image: An inpainting mask of the same size. Only the white area is repainted.
+            negative_prompt: One negative prompt, or one per image.
+            seed: A seed from 0 to 2⁶³ − 1 (image i uses seed + i), or one per image.
+            latents: The initial noise, unit Gaussian (n, 4, h/8, w/8). Overrides the noise drawn from the seed.
+            prompt_embeds: Text embeddings (n, 77·k, width). Overrides the encoding of the prompt.
+            preset: The name of a preset, see `features.presets`.
+            settings: Any fields of `pipeline.settings.Settings`. Others default to the preset, then to the model.
 
         Raises:
-            TypeError, ValueError: an argument has the wrong type, or cannot be used.
-            FloatingPointError: a part, which is named, returned NaN.
-            MemoryError: memory ran out; the message says what helps.
+            TypeError, ValueError: If an argument has the wrong type or an invalid value.
+            FloatingPointError: If a module returns NaN or infinity.
+            MemoryError: If the device runs out of memory.
         """
         chosen = self._settings(preset, settings)
         return self._denoise(
@@ -203,7 +203,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
             else:
                 masked = self.encode_image(masked_image(request.image, request.mask)).float()
                 denoise = with_channels(denoise, torch.cat([mask, masked], dim=1))
-            # at full strength a masked picture begins with noise alone: nothing under the mask shows through
+            # at strength 1 inpainting starts from pure noise, so nothing under the mask shows through
             latents = None if request.strength == 1 else latents
         with self._on_device(self.unet):
             for step in sample(denoise, request.plan, noise, latents, after_step):
@@ -211,11 +211,11 @@ class StableDiffusion(ImageEditing, ModelFiles):
                 yield step
 
     def _contexts(self, request: Request) -> tuple[Tensor, Tensor | None]:
-        """The context of the prompts and, where guidance needs it, that of the negative prompts; one call for both."""
+        """Return the contexts of the prompts and, if guidance needs them, the negative prompts, from one call."""
         scales, negatives = request.scales, request.negative_prompts
         is_guided, clip_skip = any(scale not in (0, 1) for scale in scales), request.settings.clip_skip
         if request.prompt_embeds is None:
-            # at scale 0 the negative prompt is drawn
+            # at scale 0 the prediction follows the negative prompt alone
             texts = [p if scale else n for p, n, scale in zip(request.prompts, negatives, scales, strict=True)]
             contexts = self.encode_text([*texts, *(negatives if is_guided else ())], clip_skip)
             return contexts[: len(texts)], contexts[len(texts) :] if is_guided else None
@@ -227,11 +227,11 @@ class StableDiffusion(ImageEditing, ModelFiles):
         return cond, uncond if is_guided else None
 
     def _checked(self, unet: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Raise FloatingPointError as soon as a prediction is not finite."""
+        """Wrap a UNet to raise FloatingPointError for the first prediction that is not finite."""
 
         def call(latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
             prediction = self._check_part(unet(latents, timestep, context), "UNet")
-            # a compiled UNet may reuse the memory of its output at the next call
+            # a compiled UNet may overwrite its output buffer in the next call
             return prediction.clone() if self._compile_options is not None else prediction
 
         return call
@@ -242,10 +242,10 @@ class StableDiffusion(ImageEditing, ModelFiles):
 
     @torch.inference_mode()
     def encode_text(self, prompts: Prompt, clip_skip: int = 1) -> Tensor:
-        """Encode prompts, with weights in brackets, to context (n, 77·k, width); see `features.prompts`.
+        """Encode prompts, with optional weights in brackets, to text embeddings (n, 77·k, width).
 
-        A prompt of more than 75 tokens is read in k chunks, each by itself, and a warning says so. Prompts of different
-        k are brought to one length. Raises ValueError for invalid weights and for prompts that are too long.
+        Prompts of more than 75 tokens are split into k chunks, encoded separately, with a warning. Shorter embeddings
+        are repeated to a common length. Raises ValueError for invalid weights and overlong prompts.
         """
         texts = check_strings("prompts", prompts)
         check_int("clip_skip", clip_skip, 1, self.config.text_encoder.num_hidden_layers)
@@ -258,10 +258,10 @@ class StableDiffusion(ImageEditing, ModelFiles):
 
     @torch.inference_mode()
     def encode_image(self, image: ImageInput) -> Tensor:
-        """Encode a PIL picture, or images (n, 3, h, w) in [-1, 1], to latents (n, 4, h/8, w/8): the scaled mean.
+        """Encode a PIL image or a tensor (n, 3, h, w) in [-1, 1] to latents (n, 4, h/8, w/8): the scaled mean.
 
-        Images may leave the range a little. Raises ValueError for numbers beyond [-2, 2] (pixels from 0 to 255,
-        perhaps) and for sides that are not multiples of 8.
+        Values slightly outside the range are allowed. Raises ValueError for values outside [-2, 2] (such as pixels in
+        0…255) and for a height or width that is not a multiple of 8.
         """
         images = check_image(self, image)
         check_memory(self, len(images), images.shape[-2], images.shape[-1], encoding=True)
@@ -271,15 +271,15 @@ class StableDiffusion(ImageEditing, ModelFiles):
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Decode scaled latents (n, 4, h/8, w/8), with a spread of about 1, to PIL pictures; see `decode_to_tensor`."""
+        """Decode scaled latents (n, 4, h/8, w/8), of roughly unit variance, to PIL images; see `decode_to_tensor`."""
         return to_pil(self.decode_to_tensor(latents))
 
     @torch.inference_mode()
     def decode_to_tensor(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents (n, 4, h/8, w/8) to images (n, 3, h, w), about [-1, 1] and not clipped.
+        """Decode scaled latents (n, 4, h/8, w/8) to images (n, 3, h, w), roughly in [-1, 1] and not clamped.
 
-        In float16 some decoders overflow; then a float32 copy decodes, and a warning says so. Raises FloatingPointError
-        for NaN, in the latents or in what comes of them.
+        If the decoder overflows in float16, it warns and decodes again in float32. Raises FloatingPointError for NaN or
+        infinity in the latents or the result.
         """
         check_shape("latents", latents, "n", self.config.autoencoder.latent_channels, "h", "w")
         check_memory(self, len(latents), self.downscale * latents.shape[-2], self.downscale * latents.shape[-1])
@@ -296,7 +296,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
         return check_finite(images, "autoencoder's decoder")
 
     def _tiled(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run the encoder or the decoder on the whole batch, or with `tile` on one picture, and one tile, at a time."""
+        """Run the encoder or decoder on the whole batch or, with `tile`, on one tile of one image at a time."""
         if self.tile is None:
             return function(x)
         factor = self.downscale
@@ -305,7 +305,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
 
     @contextmanager
     def _on_device(self, part: nn.Module) -> Iterator[None]:
-        """Within this block a part is on its device. Running out of memory there becomes a MemoryError with advice."""
+        """Keep a module on its device inside a `with` block, and convert out-of-memory errors to MemoryError."""
         try:
             if self.offload is None:
                 yield
@@ -316,21 +316,21 @@ class StableDiffusion(ImageEditing, ModelFiles):
             raise memory.explain(error, part) from error
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
-        """Turn scaled latents (n, 4, h/8, w/8) into PIL pictures of their own small size, at almost no cost."""
+        """Approximate scaled latents (n, 4, h/8, w/8) as PIL images of size w/8 × h/8, without the decoder."""
         check_tensor("latents", latents, "n", self.config.autoencoder.latent_channels, "h", "w")
         return to_pil(linear_preview(latents, self.defaults.preview))
 
     def predict(self, latents: Tensor, t: float, context: Tensor, guidance: Guidance | float = 1.0) -> Tensor:
-        """Call the UNet once, guided if the context (2n, 77, d) holds negative and positive prompts.
+        """Call the UNet once, with classifier-free guidance if the context has 2n rows.
 
         Args:
-            latents: (n, 4, h/8, w/8), or with 9 channels for an inpainting UNet.
-            t: the timestep.
-            context: (n, 77, d) or (2n, 77, d).
-            guidance: a scale, or a `Guidance`.
+            latents: The noisy latents, (n, 4, h/8, w/8), or (n, 9, h/8, w/8) for an inpainting UNet.
+            t: The timestep.
+            context: The text embeddings, (n, 77, d), or (2n, 77, d) with the negative prompts first.
+            guidance: The guidance scale or a `Guidance`.
 
         Returns:
-            The prediction, (n, 4, h/8, w/8), float32. Raises FloatingPointError for NaN.
+            The prediction, float32 (n, 4, h/8, w/8).
         """
         check_shape("latents", latents, "n", self.unet.config.in_channels, "h", "w")
         check_shape("context", context, "n", "tokens", self.unet.config.cross_attention_dim)
@@ -346,19 +346,19 @@ class StableDiffusion(ImageEditing, ModelFiles):
             return guided(self._checked(self.unet), cond, uncond, guidance)(latents, timestep, guidance.interval[0])
 
     def latent_shape(self, height: int | None = None, width: int | None = None, count: int = 1) -> tuple[int, int, int]:
-        """The shape (4, h/8, w/8) of one picture's latents; what is None is the model's own size.
+        """Return the latent shape of one image, (4, h/8, w/8). The size defaults to the model's native size.
 
-        Raises TypeError or ValueError for a size that so many pictures cannot have.
+        Raises TypeError or ValueError for an invalid size, or if `count` such images do not fit in memory.
         """
         return check_size(self, height, width, count)
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """The words of a prompt with a token that the text encoder never learned: its embedding is all zeros."""
+        """Return the words of a prompt with an untrained token, whose embedding is all zeros."""
         (prompt,) = check_strings("prompt", prompt)
         return find_unknown_words(prompt, self.tokenizer, self.text_encoder.token_embedding.weight)
 
 
 def _first(first: Tensor, rest: NoiseSource) -> NoiseSource:
-    """A noise source that returns `first`, then goes on with the rest."""
+    """Return a noise source that yields `first`, then continues with `rest`."""
     pending = [first]
     return lambda: pending.pop() if pending else rest()

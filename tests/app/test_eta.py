@@ -48,7 +48,7 @@ def test_eta_on_the_command_line_in_the_picture_and_in_like(run, expected):
     info.add_text("parameters", text.replace("Sampler: DDIM", "Sampler: Euler a").replace("minisd", "v"))
     Image.open("first.png").save("other.png", pnginfo=info)  # other programs name an eta for other samplers too
     code, _, err = run("generate", "--like", "other.png", "-o", "other-again.png")
-    assert code == 0 and "eta=0.5" in err and "left out" in err
+    assert code == 0 and "eta=0.5" in err and "ignoring eta" in err
 
 
 def test_eta_in_a_prompts_file_and_its_manifest(run, expected):
@@ -56,7 +56,7 @@ def test_eta_in_a_prompts_file_and_its_manifest(run, expected):
     assert run("generate", "--prompts", "prompts.jsonl", "-o", "out/")[0] == 0
     assert np.array_equal(pixels("out/0001-fox.png"), expected)
     assert json.loads(Path("out/manifest.jsonl").read_text())["eta"] == 0.5
-    assert "0 drawn, 1 were there" in run("generate", "--prompts", "prompts.jsonl", "-o", "out/")[2]
+    assert "0 drawn, 1 already existed" in run("generate", "--prompts", "prompts.jsonl", "-o", "out/")[2]
 
 
 def test_eta_on_the_page(run, small_model):

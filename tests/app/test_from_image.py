@@ -117,12 +117,12 @@ def test_a_picture_of_the_web_ui(run, small_model, suffix):
     ("text", "options", "words"),
     [
         (OTHER, [], ["LoRA 'ink wash' at 0.6", "--lora ink wash.safetensors"]),
-        (OTHER.replace("DPM++ 2M", "UniPC"), ["fox"], ["sampler UniPC, Karras", "--sampler"]),
-        (OTHER.replace("CFG scale: 4, ", ""), ["fox"], ["does not say CFG scale", "--guidance"]),
+        (OTHER.replace("DPM++ 2M", "UniPC"), ["fox"], ["unsupported sampler UniPC, Karras", "--sampler"]),
+        (OTHER.replace("CFG scale: 4, ", ""), ["fox"], ["has no CFG scale", "--guidance"]),
         (OTHER.replace("Seed: 7", "Seed: x"), ["fox"], ["Seed: 'x'", "--seed"]),
         (OTHER.replace("Size: 32x32", "Size: big"), ["fox"], ["Size: 'big'", "--width"]),
         (OTHER.replace("ENSD: 31337", "Denoising strength: 0.5"), ["fox"], ["--image"]),
-        (OTHER + ", TI hashes: \"unicorn: ab\"", ["fox"], ["learned word 'unicorn'", "--textual-inversion"]),
+        (OTHER + ", TI hashes: \"unicorn: ab\"", ["fox"], ["textual inversion 'unicorn'", "--textual-inversion"]),
         ("a\nSteps: 2, Interpolation: 1 to 2", [], ["minisd interpolate"]),
     ],
 )  # fmt: skip
@@ -146,9 +146,9 @@ def test_warnings_about_other_files_weights_and_models(run, sources, small_model
     err = run("generate", "--like", "first.png", "--image", "start.png", "-o", "again.png")[2]
     assert "start.png is not the file that first.png was drawn from" in err
     code, _, err = run("generate", "--like", "first.png", "-o", "again.png")
-    assert code == 2 and "was drawn with the image start.png; give it with --image" in err
+    assert code == 2 and "was drawn with the image start.png; pass it with --image" in err
     code, _, err = run("generate", "--like", "first.png", "--image", "start.png", model=None)
-    assert code == 2 and f"was drawn with the model {small_model.name}; name a model with --model" in err
+    assert code == 2 and f"was drawn with the model {small_model.name}; specify one with --model" in err
     resave("first.png", "other.png", read_parameters("first.png"), weights="0123456789", device="cuda")
     err = run("generate", "--like", "other.png", "--image", "start.png", "-o", "again.png")[2]
-    assert "was drawn with other weights" in err and "was drawn on cuda" in err
+    assert "was drawn with weights that differ" in err and "was drawn on cuda" in err

@@ -211,11 +211,11 @@ def test_overlay_is_dark_where_the_word_is_not_and_bright_where_it_is():
         (ask("  "), "the prompt is empty"),
         (ask("a (fox:99)"), "expected a number from -10 to 10"),
         (ask("fox " * 700), "expected at most 8"),
-        (ask("fox", seed="seven"), "seed 'seven' is not a whole number"),
-        (ask("fox", seed="1.5"), "seed '1.5' is not a whole number"),
+        (ask("fox", seed="seven"), "seed 'seven' is not an integer"),
+        (ask("fox", seed="1.5"), "seed '1.5' is not an integer"),
         (ask("fox", seed="-1"), "-1"),
         (ask("fox", seed=str(2**63)), str(2**63)),
-        (ask("fox", steps=0), "steps=0; expected a whole number from 1 to 1000"),
+        (ask("fox", steps=0), "steps=0; expected an integer from 1 to 1000"),
         (ask("fox", steps=2.5), "steps"),
         (ask("fox", guidance=float("nan")), "guidance"),
         (ask("fox", sampler="magic"), "magic"),
@@ -499,7 +499,7 @@ def test_two_pages_at_once_new_runs_stops_and_mistakes(server, browser):
     one.page.get_by_text(re.compile(r"Stopped after step \d+ of 300")).wait_for()
 
     two.draw(steps="0")
-    two.page.get_by_role("alert").get_by_text("steps=0; expected a whole number from 1 to 1000").wait_for()
+    two.page.get_by_role("alert").get_by_text("steps=0; expected an integer from 1 to 1000").wait_for()
     two.draw(prompt="a zebra in the snow", steps="2")
     two.page.get_by_text('this model never learned "zebra"').wait_for()
     assert two.page.get_by_role("alert").count() == 0

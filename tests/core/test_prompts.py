@@ -177,7 +177,7 @@ def test_unclosed_brackets():
         with pytest.raises(ValueError, match="'.*fox'|'a'"):
             parse(prompt)
     assert parse("[" * 100_000 + "fox") == [("fox", 0.0)]
-    with pytest.raises(TypeError, match="expected the prompt as a str, got int: 7"):
+    with pytest.raises(TypeError, match="prompt must be a str, got int: 7"):
         parse(7)  # type: ignore[arg-type]
 
 

@@ -54,7 +54,7 @@ def test_settings_of_another_picture_as_defaults():
     [
         ({"steps": 3}, TypeError, "'steps' is not a setting; expected one of num_inference_steps"),
         ({"preset": "quick"}, ValueError, "unknown preset 'quick'"),
-        ({"sampler": 3}, TypeError, "sampler must be a name or a Sampler; got int"),
+        ({"sampler": 3}, TypeError, "sampler must be a name or a Sampler, got int"),
         ({"sampler": "magic"}, ValueError, "'magic'"),
         ({"sampler": "ddim", "karras": True}, ValueError, "'ddim' does not support karras"),
         ({"spacing": "odd"}, ValueError, "spacing='odd'"),
@@ -98,8 +98,8 @@ def test_texts_of_a_picture_are_read_as_they_were_written(name, value, text):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("num_inference_steps", 2.0, "is 2.0; expected a whole number"),
-        ("num_inference_steps", True, "is true; expected a whole number"),
+        ("num_inference_steps", 2.0, "is 2.0; expected an integer"),
+        ("num_inference_steps", True, "is true; expected an integer"),
         ("guidance_scale", "7", 'is "7"; expected a number'),
         ("karras", 1, "is 1; expected true or false"),
         ("sampler", None, "is null; expected a string"),

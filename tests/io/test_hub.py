@@ -270,10 +270,10 @@ def test_nothing_cached_and_no_hub(tmp_path, offline):
 @pytest.mark.parametrize(
     "status, code, message",
     [
-        (401, "", "the hub has no model owner/name, or it is private"),
-        (404, "RepoNotFound", "the hub has no model owner/name, or it is private"),
-        (404, "RevisionNotFound", "the hub has no model owner/name"),
-        (403, "", "the hub has no model owner/name, or it is private"),
+        (401, "", "model owner/name does not exist on the hub or is private"),
+        (404, "RepoNotFound", "model owner/name does not exist on the hub or is private"),
+        (404, "RevisionNotFound", "model owner/name"),
+        (403, "", "model owner/name does not exist on the hub or is private"),
         (403, "GatedRepo", "owner/name is gated; accept its terms on http"),
         (429, "", "is not in the cache and the hub cannot be reached"),
         (500, "", "is not in the cache and the hub cannot be reached"),
@@ -290,7 +290,7 @@ def test_cut_download_goes_on_with_what_is_missing(hub, tmp_path):
     name = "unet/diffusion_pytorch_model.safetensors"
     hub.hang_up[name] = len(hub.files[name]) // 2
     broken = run(tmp_path, endpoint_of(hub))
-    assert f"HubError: the download of {REPO} broke off" in broken.stderr
+    assert f"HubError: the download of {REPO} failed" in broken.stderr
     done = {sent for sent, _ in hub.sent} - {name}
     hub.hang_up.clear()
     hub.sent.clear()
@@ -306,7 +306,7 @@ def test_damage_that_keeps_the_size_is_caught(hub, tmp_path):
     good = hub.files[name]
     hub.files[name] = good[:-100] + bytes([good[-100] ^ 1]) + good[-99:]
     result = run(tmp_path, endpoint_of(hub))
-    assert f"CheckpointError: {name} arrived damaged" in result.stderr
+    assert f"CheckpointError: {name} was corrupted in transit" in result.stderr
     hub.files[name] = good
     assert "5,054,411 parameters" in run(tmp_path, endpoint_of(hub)).stdout
 
@@ -314,7 +314,7 @@ def test_damage_that_keeps_the_size_is_caught(hub, tmp_path):
 def test_repository_without_a_folder(hub, tmp_path):
     del hub.files["vae/diffusion_pytorch_model.safetensors"]
     result = run(tmp_path, endpoint_of(hub))
-    assert "CheckpointError: owner/name holds no Stable Diffusion folder" in result.stderr
+    assert "CheckpointError: owner/name is not a Stable Diffusion model" in result.stderr
     assert hub.sent == []
 
 
@@ -388,13 +388,13 @@ def test_a_hub_that_lies(hub, folder, tmp_path):
     def lie(number: int) -> str:
         if number == 0:
             hub.redirects[config] = f"file://{outside}/secret.json"
-            return "HubError the download of .* broke off"
+            return "HubError the download of .* failed"
         if number == 1:
             hub.endless.add(config)
-            return "HubError the download of .* broke off .*it sends more than"
+            return "HubError the download of .* failed .*it sends more than"
         if number == 2:
             hub.headers[config] = {"Content-Length": str(len(hub.files[config]) - 10)}
-            return "(HubError the download of .* broke off|CheckpointError .*config.json is not JSON)"
+            return "(HubError the download of .* failed|CheckpointError .*config.json is not JSON)"
         if number == 3:
             hub.headers[weights] = {"ETag": f'"{outside}/written"'}
             return "HubError http.* put unet/diffusion_pytorch_model.safetensors at .*; do not trust it"
@@ -407,7 +407,7 @@ def test_a_hub_that_lies(hub, folder, tmp_path):
             hub.digests |= dict.fromkeys(more, "0" * 64)
             return "loaded"
         hub.digests = dict.fromkeys(hub.digests, "0" * 64)
-        return "CheckpointError .* arrived damaged"
+        return "CheckpointError .* was corrupted in transit"
 
     process = subprocess.Popen(
         [sys.executable, "-c", ATTEMPTS],

@@ -78,7 +78,7 @@ def test_no_pickle_runs(tmp_path, container):
                 read(path)
             reason = str(caught.value)
             if name in programs(canary) and container in ("zip", "old") and "04" not in repr(program[:2]):
-                assert re.search(r"asks for code and was refused|not a checkpoint of torch \(instruction", reason), name
+                assert re.search(r"could run code|not a torch checkpoint \(opcode", reason), name
             assert "from a source you trust" in reason, name
         assert not canary.exists(), name
 
@@ -89,7 +89,7 @@ def test_torch_refuses_them_too(tmp_path, monkeypatch):
     canary, path = tmp_path / "ran", tmp_path / "model.ckpt"
     for name, program in programs(canary).items():
         path.write_bytes(archive(program))
-        with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        with pytest.raises(CheckpointError, match="corrupted or incomplete"):
             load(path)
         assert not canary.exists(), name
 
@@ -113,18 +113,18 @@ def test_archives_that_lie(tmp_path):
     assert header == {"a": ((4,), "float32")}
     assert dict(read_tensors(path, header, "cpu", torch.float32))["a"].tolist() == [1, 2, 3, 4]
     lies: dict[str, tuple[bytes, str]] = {
-        "compressed": (archive(tensor(4), zipfile.ZIP_DEFLATED), "holds 'model/data.pkl' compressed"),
+        "compressed": (archive(tensor(4), zipfile.ZIP_DEFLATED), "contains 'model/data.pkl' in compressed form"),
         "too few bytes": (archive(tensor(4), **{"data/0": numbers[:8]}), "no storage has the 16 bytes"),
         "too many bytes": (archive(tensor(4), **{"data/0": numbers * 9}), "no storage has the 16 bytes"),
-        "no bytes": (archive(tensor(4).replace(text("0"), text("1"))), "damaged or incomplete"),
-        "larger than its storage": (archive(tensor(4, b"K\xff\x85")), "damaged or incomplete"),
+        "no bytes": (archive(tensor(4).replace(text("0"), text("1"))), "corrupted or incomplete"),
+        "larger than its storage": (archive(tensor(4, b"K\xff\x85")), "corrupted or incomplete"),
         "one number as a million": (
             archive(tensor(4, b"M\xff\xffM\xff\xff\x86", b"K\x00K\x00\x86")),
             "repeats numbers",
         ),
         "TorchScript": (archive(tensor(4), **{"constants.pkl": b"."}), "TorchScript"),
-        "17 MB of lists": (archive(b"\x80\x02" + b"]" * 17_000_000 + b"."), "lists 17,000,003 bytes of objects"),
-        "another archive": (archive(tensor(4)).replace(b"data.pkl", b"data.txt"), "not an archive as torch.save"),
+        "17 MB of lists": (archive(b"\x80\x02" + b"]" * 17_000_000 + b"."), "a pickle of 17,000,003 bytes"),
+        "another archive": (archive(tensor(4)).replace(b"data.pkl", b"data.txt"), "not an archive written by torch"),
         "without its beginning": (archive(tensor(4))[5:], "without its beginning or its end"),
         "without its end": (archive(tensor(4))[:-30], "without its beginning or its end"),
     }

@@ -127,7 +127,7 @@ def test_what_channels_last_costs():
 
 
 def test_bad_configurations():
-    with pytest.raises(ValueError, match="has 100, which norm_num_groups=32 does not divide"):
+    with pytest.raises(ValueError, match="=100 is not divisible by norm_num_groups=32"):
         check_config(AutoencoderConfig(block_out_channels=(100,)))
-    with pytest.raises(ValueError, match="use_quant_conv=False; minisd builds only use_quant_conv=True"):
+    with pytest.raises(ValueError, match="use_quant_conv=False; minisd supports only use_quant_conv=True"):
         read_config(AutoencoderConfig, {**SD1_AUTOENCODER, "use_quant_conv": False})

@@ -100,7 +100,7 @@ def test_full_size():
 def test_bad_configurations():
     with pytest.raises(ValueError, match="hidden_act='relu'; expected 'quick_gelu'"):
         check_config(TextEncoderConfig(hidden_act="relu"))
-    with pytest.raises(ValueError, match="hidden_size has 768, which num_attention_heads=5 does not divide"):
+    with pytest.raises(ValueError, match="hidden_size=768 is not divisible by num_attention_heads=5"):
         check_config(TextEncoderConfig(num_attention_heads=5))
-    with pytest.raises(ValueError, match="model_type='bert'; minisd builds only"):
+    with pytest.raises(ValueError, match="model_type='bert'; minisd supports only"):
         read_config(TextEncoderConfig, {"model_type": "bert"})

@@ -285,9 +285,9 @@ def edit(old: str, new: str):
         ("merges.txt", lambda text: text[:1000], "49408 tokens, expected"),
         ("vocab.json", edit('"in":512,', ""), "49407 tokens, expected 49408"),
         ("vocab.json", edit('"in":512,', '"in":513,'), "from id 0 on"),
-        ("vocab.json", edit('"in":512,', '"in":"x",'), "damaged"),
+        ("vocab.json", edit('"in":512,', '"in":"x",'), "corrupted"),
         ("vocab.json", lambda text: text[:1000], "vocab.json is not JSON"),
-        ("vocab.json", lambda text: "[1]", "damaged"),
+        ("vocab.json", lambda text: "[1]", "corrupted"),
         ("special_tokens_map.json", lambda text: "{", "special_tokens_map.json is not JSON"),
     ],
 )
@@ -302,11 +302,11 @@ def test_damaged_files_are_refused(folder, name, damage, message):
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 0}', '{"model": {"vocab": {}, "merges": 0}}'])
 def test_damaged_tokenizer_json_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match="is damaged .*fetch its files again"):
+    with pytest.raises(ValueError, match="is corrupted .*download it again"):
         read_tokenizer(tmp_path)
 
 
 def test_bytes_that_are_no_text_are_refused(folder):
     (folder / "merges.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is damaged .*fetch its files again"):
+    with pytest.raises(ValueError, match="is corrupted .*download it again"):
         read_tokenizer(folder)

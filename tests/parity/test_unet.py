@@ -120,10 +120,10 @@ def test_timestep_embedding_against_diffusers():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"block_out_channels": (320, 640)}, "down_block_types has 4 entries; expected 2, one per level"),
+        ({"block_out_channels": (320, 640)}, "down_block_types has length 4; expected 2, one per level"),
         ({"attention_head_dim": (8, 8)}, "heads has 2 entries; expected 4, one per level"),
-        ({"attention_head_dim": 7}, r"attention_head_dim \(the number of heads\)=7 does not divide"),
-        ({"norm_num_groups": 48}, "block_out_channels has 320, which norm_num_groups=48 does not divide"),
+        ({"attention_head_dim": 7}, r"is not divisible by attention_head_dim \(the number of heads\)=7"),
+        ({"norm_num_groups": 48}, "block_out_channels=320 is not divisible by norm_num_groups=48"),
         (
             {"up_block_types": ("AttnUpBlock2D",) * 4},
             "up_block_types='AttnUpBlock2D'; expected 'CrossAttnDownBlock2D' or",
@@ -139,5 +139,5 @@ def test_bad_configurations(wrong, message):
     "key", ["flip_sin_to_cos", "addition_embed_type", "time_embedding_type", "transformer_layers_per_block"]
 )
 def test_a_network_of_another_kind_is_refused(key):
-    with pytest.raises(ValueError, match=f"config has {key}='other'; minisd builds only {key}="):
+    with pytest.raises(ValueError, match=f"unsupported {key}='other'; minisd supports only {key}="):
         read_config(UNetConfig, {**SD1_UNET, key: "other"})

@@ -77,7 +77,7 @@ def test_broken_safetensors(tmp_path, name):
     path = tmp_path / "x.safetensors"
     path.write_bytes(BROKEN[name])
     for read in (read_header, load, read_textual_inversion, lambda path: read_lora(path, {})):
-        with pytest.raises(CheckpointError, match="x.safetensors is damaged or incomplete"):
+        with pytest.raises(CheckpointError, match="x.safetensors is corrupted or incomplete"):
             read(path)
 
 
@@ -110,7 +110,7 @@ def test_a_file_cut_anywhere(tmp_path):
         data, path = good.read_bytes(), tmp_path / f"cut{good.suffix}"
         for length in range(0, len(data), 1 if good.suffix == ".safetensors" else 7):
             path.write_bytes(data[:length])
-            with pytest.raises(CheckpointError, match="is empty|damaged or incomplete"):
+            with pytest.raises(CheckpointError, match="is empty|corrupted or incomplete"):
                 read_textual_inversion(path)
     data = (tmp_path / "good.safetensors").read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
@@ -186,7 +186,7 @@ OTHERS = {
 def test_another_model_is_called_by_its_name(tmp_path):
     path = tmp_path / "x.safetensors"
     for part, module in make_parts(SMALL, meta=True).items():
-        kind = {"unet": "a UNet alone", "vae": "an autoencoder alone", "text_encoder": "a text encoder alone"}[part]
+        kind = {"unet": "a UNet only", "vae": "an autoencoder only", "text_encoder": "a text encoder only"}[part]
         for prefix in ("",) if part != "text_encoder" else ("", "text_model."):
             save_file({prefix + key: torch.zeros(1) for key in module.state_dict()}, path)
             with pytest.raises(CheckpointError, match=f"It looks like {kind}, which cannot be loaded as a model"):
@@ -205,14 +205,14 @@ def test_another_model_is_called_by_its_name(tmp_path):
 
 
 def test_a_part_of_a_folder_is_called_by_its_name(folder):
-    with pytest.raises(CheckpointError, match="only a part, UNet2DConditionModel; give the folder that holds all"):
+    with pytest.raises(CheckpointError, match="only one module, UNet2DConditionModel; pass the parent folder"):
         load(folder / "unet")
-    with pytest.raises(CheckpointError, match=r"only a part, \['CLIPTextModel'\]"):
+    with pytest.raises(CheckpointError, match=r"only one module, \['CLIPTextModel'\]"):
         load(folder / "text_encoder")
     (folder / "unet/config.json").unlink()
     with pytest.raises(CheckpointError, match="single file diffusion_pytorch_model.safetensors"):
         load(folder / "unet")
-    with pytest.raises(CheckpointError, match="fetch the whole folder"):
+    with pytest.raises(CheckpointError, match="download the entire folder"):
         load(folder / "tokenizer")
 
 
@@ -315,17 +315,17 @@ def test_damaged_tokenizers(folder, tmp_path):
     good = vocabulary.read_bytes(), merges.read_bytes()
     less = {token: i for token, i in words.items() if i < 49_000} | {"<|startoftext|>": 49_000, "<|endoftext|>": 49_001}
     cases: list[tuple[str, str, str]] = [
-        (json.dumps(words | {"new": 49_408}), merges.read_text(), "is damaged"),
-        (json.dumps(words | {"fox": "7"}), merges.read_text(), "is damaged"),
-        (json.dumps(words | {"fox": 7.0}), merges.read_text(), "is damaged"),
-        (json.dumps(words)[:-9], merges.read_text(), "is damaged"),
-        ('{"a":' * 100_000, merges.read_text(), "is damaged"),
-        ("[]", merges.read_text(), "is damaged"),
-        ("", merges.read_text(), "is damaged"),
-        (json.dumps(words), "\n".join(lines[:-1]), "is damaged"),
-        (json.dumps(words), "\n".join([*lines, "a b c"]), "is damaged"),
-        (json.dumps(words), "", "is damaged"),
-        (json.dumps(less), "\n".join(lines[: 1 + 49_000 - 512]), "49002 tokens and the text encoder a table of 49408"),
+        (json.dumps(words | {"new": 49_408}), merges.read_text(), "is corrupted"),
+        (json.dumps(words | {"fox": "7"}), merges.read_text(), "is corrupted"),
+        (json.dumps(words | {"fox": 7.0}), merges.read_text(), "is corrupted"),
+        (json.dumps(words)[:-9], merges.read_text(), "is corrupted"),
+        ('{"a":' * 100_000, merges.read_text(), "is corrupted"),
+        ("[]", merges.read_text(), "is corrupted"),
+        ("", merges.read_text(), "is corrupted"),
+        (json.dumps(words), "\n".join(lines[:-1]), "is corrupted"),
+        (json.dumps(words), "\n".join([*lines, "a b c"]), "is corrupted"),
+        (json.dumps(words), "", "is corrupted"),
+        (json.dumps(less), "\n".join(lines[: 1 + 49_000 - 512]), "49002 tokens, but the text encoder has 49408"),
     ]
     for text_of_vocabulary, text_of_merges, message in cases:
         vocabulary.write_text(text_of_vocabulary)
@@ -336,7 +336,7 @@ def test_damaged_tokenizers(folder, tmp_path):
     merges.write_bytes(good[1])
     for name, content in (("special_tokens_map.json", "[]"), ("special_tokens_map.json", '{"pad_token": "<none>"}')):
         (folder / "tokenizer" / name).write_text(content)
-        with pytest.raises(CheckpointError, match="is damaged"):
+        with pytest.raises(CheckpointError, match="is corrupted"):
             open_checkpoint(folder)
 
 
@@ -355,12 +355,12 @@ def test_an_index_and_its_shards_must_agree(folder):
     loaded = load(folder)
     assert all(torch.equal(loaded.unet.state_dict()[key], value) for key, value in state.items())
     save_file({key: state[key] for key in [keys[0], *keys[half:]]}, path.with_name(second))  # one comes twice
-    with pytest.raises(CheckpointError, match=f"disagree on {re.escape(keys[0])}; they are of different versions"):
+    with pytest.raises(CheckpointError, match=f"disagree on {re.escape(keys[0])}; download all"):
         load(folder)
     outside = ("../unet/", "/etc/", "..\\", "a/", "./", "\0", "C:", "~/", "../../" * 20)
     for prefix in outside:
         listing.write_text(json.dumps({"weight_map": index | {keys[0]: prefix + first}}))
-        with pytest.raises(CheckpointError, match="shards must lie beside their index"):
+        with pytest.raises(CheckpointError, match="shards must be in the folder of the index"):
             load(folder)
 
 

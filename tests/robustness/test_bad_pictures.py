@@ -115,7 +115,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path):
         path.write_bytes(content)
         with pytest.raises(OSError, match=re.escape(str(path))) as caught:
             read_picture(path, 16, 16)
-        assert "give a PNG, JPEG or WebP file" in str(caught.value), name
+        assert "use a PNG, JPEG or WebP file" in str(caught.value), name
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 100e6
     for missing in (tmp_path / "none.png", tmp_path):
         with pytest.raises(OSError, match=re.escape(str(missing))):

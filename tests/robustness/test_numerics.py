@@ -128,9 +128,9 @@ def test_bad_number_in_an_argument_names_it(sd, value):
         "prompt_embeds": lambda: sd.denoise("fox", prompt_embeds=spoilt(embeds)),
         "image": lambda: sd.encode_image(spoilt(IMAGES)),
         "image ": lambda: sd.image_to_image("fox", spoilt(IMAGES)),
-        "picture": lambda: sd.encode_image(Image.fromarray(spoilt(IMAGES)[0, 2].numpy())),
+        "the image": lambda: sd.encode_image(Image.fromarray(spoilt(IMAGES)[0, 2].numpy())),
     }.items():
-        with pytest.raises(FloatingPointError, match=f"{name.strip()} holds NaN or infinity"):
+        with pytest.raises(FloatingPointError, match=f"{name.strip()} contains NaN or infinity"):
             act()
 
 
