@@ -142,10 +142,8 @@ def generate(
         raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts")
     # 1. prompts to text embeddings: (n, 77, d)
     weight = model.unet.conv_in.weight
-    cond, uncond = (
-        model.text_encoder(model.tokenizer(texts).to(weight.device))
-        for texts in (list(prompts), [negative_prompt] * len(prompts))
-    )
+    texts = [*prompts, *[negative_prompt] * len(prompts)]
+    cond, uncond = model.text_encoder(model.tokenizer(texts).to(weight.device)).chunk(2)
     # 2. noise to latents: (n, 4, h/8, w/8)
     size = model.config.unet.sample_size
     noise = gaussian_noise(seeds, (model.config.autoencoder.latent_channels, size, size), weight.device)
