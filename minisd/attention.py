@@ -64,8 +64,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # nn.Identity stands in for diffusers' dropout, to match checkpoint keys (net.2)
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # keeps key net.2
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

@@ -53,8 +53,7 @@ class MidBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        # ModuleLists, even of one element, match checkpoint keys (attentions.0)
-        self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
+        self.attentions = nn.ModuleList([PixelAttention(channels, groups)])  # a list to match checkpoint keys
         self.resnets = nn.ModuleList([ResBlock(channels, channels, groups, EPS) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -37,8 +37,7 @@ class KeepUnmasked:
 
     def __call__(self, plan: Plan, state: State) -> State:
         sigma = plan.sigmas[state.index]
-        # x̄ = x₀ + σ ε. At the end of the run the noise is dropped even if the final σ > 0 (DDIM, PNDM); since
-        # `Plan.latents` divides by √(σ²+1), x̄ = √(σ²+1) x₀ yields x₀ exactly
+        # x̄ = x₀ + σ ε; at the end x̄ = √(σ²+1) x₀, since `Plan.latents` divides by √(σ²+1), even if the last σ > 0
         is_end = state.index == plan.num_calls
         known = self.original * (sigma**2 + 1) ** 0.5 if is_end else self.original + sigma * self.noise
         return replace(state, sample=self.mask * state.sample + (1 - self.mask) * known.to(state.sample))
