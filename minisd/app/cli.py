@@ -107,7 +107,7 @@ def generate(context: typer.Context, request: RequestOptions, changes: SettingsO
     object per line: {"prompt": "a fox", "seed": 7, "name": "fox"}. Further keys are negative_prompt, images, preset,
     and settings by their Python names, such as num_inference_steps; they default to the options of the command. All
     lines are validated before the first picture is drawn. Rerun the command to draw missing pictures, and use
-    `torchrun --nproc-per-node 2 -m minisd generate …` to run on several GPUs.
+    `torchrun --nproc-per-node 2 -m minisd generate …` to distribute the work.
     """
     _check_modes(context, request)
     from minisd.app.prompts_file import read_prompts

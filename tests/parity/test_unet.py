@@ -121,7 +121,7 @@ def test_timestep_embedding_against_diffusers():
     ("wrong", "message"),
     [
         ({"block_out_channels": (320, 640)}, "down_block_types has length 4; expected 2, one per level"),
-        ({"attention_head_dim": (8, 8)}, "heads has 2 entries; expected 4, one per level"),
+        ({"attention_head_dim": (8, 8)}, "heads has length 2; expected 4, one per level"),
         ({"attention_head_dim": 7}, r"is not divisible by attention_head_dim \(the number of heads\)=7"),
         ({"norm_num_groups": 48}, "block_out_channels=320 is not divisible by norm_num_groups=48"),
         (
