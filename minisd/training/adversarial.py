@@ -35,7 +35,7 @@ class Adversary:
     mix: how far the exported weights lie on the way from the first ones to the last; below 1 there are fewer halos.
     """
 
-    share: float = 0.5
+    share: float = 0.25
     alone: int = 300
     ramp: int = 100
     ceiling: float = 2.0
