@@ -24,7 +24,7 @@ from minisd.features.validate import (
 )
 from minisd.guidance import Guidance
 from minisd.images import from_pil
-from minisd.pipeline.memory import ADVICE, free_memory
+from minisd.pipeline.memory import check_memory
 from minisd.pipeline.settings import Settings
 from minisd.samplers import Plan
 
@@ -157,23 +157,6 @@ def check_size(
         raise ValueError(f"image is {usual[1]}×{usual[0]}; expected {sides[1]}×{sides[0]}; resize it first")
     check_memory(sd, count, sides[0], sides[1])
     return sd.config.autoencoder.latent_channels, sides[0] // sd.downscale, sides[1] // sd.downscale
-
-
-def check_memory(sd: StableDiffusion, count: int, height: int, width: int, encoding: bool = False) -> None:
-    """Raise ValueError if `count` images of this size cannot fit into the free device memory.
-
-    The estimate is a lower bound, so a request that fits is never rejected.
-    """
-    widths = sd.config.autoencoder.block_out_channels
-    # the UNet holds at least two feature maps at latent resolution, the autoencoder three at full resolution: the
-    # input of a residual block, its norm and its activation
-    numbers = 2 * sd.config.unet.block_out_channels[0] / sd.downscale**2
-    if sd.tile is None:
-        numbers = max(numbers, 3 * widths[0 if encoding else min(1, len(widths) - 1)])
-    needed, free = count * height * width * numbers * sd.dtype.itemsize, free_memory(sd.device)
-    if free is not None and needed > free:
-        batch = f"{count} image{'' if count == 1 else 's'} of {width}×{height}"
-        raise ValueError(f"{batch} would need {needed / 1e9:,.1f} GB, but only {free / 1e9:.1f} GB are free; {ADVICE}")
 
 
 def check_inpainting(sd: StableDiffusion, images: Tensor | None, mask: Any) -> Tensor | None:

@@ -7,11 +7,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from minisd.unet import UNet
+
+if TYPE_CHECKING:
+    from minisd.pipeline.stable_diffusion import StableDiffusion
 
 OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|ALLOC_FAILED|buffer size", re.IGNORECASE)
 ADVICE = "draw smaller images or fewer at a time, or load the model with tile=True, dtype=torch.float16 or offload=True"
@@ -87,3 +91,20 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
     )
+
+
+def check_memory(sd: StableDiffusion, count: int, height: int, width: int, encoding: bool = False) -> None:
+    """Raise ValueError if `count` images of this size cannot fit into the free device memory.
+
+    The estimate is a lower bound, so a request that fits is never rejected.
+    """
+    widths = sd.config.autoencoder.block_out_channels
+    # the UNet holds at least two feature maps at latent resolution, the autoencoder three at full resolution: the
+    # input of a residual block, its norm and its activation
+    numbers = 2 * sd.config.unet.block_out_channels[0] / sd.downscale**2
+    if sd.tile is None:
+        numbers = max(numbers, 3 * widths[0 if encoding else min(1, len(widths) - 1)])
+    needed, free = count * height * width * numbers * sd.dtype.itemsize, free_memory(sd.device)
+    if free is not None and needed > free:
+        batch = f"{count} image{'' if count == 1 else 's'} of {width}×{height}"
+        raise ValueError(f"{batch} would need {needed / 1e9:,.1f} GB, but only {free / 1e9:.1f} GB are free; {ADVICE}")

@@ -35,7 +35,7 @@ from minisd.guidance import Guidance
 from minisd.images import to_pil
 from minisd.io.diffusers_folder import Defaults
 from minisd.pipeline import memory
-from minisd.pipeline.checks import Request, check_image, check_memory, check_request, check_size
+from minisd.pipeline.checks import Request, check_image, check_request, check_size
 from minisd.pipeline.editing import ImageEditing, ImageInput, Prompt
 from minisd.pipeline.model_files import ModelFiles
 from minisd.pipeline.settings import Settings
@@ -264,7 +264,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
         0…255) and for a height or width that is not a multiple of 8.
         """
         images = check_image(self, image)
-        check_memory(self, len(images), images.shape[-2], images.shape[-1], encoding=True)
+        memory.check_memory(self, len(images), images.shape[-2], images.shape[-1], encoding=True)
         with self._on_device(self.autoencoder):
             mean = self._tiled(lambda x: self.autoencoder.encode(x).mean, images.to(self.device, self.dtype))
         return check_finite(mean * self.config.autoencoder.scaling_factor, "autoencoder's encoder")
@@ -282,7 +282,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
         infinity in the latents or the result.
         """
         check_shape("latents", latents, "n", self.config.autoencoder.latent_channels, "h", "w")
-        check_memory(self, len(latents), self.downscale * latents.shape[-2], self.downscale * latents.shape[-1])
+        memory.check_memory(self, len(latents), self.downscale * latents.shape[-2], self.downscale * latents.shape[-1])
         check_finite_input("latents", latents)
         unscaled = latents.to(self.device, self.dtype) / self.config.autoencoder.scaling_factor
         with self._on_device(self.autoencoder):

@@ -238,7 +238,7 @@ def test_bad_files_and_adapters(desk, function, monkeypatch):
 
 def test_pictures_larger_than_memory(sd, monkeypatch):
     # three maps of 8 channels, float32, at full size: 96 bytes a pixel
-    monkeypatch.setattr("minisd.pipeline.checks.free_memory", lambda device: 96 * 32 * 32 * 3)
+    monkeypatch.setattr("minisd.pipeline.memory.free_memory", lambda device: 96 * 32 * 32 * 3)
     assert len(sd("fox", num_images_per_prompt=3, num_inference_steps=1, seed=0)) == 3
     for draw in (
         lambda: sd("fox", num_images_per_prompt=4),
