@@ -23,7 +23,7 @@ class Attention(nn.Module):
     """Self-attention, or cross-attention if a context is given. Parameter names follow diffusers.
 
     x (n, queries, query_dim), context (n, keys, context_dim) -> (n, queries, query_dim).
-    With `upcast`, half-precision inputs are attended to in float32: scores overflow float16 in Stable Diffusion 2.1.
+    With `upcast`, attention over half-precision inputs is computed in float32, as scores overflow float16 in SD 2.1.
     """
 
     def __init__(

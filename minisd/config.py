@@ -1,4 +1,4 @@
-"""Model configurations, with the keys of published `config.json` files, which `minisd.io.configs` reads."""
+"""Model configurations. Field names match published `config.json` files (read by `minisd.io.configs`)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from minisd.samplers import Plan, State
 
 @dataclass(frozen=True, eq=False)
 class KeepUnmasked:
-    """Callback that resets unmasked latents to the noised original after each step: an `after_step` of `sample`.
+    """Resets unmasked latents to the noised original after each step; pass it to `sample` as `after_step`.
 
     Args:
         mask: Inpainting mask, (1, 1, h/8, w/8): 1 where latents are regenerated, 0 where they are kept.
@@ -58,7 +58,7 @@ def latent_mask(mask: Tensor, factor: int) -> Tensor:
 
 
 def masked_image(images: Tensor, mask: Tensor) -> Tensor:
-    """Return images (n, 3, h, w) in [-1, 1] with the region where the mask (1, 1, h, w) is at least 0.5 in gray."""
+    """Return images (n, 3, h, w) in [-1, 1] with pixels where the mask (1, 1, h, w) is at least 0.5 set to gray."""
     return images * (mask.to(images) < 0.5)
 
 
@@ -83,7 +83,7 @@ def extend_canvas(
 def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
     """Interpolate spherically between two noise tensors, which preserves the norm expected of Gaussian noise.
 
-    Linear interpolation would reduce the norm by √½ at the midpoint, which the UNet has not seen in training.
+    Linear interpolation would reduce the norm by a factor of √2 at the midpoint: noise that the UNet has never seen.
     Source: Shoemake 1985, "Animating Rotation with Quaternion Curves", section 3.3.
     """
     cosine = F.cosine_similarity(start.flatten(), end.flatten(), dim=0).clamp(-1, 1)

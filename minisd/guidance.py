@@ -29,7 +29,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def is_active(self, progress: float) -> bool:
-        """Return whether guidance is applied at this progress of the run, from 0 to 1."""
+        """Return whether guidance is applied at this point of the run, from 0 to 1."""
         return self.interval[0] <= progress < self.interval[1]
 
     def combine(self, uncond: Tensor, cond: Tensor) -> Tensor:

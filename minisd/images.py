@@ -27,7 +27,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def from_pil(picture: Image.Image) -> Tensor:
-    """Convert a PIL image to an image (1, 3, h, w) in [-1, 1]; modes other than RGB are converted by Pillow."""
+    """Convert a PIL image to an image tensor (1, 3, h, w) in [-1, 1]; modes other than RGB are converted by Pillow."""
     return to_images(np.array(picture.convert("RGB"))[None])
 
 

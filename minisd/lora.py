@@ -1,4 +1,4 @@
-"""LoRA: low-rank updates of the weights of a network (Hu et al. 2021, arXiv 2106.09685, section 4.1)."""
+"""LoRA: low-rank updates to the weights of a network (Hu et al. 2021, arXiv 2106.09685, section 4.1)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Layer = nn.Linear | nn.Conv2d
 
 
 class LowRank(nn.Module):
-    """Low-rank update of one layer, ΔW = (α/r) B A: A projects down to r channels, B back up.
+    """Low-rank update to one layer, ΔW = (α/r) B A: A projects down to r channels, B back up.
 
     `lora_A` is (r, in), or (r, in, k, k) for a convolution. `lora_B` is (out, r) and initialized to zero, so that
     training starts from the unmodified layer. By default α = r.
@@ -31,7 +31,7 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # default initialization in PyTorch
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the update of the layer's output, given the layer's input."""
+        """Return the update to the layer's output, given the layer's input."""
         a, b = self.lora_A.to(x.device), self.lora_B.to(x.device)
         if self.conv is None:
             return self.scale * F.linear(F.linear(x, a), b)

@@ -33,7 +33,7 @@ def fit_preview(latents: Tensor, images: Tensor) -> Factors:
     """
     factor = images.shape[-1] // latents.shape[-1]
     cells = rearrange(latents.double(), "n c h w -> (n h w) c")
-    cells = torch.cat([cells, torch.ones(len(cells), 1, dtype=cells.dtype)], dim=1)
+    cells = torch.cat([cells, cells.new_ones(len(cells), 1)], dim=1)
     means = reduce(images.double(), "n r (h a) (w b) -> (n h w) r", "mean", a=factor, b=factor)
     # W = argmin ‖ z W − rgb ‖²
     solution = torch.linalg.lstsq(cells, means).solution

@@ -167,7 +167,7 @@ def final_sigma(schedule: Schedule) -> float:
 
 
 def ddpm(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None) -> Plan:
-    """Plan DDPM, the original stochastic sampler, which needs many steps. Source: Ho et al. 2020, algorithm 2."""
+    """Return a plan for DDPM, the original stochastic sampler, which needs many steps (Ho et al. 2020, algorithm 2)."""
     timesteps = schedule.timesteps(n, spacing)[start:]
     sigmas = (*map(schedule.sigma_at, timesteps), 0.0)
     sigma_up, scale = ancestral(sigmas, eta=1), variance_preserving(sigmas[0])
@@ -175,7 +175,7 @@ def ddpm(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None)
 
 
 def ddim(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, eta: float = 0.0) -> Plan:
-    """Plan DDIM, which is deterministic for eta=0. Source: Song et al. 2021, equation 12."""
+    """Return a plan for DDIM, which is deterministic for eta=0. Source: Song et al. 2021, equation 12."""
     timesteps = schedule.timesteps(n, spacing)[start:]
     sigmas = (*map(schedule.sigma_at, timesteps), final_sigma(schedule))
     sigma_up, scale = ancestral(sigmas, eta), variance_preserving(sigmas[0])
@@ -195,7 +195,7 @@ def euler_levels(schedule: Schedule, n: int, spacing: str | None, karras: bool =
 
 
 def euler(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, karras: bool = False) -> Plan:
-    """Plan Euler's method. Source: Karras et al. 2022, algorithm 1 without the second-order correction."""
+    """Return a plan for Euler's method. Source: Karras et al. 2022, algorithm 1 without the second-order correction."""
     timesteps, sigmas, scale = euler_levels(schedule, n, spacing, karras)
     timesteps, sigmas = timesteps[start:], (*sigmas[start:], 0.0)
     sigma_up = ancestral(sigmas, eta=0)
@@ -203,7 +203,7 @@ def euler(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None
 
 
 def euler_a(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None) -> Plan:
-    """Plan Euler ancestral, a stochastic Euler method that adds as much noise per step as DDPM."""
+    """Return a plan for Euler ancestral, a stochastic Euler method that adds as much noise per step as DDPM."""
     timesteps, sigmas, scale = euler_levels(schedule, n, spacing)
     timesteps, sigmas = timesteps[start:], (*sigmas[start:], 0.0)
     sigma_up = ancestral(sigmas, eta=1)
@@ -211,7 +211,7 @@ def euler_a(schedule: Schedule, n: int, start: int = 0, spacing: str | None = No
 
 
 def heun(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, karras: bool = False) -> Plan:
-    """Plan Heun's method, a second-order predictor-corrector: an Euler step, repeated with the mean of both slopes.
+    """Return a plan for Heun's method: an Euler step, repeated with the mean of the slopes at both of its ends.
 
     Even-numbered calls predict and odd-numbered calls correct; the last step, to σ = 0, is a plain Euler step.
     Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 1.
@@ -242,7 +242,7 @@ ADAMS_BASHFORTH = (
 
 
 def pndm(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None) -> Plan:
-    """Plan PNDM in its PLMS variant, used by Stable Diffusion: a linear multi-step method over the last four ε.
+    """Return a plan for PNDM in its PLMS variant, a linear multi-step method over the last four ε.
 
     The first step has no history, so it is a Heun step, with two UNet calls: 50 steps take 51 calls.
     Source: Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on Manifolds", equations 9 and 12.
@@ -269,7 +269,7 @@ def pndm(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None)
 
 
 def dpmpp_2m(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, karras: bool = False) -> Plan:
-    """Plan DPM-Solver++ (2M), a second-order multi-step method: x0 is extrapolated in λ = −log σ from the last two.
+    """Return a plan for DPM-Solver++ (2M), which extrapolates x0 in λ = −log σ from the last two predictions.
 
     The first step and the last one, to σ = 0, are first-order, and thus Euler steps.
     Source: Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling", algorithm 2.
@@ -307,7 +307,7 @@ LCM_TIMESTEP_SCALING = 10.0  # timestep scaling in the boundary conditions
 
 
 def lcm(schedule: Schedule, n: int, start: int = 0) -> Plan:
-    """Plan LCM sampling: each call jumps to clean latents, which are then noised to the next level.
+    """Return a plan for LCM sampling: each call jumps to clean latents, which are then noised to the next level.
 
     It requires a latent consistency model, or an LCM-LoRA on a regular model, and takes 1 to 8 steps.
     Sources: Luo et al. 2023, "Latent Consistency Models", section 4 and algorithm 3; Song et al. 2023, "Consistency
@@ -383,7 +383,7 @@ class Sampler:
         return {name: value for name, value in options.items() if value}
 
     def plan(self, schedule: Schedule, num_inference_steps: int, start: int = 0) -> Plan:
-        """Plan a sampling run.
+        """Return a plan for a sampling run.
 
         Args:
             schedule: Noise schedule of the model.

@@ -93,11 +93,11 @@ class Schedule:
         else:
             raise ValueError(f"unknown spacing {spacing!r}; expected 'leading', 'trailing' or 'linspace'")
         if chosen[0] > total - 1:
-            raise ValueError(f"{n} {spacing} timesteps exceed timestep {total - 1}; use fewer, or trailing spacing")
+            raise ValueError(f"{n} timesteps with {spacing} spacing go past timestep {total - 1}; use fewer, or trailing spacing")
         return tuple(float(t) for t in chosen)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noise clean latents (n, …) to timesteps (n,) with unit Gaussian noise (n, …)."""
+        """Add unit Gaussian noise (n, …) to clean latents (n, …) at timesteps (n,)."""
         signal, std = self._signal_and_noise(latents, timesteps)
         # x = √ᾱ x₀ + √(1−ᾱ) ε                     (Ho et al. 2020, equation 4)
         return (signal * latents + std * noise).to(latents.dtype)

@@ -3,7 +3,7 @@
 Text is normalized and split into words, and each word is represented as a sequence of symbols, one per UTF-8 byte.
 Adjacent symbols are then merged, highest-ranked pair first, by a list of merges learned from captions. The vocabulary
 follows from the merges: 256 byte symbols, 256 with an end-of-word marker, one token per merge, and two special tokens.
-Sources: Sennrich et al. 2016 (arXiv 1508.07909); Radford et al. 2021 (arXiv 2103.00020), whose merges are shipped (MIT,
+Sources: Sennrich et al. 2016 (arXiv 1508.07909); Radford et al. 2021 (arXiv 2103.00020), whose merges are bundled (MIT,
 assets/licenses/CLIP-MIT.txt): lines 2 to 48,895 of bpe_simple_vocab_16e6.txt in the PyPI package clip-anytorch.
 """
 
@@ -23,7 +23,7 @@ import torch
 BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 # Characters with the Unicode property White_Space; `\s` in Python also matches \x1c to \x1f.
 WHITE_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-# Words: an English contraction, a run of letters, a single number character, or a run of other characters. `re` does
+# Words: an English contraction, a run of letters, a single numeric character, or a run of other characters. `re` does
 # not support \p{L} and \p{N}, so the pattern is matched against text in which `_kind` has replaced each character.
 WORD = re.compile(r"'(?:[stmd]|re|ve|ll)|[a-zL]+|N|[^a-zLN ]+")
 
@@ -140,7 +140,7 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), max_length)
 
     def truncated(self, text: str, max_length: int = 77) -> str:
-        """Return the end of the text, which `__call__` truncates to fit into max_length ids."""
+        """Return the end of the text that `__call__` cuts off to fit into max_length ids."""
         return self.decode(self.encode(text)[max_length - 2 :])
 
 

@@ -266,7 +266,7 @@ def test_bad_samplers(options):
     ],
 )
 def test_bad_plans(sampler, steps, start):
-    with pytest.raises(ValueError, match="must be|supports 1 to 50|exceed timestep 999|does not support 1000 steps"):
+    with pytest.raises(ValueError, match="must be|supports 1 to 50|go past timestep 999|does not support 1000 steps"):
         sampler.plan(Schedule(), steps, start)
 
 

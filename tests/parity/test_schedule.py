@@ -155,7 +155,7 @@ def test_tables_cannot_be_written():
     [
         (0, "leading", "between 1 and 1000, got 0"),
         (1001, "trailing", "between 1 and 1000, got 1001"),
-        (1000, "leading", "exceed timestep 999"),
+        (1000, "leading", "go past timestep 999"),
         (10, "middle", "'leading', 'trailing' or 'linspace'"),
     ],
 )
