@@ -93,7 +93,7 @@ class Schedule:
         else:
             raise ValueError(f"unknown spacing {spacing!r}; expected 'leading', 'trailing' or 'linspace'")
         if chosen[0] > total - 1:
-            raise ValueError(f"{n} timesteps with {spacing} spacing go past timestep {total - 1}; use fewer, or trailing spacing")
+            raise ValueError(f"{n} {spacing} timesteps go past timestep {total - 1}; use fewer, or trailing spacing")
         return tuple(float(t) for t in chosen)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
