@@ -295,7 +295,7 @@ def test_a_run_stopped_while_it_waits_never_begins(small):
     page, session = Page(small, Provenance.of(small, None)), Session()
     waiting = draws(page, session, page.begin(session)[0])
     page.stop(session)
-    assert ["before it began" in frame[1] for frame in waiting] == [True]
+    assert ["before the first step" in frame[1] for frame in waiting] == [True]
     assert session.result is None
 
 

@@ -391,7 +391,7 @@ def test_a_hub_that_lies(hub, folder, tmp_path):
             return "HubError the download of .* failed"
         if number == 1:
             hub.endless.add(config)
-            return "HubError the download of .* failed .*it sends more than"
+            return "HubError the download of .* failed .*received more than"
         if number == 2:
             hub.headers[config] = {"Content-Length": str(len(hub.files[config]) - 10)}
             return "(HubError the download of .* failed|CheckpointError .*config.json is not JSON)"

@@ -399,7 +399,7 @@ def test_alphas_that_are_no_numbers(tmp_path):
             read_lora(path, parts)
         assert time.process_time() - started < 2
     save_file(weights, path, {"lora_adapter_metadata": '{"a":' * 100_000})
-    with pytest.raises(CheckpointError, match="is not JSON"):
+    with pytest.raises(CheckpointError, match="is not JSON|invalid lora_adapter_metadata"):
         read_lora(path, parts)
     save_file(weights | {"unet.conv_in.alpha": torch.tensor(float("inf"))}, path)
     with pytest.raises(CheckpointError, match="has no valid alpha"):
