@@ -397,7 +397,7 @@ def test_a_hub_that_lies(hub, folder, tmp_path):
             return "(HubError the download of .* failed|CheckpointError .*config.json is not JSON)"
         if number == 3:
             hub.headers[weights] = {"ETag": f'"{outside}/written"'}
-            return "HubError http.* put unet/diffusion_pytorch_model.safetensors at .*; do not trust it"
+            return "HubError http.* placed unet/diffusion_pytorch_model.safetensors at .*; do not trust it"
         if number == 4:
             hub.commit = "../../../outside"
             return "HubError .* sent an invalid commit for owner/lie4 .*; do not trust it"
