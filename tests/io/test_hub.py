@@ -400,7 +400,7 @@ def test_a_hub_that_lies(hub, folder, tmp_path):
             return "HubError http.* placed unet/diffusion_pytorch_model.safetensors at .*; do not trust it"
         if number == 4:
             hub.commit = "../../../outside"
-            return "HubError .* sent an invalid commit for owner/lie4 .*; do not trust it"
+            return "HubError .* sent an invalid commit hash for owner/lie4 .*; do not trust it"
         if number == 5:
             more = [f"unet/../../{outside.name}/x.safetensors", "/etc/x.safetensors", "vae/*.safetensors"]
             hub.files |= dict.fromkeys(more, b"x")
