@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -191,3 +193,16 @@ def lively_model(config: ModelConfig = SMALL, defaults: Any = None) -> StableDif
                     parameter.mul_(2)
     text_encoder, unet, autoencoder = (part.eval().requires_grad_(False) for part in parts)
     return StableDiffusion(config, Tokenizer.from_pretrained(), text_encoder, unet, autoencoder, defaults)
+
+
+def gradient_picture(side: int) -> Image.Image:
+    """A picture whose colours change from corner to corner."""
+    y, x = np.mgrid[0:side, 0:side]
+    return Image.fromarray(np.stack([4 * x, 4 * y, 255 - 2 * (x + y)], -1).clip(0, 255).astype(np.uint8))
+
+
+def rectangle_mask(side: int) -> Image.Image:
+    """A mask that is white in a rectangle off its middle."""
+    values = np.zeros((side, side), np.uint8)
+    values[16:48, 8:40] = 255
+    return Image.fromarray(values)

@@ -65,13 +65,6 @@ def offloaded(part: nn.Module, device: torch.device) -> Iterator[None]:
         part.load_state_dict(weights, assign=True)
 
 
-def explain(error: RuntimeError, part: nn.Module) -> Exception:
-    """Convert any of torch's out-of-memory errors to a MemoryError with advice; return other errors unchanged."""
-    if not is_out_of_memory(error):
-        return error
-    return MemoryError(f"out of memory in the {type(part).__name__}; {ADVICE} ({error})")
-
-
 def free_memory(device: torch.device) -> int | None:
     """Return the free memory of a device in bytes, or None if unknown."""
     if device.type == "cuda":

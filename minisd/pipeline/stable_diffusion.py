@@ -313,7 +313,9 @@ class StableDiffusion(ImageEditing, ModelFiles):
                 with memory.offloaded(part, self.offload):
                     yield
         except RuntimeError as error:
-            raise memory.explain(error, part) from error
+            if not memory.is_out_of_memory(error):
+                raise
+            raise MemoryError(f"out of memory in the {type(part).__name__}; {memory.ADVICE} ({error})") from error
 
     def preview(self, latents: Tensor) -> list[Image.Image]:
         """Approximate scaled latents (n, 4, h/8, w/8) as PIL images of size w/8 × h/8, without the decoder."""

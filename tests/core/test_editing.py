@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import lively_model
+from models import gradient_picture, lively_model, rectangle_mask
 from PIL import Image
 
 from minisd import StableDiffusion
@@ -25,15 +25,12 @@ def sd() -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    y, x = np.mgrid[0:SIDE, 0:SIDE]
-    return Image.fromarray(np.stack([4 * x, 4 * y, 255 - 2 * (x + y)], -1).clip(0, 255).astype(np.uint8))
+    return gradient_picture(SIDE)
 
 
 @pytest.fixture(scope="module")
 def mask() -> Image.Image:
-    values = np.zeros((SIDE, SIDE), np.uint8)
-    values[16:48, 8:40] = 255
-    return Image.fromarray(values)
+    return rectangle_mask(SIDE)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "pndm", "euler_a", "heun", "dpmpp_2m"])

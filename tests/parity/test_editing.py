@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 import diffusers
-import numpy as np
 import pytest
 import torch
-from models import last, lively_model
+from models import gradient_picture, last, lively_model, rectangle_mask
 from PIL import Image
 
 from minisd import TINY, Sampler
@@ -33,15 +32,12 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    y, x = np.mgrid[0:SIDE, 0:SIDE]
-    return Image.fromarray(np.stack([4 * x, 4 * y, 255 - 2 * (x + y)], -1).clip(0, 255).astype(np.uint8))
+    return gradient_picture(SIDE)
 
 
 @pytest.fixture(scope="module")
 def mask() -> Image.Image:
-    values = np.zeros((SIDE, SIDE), np.uint8)
-    values[16:48, 8:40] = 255
-    return Image.fromarray(values)
+    return rectangle_mask(SIDE)
 
 
 def theirs(kind, folder, **settings) -> torch.Tensor:
