@@ -107,9 +107,9 @@ SD21 = ModelConfig(
 # would remove the mean of each channel, and with it the color of a plain background.
 TINY = ModelConfig(
     TextEncoderConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4),
-    AutoencoderConfig(block_out_channels=(16, 32, 64, 128), layers_per_block=1, norm_num_groups=4, sample_size=128),
+    AutoencoderConfig(block_out_channels=(16, 32, 64, 128), layers_per_block=1, norm_num_groups=4, sample_size=192),
     UNetConfig(
-        sample_size=16,
+        sample_size=24,
         block_out_channels=(64, 128, 192),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),

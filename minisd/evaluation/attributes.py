@@ -27,7 +27,7 @@ GOALS = {
     "left_right": 0.80,
     "count": 0.75,
 }
-MIN_DISTANCE = 16  # between the centres, in pixels, for one object to count as left of, or above, the other
+MIN_DISTANCE = 16  # between the centres, in units of the frame, for one object to count as left of, or above, the other
 
 
 def marks(scene: Scene, verdict: Verdict) -> dict[str, list[bool]]:

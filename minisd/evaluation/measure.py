@@ -170,7 +170,7 @@ def reconstruct(sd: StableDiffusion, real: np.ndarray, batch: int) -> tuple[np.n
 
 
 def verdicts_of(judge: Judge, pixels: np.ndarray, batch: int) -> list[Verdict]:
-    """Classify pictures (n, 128, 128, 3)."""
+    """Classify pictures (n, h, h, 3)."""
     return [verdict for images in batches(pixels, batch) for verdict in judge.verdicts(images)]
 
 

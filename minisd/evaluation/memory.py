@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minisd.training.backgrounds import SIZE, background
+from minisd.training.backgrounds import FRAME, PIXEL, background
 from minisd.training.scenes import Scene, Thing, held_out_pairs, render
 from minisd.training.sprites import entries, extent, sprite
 
 SIZES = range(56, 105, 4)
-SHRINK = 2  # pictures are compared at half size, so sprites are moved by 2 pixels
-REACH = 32  # how far from the middle centres are searched, in pixels
+STEP = 2  # sprites are moved by 2 units of the frame, and pictures compared as coarsely
+POOLED = round(STEP / PIXEL)  # pixels
+REACH = 32  # how far from the middle centres are searched
 
 
 class Match(NamedTuple):
@@ -47,11 +48,11 @@ def nearest_sprites(pixels: np.ndarray, scene: Scene) -> tuple[Match, Match]:
     composed; if a sprite from training is nearer, it was memorised.
 
     Args:
-        pixels: the picture, (128, 128, 3) uint8.
+        pixels: the picture, (192, 192, 3) uint8.
         scene: what it was to show.
     """
     behind = torch.from_numpy(background(scene.background, scene.time, scene.seed) / 255).float().permute(2, 0, 1)
-    drawn = F.avg_pool2d(torch.from_numpy(pixels / 255).float().permute(2, 0, 1) - behind, SHRINK)
+    drawn = F.avg_pool2d(torch.from_numpy(pixels / 255).float().permute(2, 0, 1) - behind, POOLED)
     plain = behind.mean((1, 2))
     matches = [match for size in SIZES for match in _best_of_size(drawn, plain, size)]
     matches.sort(key=lambda match: match.error)
@@ -59,7 +60,7 @@ def nearest_sprites(pixels: np.ndarray, scene: Scene) -> tuple[Match, Match]:
 
 
 def shown(match: Match, scene: Scene) -> np.ndarray:
-    """Render the scene with the match's sprite in place of its object, (128, 128, 3) uint8."""
+    """Render the scene with the match's sprite in place of its object, (192, 192, 3) uint8."""
     return render(Scene(scene.caption, (match.thing,), scene.background, False, scene.time, None, 1, scene.seed))
 
 
@@ -68,7 +69,7 @@ def _best_of_size(drawn: Tensor, plain: Tensor, size: int) -> list[Match]:
     things, kernels, alphas = _sprites(size)
     # what the sprite adds to the background: d = α (s − b) = αs − αb
     added = kernels - alphas * plain[:, None, None]
-    side, reach, middle = size // SHRINK, REACH // SHRINK, SIZE // SHRINK // 2
+    side, reach, middle = size // STEP, REACH // STEP, FRAME // STEP // 2
     first = middle - reach - side // 2
     window = F.pad(drawn, (side,) * 4)[:, first + side :, first + side :][:, : 2 * reach + side, : 2 * reach + side]
     # ‖q − d‖² = ‖q‖² − 2 q·d + ‖d‖², for all places at once
@@ -79,7 +80,7 @@ def _best_of_size(drawn: Tensor, plain: Tensor, size: int) -> list[Match]:
     matches = []
     for thing, error, index in zip(things, errors, place.tolist(), strict=True):
         row, column = divmod(index, agreement.shape[-1])
-        x, y = (SHRINK * (first + step) + size / 2 for step in (column, row))
+        x, y = (STEP * (first + step) + size / 2 for step in (column, row))
         matches.append(Match(Thing(thing.noun, thing.color, x, y, float(size), thing.flip), error))
     return matches
 
@@ -88,15 +89,16 @@ def _best_of_size(drawn: Tensor, plain: Tensor, size: int) -> list[Match]:
 def _sprites(size: int) -> tuple[list[Thing], Tensor, Tensor]:
     """All objects in all colours, mirrored and not, centred in squares: premultiplied RGB, and opacity."""
     things, squares = [], []
+    side = round(size / PIXEL)
     for entry in entries().values():
         for color in (None, *entry.colors):
-            width, height = (max(1, round(side)) for side in extent(entry.noun, size))
+            width, height = (max(1, round(length / PIXEL)) for length in extent(entry.noun, size))
             drawn = np.asarray(sprite(entry.noun, color).resize((width, height), Image.Resampling.BICUBIC))
-            square = np.zeros((size, size, 4), np.float32)
-            left, top = round(size / 2 - width / 2), round(size / 2 - height / 2)
+            square = np.zeros((side, side, 4), np.float32)
+            left, top = round(side / 2 - width / 2), round(side / 2 - height / 2)
             square[top : top + height, left : left + width] = drawn / 255
             for flip in (False, True):
                 things.append(Thing(entry.noun, color, 0, 0, size, flip))
                 squares.append(square[:, ::-1] if flip else square)
-    planes = F.avg_pool2d(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2), SHRINK)
+    planes = F.avg_pool2d(torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2), POOLED)
     return things, planes[:, :3].contiguous(), planes[:, 3:]

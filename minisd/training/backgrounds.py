@@ -1,4 +1,7 @@
-"""The backgrounds of scenes: plain colours and drawn places, as 128 × 128 pictures that vary with a seed."""
+"""The backgrounds of scenes: plain colours and drawn places, as pictures that vary with a seed.
+
+Places and sizes are given in units of a frame of 128 × 128, whatever the number of pixels that it is drawn with.
+"""
 
 from functools import lru_cache
 
@@ -7,7 +10,9 @@ from numpy.typing import ArrayLike
 
 from minisd.training.catalogue import PLACES
 
-SIZE = 128
+FRAME = 128  # units from side to side of a scene
+SIZE = 192  # pixels from side to side of its picture
+PIXEL = FRAME / SIZE  # units from one pixel to the next
 HORIZON = 74  # the row around which land meets sky
 
 PLAIN = {
@@ -41,7 +46,7 @@ GROUND = {
 
 
 def background(name: str, time: str, seed: int) -> np.ndarray:
-    """Draw a plain colour or a place; float32 (128, 128, 3) in [0, 255].
+    """Draw a plain colour or a place; float32 (SIZE, SIZE, 3) in [0, 255].
 
     `time` is day, sunset or night and matters only on land. Raises ValueError for an unknown name.
     """
@@ -90,12 +95,12 @@ def land(name: str, time: str, rng: np.random.Generator) -> np.ndarray:
 
 def mountains(picture: np.ndarray, light: np.ndarray, rng: np.random.Generator) -> None:
     """Draw three snow-capped peaks onto the picture, in place."""
-    columns = np.arange(SIZE)
+    columns = grid()[1][0]
     for x in np.array([18, 64, 110]) + rng.uniform(-10, 10, 3):
         top, slope = rng.uniform(20, 36), rng.uniform(1.15, 1.5)
         edge = top + np.abs(columns - x) * slope
         blend(picture, np.maximum(light, 0.55) * (112, 122, 160), below(edge))
-        cap = np.minimum(top + 13 + 3 * np.cos((columns - x) * 0.8), SIZE)
+        cap = np.minimum(top + 13 + 3 * np.cos((columns - x) * 0.8), FRAME)
         blend(picture, np.maximum(light, 0.75) * (246, 248, 255), below(edge) * (1 - below(cap)))
 
 
@@ -103,7 +108,7 @@ def sea(rng: np.random.Generator) -> np.ndarray:
     """Draw the sea from below: water, a sandy floor, a few bubbles."""
     picture = gradient((30, 150, 196), (8, 60, 120))
     rows, columns = grid()
-    for x in rng.uniform(0, SIZE, 2):
+    for x in rng.uniform(0, FRAME, 2):
         ray = np.clip(1 - np.abs(columns - x - (rows - 30) * 0.35) / (6 + rows * 0.1), 0, 1)
         blend(picture, (170, 230, 240), 0.35 * ray * np.clip(1 - rows / 90, 0, 1))
     blend(picture, (196, 178, 128), below(waves(rng, 112, 4, 1)))
@@ -141,43 +146,43 @@ def stars(picture: np.ndarray, rng: np.random.Generator, count: int, bottom: flo
 
 
 def scattered(rng: np.random.Generator, count: int, bottom: float) -> np.ndarray:
-    """Positions (count, 2) as x, y in pixels, above the row `bottom`."""
-    return rng.uniform((3, 3), (SIZE - 3, bottom), (count, 2))
+    """Positions (count, 2) as x, y, above the row `bottom`."""
+    return rng.uniform((3, 3), (FRAME - 3, bottom), (count, 2))
 
 
 @lru_cache(maxsize=1)
 def grid() -> tuple[np.ndarray, np.ndarray]:
-    """Rows (128, 1) and columns (1, 128) of the picture, float32."""
-    axis = np.arange(SIZE, dtype=np.float32)
+    """The rows (SIZE, 1) and columns (1, SIZE) of the pixels' centres, in units of the frame, float32."""
+    axis = (np.arange(SIZE, dtype=np.float32) + 0.5) * PIXEL - 0.5
     return axis[:, None], axis[None, :]
 
 
-def gradient(top: ArrayLike, bottom: ArrayLike, rows: int = SIZE) -> np.ndarray:
+def gradient(top: ArrayLike, bottom: ArrayLike, rows: int = FRAME) -> np.ndarray:
     """A picture that goes from one colour at the top to another at row `rows` and stays there."""
-    share = np.clip(np.arange(SIZE, dtype=np.float32) / rows, 0, 1)[:, None, None]
+    share = np.clip(grid()[0] / rows, 0, 1)[..., None]
     line = np.asarray(top, dtype=np.float32) * (1 - share) + np.asarray(bottom, dtype=np.float32) * share
     return np.repeat(line, SIZE, axis=1)
 
 
 def waves(rng: np.random.Generator, height: float, amplitude: float, frequency: float) -> np.ndarray:
-    """A smooth skyline: one row for each column, around `height`, shape (128,)."""
-    turns = np.arange(SIZE) / SIZE * 2 * np.pi * frequency
+    """A smooth skyline: one row for each column, around `height`, shape (SIZE,)."""
+    turns = grid()[1][0] / FRAME * 2 * np.pi * frequency
     phases = rng.uniform(0, 2 * np.pi, 2)
     return height + amplitude * (0.7 * np.sin(turns + phases[0]) + 0.3 * np.sin(2.3 * turns + phases[1]))
 
 
 def below(skyline: np.ndarray) -> np.ndarray:
-    """A mask of what lies below a skyline (128,), with an edge one pixel soft; shape (128, 128)."""
-    return np.clip(grid()[0] - skyline[None, :] + 0.5, 0, 1).astype(np.float32)
+    """A mask of what lies below a skyline (SIZE,), with an edge one pixel soft; shape (SIZE, SIZE)."""
+    return np.clip((grid()[0] - skyline[None, :]) / PIXEL + 0.5, 0, 1).astype(np.float32)
 
 
-def disc(x: float, y: float, radius: float, softness: float = 1, squash: float = 1) -> np.ndarray:
-    """A mask (128, 128) of an ellipse, `squash` times as high as wide, its edge `softness` pixels wide."""
+def disc(x: float, y: float, radius: float, softness: float = PIXEL, squash: float = 1) -> np.ndarray:
+    """A mask (SIZE, SIZE) of an ellipse, `squash` times as high as wide, its edge `softness` wide (one pixel)."""
     rows, columns = grid()
     distance = np.sqrt((columns - x) ** 2 + ((rows - y) / squash) ** 2)
     return np.clip((radius - distance) / softness + 0.5, 0, 1)
 
 
 def blend(picture: np.ndarray, colour: ArrayLike, mask: np.ndarray) -> None:
-    """Lay a colour over the picture where the mask (128, 128) says so, in place."""
+    """Lay a colour over the picture where the mask (SIZE, SIZE) says so, in place."""
     picture += (np.asarray(colour, dtype=np.float32) - picture) * mask[..., None]

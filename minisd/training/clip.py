@@ -39,14 +39,14 @@ class ImageEncoderConfig:
     """The image tower: a strided first convolution, then residual levels, then one vector for the whole picture."""
 
     widths: tuple[int, ...] = (64, 128, 192)
-    patch: int = 8
+    patch: int = 12
     groups: int = 16
     pooled: int = 4
     projection_dim: int = 128
 
 
 class ImageEncoder(nn.Module):
-    """Images (n, 3, 128, 128) in [-1, 1] to vectors (n, projection_dim), not normalised.
+    """Images (n, 3, 192, 192) in [-1, 1] to vectors (n, projection_dim), not normalised.
 
     The last feature map is averaged to `pooled` × `pooled` cells which are all read by one linear layer, so that left
     and right stay apart.
@@ -90,7 +90,7 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(states[torch.arange(len(ids)), end]), dim=-1)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Images (n, 3, 128, 128) in [-1, 1] to unit vectors (n, d)."""
+        """Images (n, 3, 192, 192) in [-1, 1] to unit vectors (n, d)."""
         return F.normalize(self.image_encoder(images), dim=-1)
 
     def save(self, folder: Path) -> None:

@@ -41,7 +41,7 @@ Features = Annotated[
 @app.command()
 def scenes(
     folder: Path,
-    count: Annotated[int, typer.Option(help="How many pictures (49 KB each).")] = 40_000,
+    count: Annotated[int, typer.Option(help="How many pictures (111 KB each).")] = 40_000,
     seed: Annotated[int, typer.Option(help="Names the endless stream of scenes.")] = 0,
     mixture: Annotated[
         tuple[float, float, float], typer.Option(help="Weights of one object, of two in a relation, of several alike.")

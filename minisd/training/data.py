@@ -15,11 +15,12 @@ from tqdm import tqdm
 from minisd.features.validate import check_int
 from minisd.images import to_images
 from minisd.io.atomic import save_atomically
-from minisd.training.scenes import SIZE, render, scene
+from minisd.training.backgrounds import SIZE
+from minisd.training.scenes import render, scene
 
 
 def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> None:
-    """Render scenes 0…count−1 of stream `seed` into `folder`: scenes.npy (count, 128, 128, 3) and scenes.jsonl.
+    """Render scenes 0…count−1 of stream `seed` into `folder`: scenes.npy (count, 192, 192, 3) and scenes.jsonl.
 
     Raises ValueError where the disk has no room for them.
     """
@@ -44,7 +45,7 @@ def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> No
 
 
 class Scenes:
-    """Rendered scenes: `pixels` (count, 128, 128, 3) uint8, memory-mapped, and the description of each."""
+    """Rendered scenes: `pixels` (count, 192, 192, 3) uint8, memory-mapped, and the description of each."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "scenes.jsonl").exists():
@@ -57,5 +58,5 @@ class Scenes:
         return len(self.captions)
 
     def images(self, indices: list[int]) -> Tensor:
-        """Pictures (n, 3, 128, 128) in [-1, 1], channels last in memory."""
+        """Pictures (n, 3, 192, 192) in [-1, 1], channels last in memory."""
         return to_images(self.pixels[indices])

@@ -1,6 +1,6 @@
-"""Training the judge: a small detector that says what a 128 × 128 picture of the scenes' world shows.
+"""Training the judge: a small detector that says what a picture of the scenes' world shows.
 
-It looks for object centres on a 16 × 16 grid, names each one's noun and colour, and names background and time of day
+It shrinks pictures to 128 × 128 pixels, looks for object centres on a 16 × 16 grid, names each one's noun and colour, and names background and time of day
 of the whole picture; counts and relations follow from the centres. It is trained apart from everything it judges, on
 scenes of its own stream, a quarter of them with held-out pairs: it must know a purple bus to say that one was drawn.
 Source: Zhou et al. 2019, "Objects as Points", of which this is a small version with fixed widths.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minisd.blocks import Downsample, ResBlock
 from minisd.images import to_images, to_pixels
 from minisd.io.atomic import save_atomically
-from minisd.training.backgrounds import SIZE, TIMES
+from minisd.training.backgrounds import FRAME, TIMES
 from minisd.training.loop import channels_last, generator
 from minisd.training.scenes import Mixture, Scene, colors, object_names, places, plain_backgrounds, render, scene
 from minisd.training.sprites import entries
@@ -31,7 +31,7 @@ from minisd.training.sprites import entries
 WEIGHTS = Path(__file__).parent.parent / "assets" / "judge"
 TRAINING_SEED = 2_000_003
 GRID = 16
-CELL = SIZE // GRID
+CELL = FRAME // GRID
 OWN = "own"  # the colour of an object that has none of the tints
 NOT_SHOWN = -100  # what cross-entropy ignores
 
@@ -62,7 +62,7 @@ class JudgeConfig:
 
 
 class Found(NamedTuple):
-    """An object seen in a picture: its noun and colour, and its centre in pixels."""
+    """An object seen in a picture: its noun and colour, and its centre in units of the scene's frame."""
 
     noun: str
     color: str
@@ -94,7 +94,7 @@ class Answers(NamedTuple):
 
 
 class Judge(nn.Module):
-    """Images (n, 3, 128, 128) in [-1, 1] to `Answers`."""
+    """Square images (n, 3, h, h) in [-1, 1], at least 128 pixels wide, to `Answers`."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Judge(nn.Module):
 
     def forward(self, images: Tensor) -> Answers:
         words = self.config.vocabulary
-        middle = self.middle(self.fine(self.patch(images)))
+        middle = self._middle(images)
         coarse = self.coarse(middle)
         cells = self.cells(self.merge(middle + F.interpolate(self.narrow(coarse), scale_factor=2)))
         heat, noun, color = cells.split([1, len(words.nouns), len(words.colors)], dim=1)
@@ -126,17 +126,20 @@ class Judge(nn.Module):
         background, time = self.whole(pooled).split([len(words.backgrounds), len(words.times)], dim=1)
         return Answers(heat[:, 0], noun, color, background, time)
 
+    def _middle(self, images: Tensor) -> Tensor:
+        return self.middle(self.fine(self.patch(shrunk(images))))
+
     def _pooled(self, coarse: Tensor) -> Tensor:
         return F.silu(self.norm(coarse)).mean((2, 3))
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """Vectors (n, widths[2]) of images (n, 3, 128, 128): the last feature map, averaged, for a Fréchet distance."""
-        return self._pooled(self.coarse(self.middle(self.fine(self.patch(images)))))
+        """Vectors (n, widths[2]) of images (n, 3, h, h): the last feature map, averaged, for a Fréchet distance."""
+        return self._pooled(self.coarse(self._middle(images)))
 
     @torch.inference_mode()
     def verdicts(self, images: Tensor) -> list[Verdict]:
-        """Say what each of the images (n, 3, 128, 128) in [-1, 1] shows, from it and its mirror image together."""
+        """Say what each of the images (n, 3, h, h) in [-1, 1] shows, from it and its mirror image together."""
         ahead, mirrored = self(images), self(images.flip(-1))
         # only cells have sides: heat, noun and color are turned back
         turned = Answers(*(answer.flip(-1) if answer.ndim > 2 else answer for answer in mirrored))
@@ -245,6 +248,13 @@ def judge_loss(answers: Answers, targets: Answers) -> tuple[Tensor, dict[str, fl
     return torch.stack(list(parts.values())).sum(), {name: float(part.detach()) for name, part in parts.items()}
 
 
+def shrunk(images: Tensor) -> Tensor:
+    """Images (n, c, h, h) at the size the judge looks at: (n, c, 128, 128), pixels averaged."""
+    if images.shape[-1] == FRAME:
+        return images
+    return F.interpolate(images, size=(FRAME, FRAME), mode="bilinear", antialias=True)
+
+
 def roughen(images: Tensor, rng: torch.Generator) -> Tensor:
     """Blur each image by its own amount, shift light and colour a little, add fine and coarse noise.
 
@@ -263,7 +273,7 @@ def roughen(images: Tensor, rng: torch.Generator) -> Tensor:
     gain = 1 + 0.1 * (each(1, 1, 1) - 0.5) + 0.06 * (each(3, 1, 1) - 0.5)
     shift = 0.08 * (each(1, 1, 1) - 0.5)
     coarse = F.interpolate(noise(GRID), scale_factor=CELL, mode="bilinear")
-    images = images * gain + shift + 0.08 * each(1, 1, 1) * noise(SIZE) + 0.08 * each(1, 1, 1) * coarse
+    images = images * gain + shift + 0.08 * each(1, 1, 1) * noise(FRAME) + 0.08 * each(1, 1, 1) * coarse
     return images.clamp(-1, 1)
 
 
@@ -281,7 +291,7 @@ class JudgeTask:
             scene(TRAINING_SEED + self.seed, position, held_out=position % 4 == 0, mixture=self.mixture)
             for position in positions[local]
         ]
-        images = to_images(np.stack([render(one) for one in described]))
+        images = shrunk(to_images(np.stack([render(one) for one in described])))
         images = roughen(images, generator(self.seed, step, local.start))
         answers = self.model(images.contiguous(memory_format=torch.channels_last))
         return judge_loss(answers, encode(described, self.model.config.vocabulary))
@@ -289,8 +299,9 @@ class JudgeTask:
     def sheet(self, model: nn.Module) -> Image.Image:
         """Pictures as the judge sees them in training."""
         pixels = np.stack([render(scene(TRAINING_SEED + self.seed, index)) for index in range(8)])
-        rough = to_pixels(roughen(to_images(pixels), generator(self.seed, 0)))
-        return Image.fromarray(np.vstack([np.hstack(list(pixels)), np.hstack(list(rough))]))
+        seen = shrunk(to_images(pixels))
+        rows = (np.hstack(list(to_pixels(images))) for images in (seen, roughen(seen, generator(self.seed, 0))))
+        return Image.fromarray(np.vstack(list(rows)))
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write `judge/`."""

@@ -17,18 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisd.training.scenes import SIZE, object_names
+from minisd.training.backgrounds import FRAME, SIZE
+from minisd.training.scenes import object_names
 from minisd.training.sprites import atlas, extent
 from minisd.unet import UNet
 
-CELLS = 16
+CELLS = SIZE // 8  # as many as the latents have
 
 
 @dataclass(frozen=True)
 class Layout:
     """For each scene and cell the object there and the place within it.
 
-    kind: (n, 16, 16) int64, 0 where there is no object, else 1 + its number in the catalogue. place: (n, 2, 16, 16) in
+    kind: (n, 24, 24) int64, 0 where there is no object, else 1 + its number in the catalogue. place: (n, 2, 24, 24) in
     [-1, 1], from the object's left edge to its right (of the drawing that was not mirrored) and from top to bottom.
     """
 
@@ -44,7 +45,7 @@ def layouts(descriptions: Sequence[Mapping[str, Any]]) -> Layout:
     numbers = {noun: 1 + number for number, noun in enumerate(object_names())}
     kind = np.zeros((len(descriptions), CELLS, CELLS), np.int8)
     place = np.zeros((len(descriptions), 2, CELLS, CELLS), np.float16)
-    centre = (np.arange(CELLS) + 0.5) * (SIZE / CELLS)
+    centre = (np.arange(CELLS) + 0.5) * (FRAME / CELLS)
     for scene, description in enumerate(descriptions):
         for thing in description["things"]:
             width, height = extent(thing["noun"], thing["size"])

@@ -1,4 +1,4 @@
-"""Captioned 128 × 128 scenes, composed from sprites: what the tiny model learns from.
+"""Captioned scenes of 192 × 192 pixels, composed from sprites: what the tiny model learns from.
 
 A scene is first described (`sample_scene`, cheap) and then drawn (`render`), both deterministically.
 About a tenth of the (colour, object) and (object, place) pairs are held out: training never sees them,
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from minisd.training import backgrounds, captions
-from minisd.training.backgrounds import HORIZON, PLAIN, SIZE
+from minisd.training.backgrounds import FRAME, HORIZON, PIXEL, PLAIN, SIZE
 from minisd.training.catalogue import CATALOGUE, PLACES, Entry
 from minisd.training.sprites import COLORS, entries, extent, sprite
 
@@ -39,7 +39,7 @@ KEPT = frozenset(
 
 @dataclass(frozen=True)
 class Thing:
-    """An object in a scene: noun, tint or None, centre and longer side in pixels, whether it is mirrored."""
+    """An object in a scene: noun, tint or None, centre and longer side in units of a frame of 128, whether it is mirrored."""
 
     noun: str
     color: str | None
@@ -104,7 +104,7 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False, mixture: M
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draw a scene; (128, 128, 3) uint8, the same pixels for the same scene."""
+    """Draw a scene; (192, 192, 3) uint8, the same pixels for the same scene."""
     if scene.mirrored:
         return np.ascontiguousarray(render(flipped(scene))[:, ::-1])
     picture = backgrounds.background(scene.background, scene.time, scene.seed)
@@ -117,7 +117,7 @@ def render(scene: Scene) -> np.ndarray:
 
 def flipped(scene: Scene) -> Scene:
     """The mirror image of a scene, with left and right exchanged in its caption."""
-    things = tuple(replace(thing, x=SIZE - thing.x, flip=not thing.flip) for thing in scene.things)
+    things = tuple(replace(thing, x=FRAME - thing.x, flip=not thing.flip) for thing in scene.things)
     relation = captions.MIRROR.get(scene.relation, scene.relation) if scene.relation else None
     caption = captions.mirrored(scene.caption)
     return replace(scene, things=things, caption=caption, relation=relation, mirrored=not scene.mirrored)
@@ -258,7 +258,7 @@ def _arrange(
     low, high = {1: (60, 100), 2: (42, 50), 3: (30, 37)}[count]
     size = float(rng.integers(low, high + 1))
     centres = {1: (64,), 2: (34, 94), 3: (22, 64, 106)}[count]
-    jitter = (SIZE - size) / 2 - 4 if count == 1 else (3 if count == 2 else 1.5)
+    jitter = (FRAME - size) / 2 - 4 if count == 1 else (3 if count == 2 else 1.5)
     flip = bool(rng.random() < 0.5)
     base = _height(rng, chosen[0], size, place)
     things = []
@@ -296,7 +296,7 @@ def _height(rng: np.random.Generator, entry: Entry, size: float, place: str | No
     """The row of an object's centre: anywhere if it floats, in the sky if it flies, else on the ground."""
     height = extent(entry.noun, size)[1]
     if place is None or place == "space" or (place == "sea" and _floats(entry, place)):
-        room = min((SIZE - height) / 2 - 4, 24)
+        room = min((FRAME - height) / 2 - 4, 24)
         return 64 + rng.uniform(-room, room)
     if entry.flies:
         return rng.uniform(height / 2 + 4, max(HORIZON - 6, height / 2 + 8))
@@ -305,9 +305,9 @@ def _height(rng: np.random.Generator, entry: Entry, size: float, place: str | No
 
 
 def _keep_inside(y: float, entry: Entry, size: float) -> float:
-    """The row moved so that the object ends at least 3 pixels inside the picture."""
+    """The row moved so that the object ends at least 3 units inside the picture."""
     half = extent(entry.noun, size)[1] / 2 + 3
-    return float(np.clip(y, half, SIZE - half))
+    return float(np.clip(y, half, FRAME - half))
 
 
 def _pixel(position: float) -> float:
@@ -315,13 +315,13 @@ def _pixel(position: float) -> float:
 
 
 def _paste(picture: np.ndarray, thing: Thing) -> None:
-    """Draw a thing onto the picture (128, 128, 3), in place; what lies outside is cut off."""
-    width, height = (max(1, round(side)) for side in extent(thing.noun, thing.size))
+    """Draw a thing onto the picture (192, 192, 3), in place; what lies outside is cut off."""
+    width, height = (max(1, round(side / PIXEL)) for side in extent(thing.noun, thing.size))
     drawn = sprite(thing.noun, thing.color).resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(drawn, dtype=np.float32)
     if thing.flip:
         pixels = pixels[:, ::-1]
-    left, top = round(thing.x - width / 2), round(thing.y - height / 2)
+    left, top = round(thing.x / PIXEL - width / 2), round(thing.y / PIXEL - height / 2)
     cut = pixels[max(0, -top) : SIZE - top, max(0, -left) : SIZE - left]
     area = picture[max(0, top) : top + height, max(0, left) : left + width]
     area *= 1 - cut[..., 3:] / 255

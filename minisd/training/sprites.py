@@ -9,7 +9,7 @@ from PIL import Image
 from minisd.training.catalogue import CATALOGUE, Entry, Paint
 
 ATLAS = Path(__file__).parent.parent / "assets" / "sprites" / "sprites.webp"
-CELL = 128
+CELL = 160  # pixels; the largest object in a scene is 156
 COLUMNS = 8
 
 COLORS = {
@@ -54,7 +54,7 @@ def entries() -> dict[str, Entry]:
 
 
 def extent(noun: str, size: float) -> tuple[float, float]:
-    """Width and height in pixels of a sprite whose longer side is `size`."""
+    """Width and height of a sprite whose longer side is `size`."""
     width, height = atlas()[noun].size
     scale = size / max(width, height)
     return width * scale, height * scale

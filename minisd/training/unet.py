@@ -60,7 +60,7 @@ PROMPTS = (
 
 @torch.no_grad()
 def cache_latents(autoencoder: Autoencoder, scenes: Scenes, path: Path, batch: int = 16) -> None:
-    """Encode every scene once: the scaled means, float32 (count, 4, 16, 16), into one safetensors file.
+    """Encode every scene once: the scaled means, float32 (count, 4, 24, 24), into one safetensors file.
 
     Under torchrun each process encodes its share of the scenes, and the first one writes the file.
     """
