@@ -53,7 +53,9 @@ def layouts(descriptions: Sequence[Mapping[str, Any]]) -> Layout:
             rows, columns = np.flatnonzero(np.abs(down) < 1), np.flatnonzero(np.abs(across) < 1)
             v, u = down[rows], (-across if thing["flip"] else across)[columns]
             opacity = np.asarray(atlas()[thing["noun"]].getchannel("A"))
-            y, x = (((way + 1) / 2 * side).astype(int) for way, side in zip((v, u), opacity.shape, strict=True))
+            ways = zip((v, u), opacity.shape, strict=True)
+            # the rounding of (way + 1) can reach 2
+            y, x = (((way + 1) / 2 * side).astype(int).clip(max=side - 1) for way, side in ways)
             solid = opacity[np.ix_(y, x)] > 127
             box = np.ix_(rows, columns)
             kind[scene][box] = np.where(solid, numbers[thing["noun"]], kind[scene][box])
