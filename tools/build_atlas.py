@@ -45,7 +45,7 @@ def rasterise(icons: dict, name: str) -> Image.Image:
 
 def build(icons_path: Path, target: Path = ATLAS) -> None:
     """Write the atlas: the sprites of the catalogue in order, row by row, in one transparent WebP file."""
-    icons = json.loads(icons_path.read_text())
+    icons = json.loads(icons_path.read_text(encoding="utf-8"))
     rows = math.ceil(len(CATALOGUE) / COLUMNS)
     atlas = Image.new("RGBA", (COLUMNS * CELL, rows * CELL))
     for index, entry in enumerate(CATALOGUE):

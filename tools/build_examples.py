@@ -65,7 +65,7 @@ def build(icons: dict, folder: Path = EXAMPLES) -> int:
             folder / name, "WEBP", quality=90, method=6
         )
         lines.append(json.dumps({"file_name": name, "text": caption(place, time)}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines))
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     return len(backgrounds)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     """Rebuild the pictures from the icons.json of the npm package."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("icons", type=Path, help="icons.json of @iconify-json/fluent-emoji")
-    count = build(json.loads(parser.parse_args().icons.read_text()))
+    count = build(json.loads(parser.parse_args().icons.read_text(encoding="utf-8")))
     print(f"{EXAMPLES}: {count} pictures, {sum(p.stat().st_size for p in EXAMPLES.iterdir()) / 1e3:.0f} KB")
 
 

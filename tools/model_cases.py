@@ -206,7 +206,7 @@ class AllCases(Cases):
             {"prompt": "a fox", "seed": 4},
             {"prompt": "a cat", "num_inference_steps": 2, "sampler": "ddpm", "width": 64},
         ]
-        prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        prompts.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self.picture().save(self.place / "in.png")
         self.mask().save(self.place / "mask.png")
         image = ("--image", str(self.place / "in.png"))

@@ -124,7 +124,9 @@ def write_inputs(folder: Path) -> None:
     for number, (name, config) in enumerate(sizes.items()):
         write_folder(folder / name, make_parts(config, seed=number))
     scheduler = folder / "sd2/scheduler/scheduler_config.json"
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    scheduler.write_text(
+        json.dumps(json.loads(scheduler.read_text(encoding="utf-8")) | {"prediction_type": "v_prediction"})
+    )
     write_folder(folder / "half", make_parts(SMALL, seed=3), torch.float16, variant="fp16")
     generator = torch.Generator().manual_seed(7)
     for name, tokens in (("<one>", 1), ("<three>", 3)):

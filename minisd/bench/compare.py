@@ -289,7 +289,11 @@ def machine(settings: Settings) -> dict[str, Any]:
         chip = platform.processor() or platform.machine()
         info = Path("/proc/cpuinfo")
         if info.exists():
-            names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+            names = [
+                line.split(":", 1)[1].strip()
+                for line in info.read_text(encoding="utf-8").splitlines()
+                if "model name" in line
+            ]
             chip = names[0] if names else chip
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if "diffusers" in settings.libraries:
@@ -366,7 +370,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Write a report as JSON, atomically."""
-    save_atomically(lambda target: target.write_text(json.dumps(report, indent=1) + "\n"), path)
+    save_atomically(lambda target: target.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"), path)
 
 
 def write(report: dict[str, Any], path: Path) -> None:

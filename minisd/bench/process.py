@@ -20,7 +20,7 @@ class Process:
         self.library = library
         environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "minisd.bench.worker", library]
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `close`): output of the libraries
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (closed by `close`): output of the libraries
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
         )

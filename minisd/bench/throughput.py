@@ -53,7 +53,7 @@ def run(model: Path, settings: Settings, log: Callable[[str], None] = print) -> 
     with tempfile.TemporaryDirectory(prefix="minisd-bench-") as name:
         prompts = Path(name) / "prompts.txt"
         lines = [f"{PROMPTS[i % len(PROMPTS)]}\n" for i in range(settings.pictures)]
-        prompts.write_text("".join(lines))
+        prompts.write_text("".join(lines), encoding="utf-8")
         for turn in range(settings.repeats + 1):
             for way, (command, threads) in ways.items():
                 log(f"{settings.pictures} pictures: {way}")

@@ -127,7 +127,13 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, getrusage includes the peak of the parent process
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024
+    if sys.platform == "win32":
+        try:
+            import psutil
+        except ImportError as error:
+            raise ImportError("on Windows, memory is measured with psutil; install it: pip install psutil") from error
+        return int(psutil.Process().memory_info().peak_wset)
     import resource
 
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

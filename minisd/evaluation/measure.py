@@ -116,7 +116,7 @@ def evaluate(
         "nearest_sprites": nearest(scenes, drawn),
     }
     text = json.dumps(result, indent=2) + "\n"
-    save_atomically(lambda path: path.write_text(text), output / "evaluation.json")
+    save_atomically(lambda path: path.write_text(text, encoding="utf-8"), output / "evaluation.json")
     figure = report.picture(result, scenes, drawn, verdicts["drawn"])
     save_atomically(lambda path: figure.save(path, format="PNG"), output / "evaluation.png")
     return result
@@ -130,10 +130,10 @@ def draw(sd: StableDiffusion, prompts: list[str], settings: Settings, folder: Pa
     choices = {"guidance": guidance(sd, settings), "batch": batch, "model": fingerprint(sd)}
     described = {"settings": asdict(settings), **choices}
     note = folder / "settings.json"
-    if note.exists() and json.loads(note.read_text()) != described:
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != described:
         raise ValueError(f"{folder} holds pictures of another model or other settings; remove it, or write elsewhere")
     text = json.dumps(described, indent=2) + "\n"
-    save_atomically(lambda path: path.write_text(text), note)
+    save_atomically(lambda path: path.write_text(text, encoding="utf-8"), note)
     parts = []
     for start in tqdm(range(0, len(prompts), batch), unit="batch", desc="drawing"):
         path = folder / f"{start:06d}.npy"

@@ -205,4 +205,6 @@ def save_autoencoder(model: Autoencoder, folder: Path) -> None:
     config = {"_class_name": "AutoencoderKL", **to_dict(model.config)}
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_atomically(lambda path: save_file(weights, path), folder / "diffusion_pytorch_model.safetensors")
-    save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), folder / "config.json")
+    save_atomically(
+        lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"), folder / "config.json"
+    )

@@ -102,12 +102,14 @@ class CLIP(nn.Module):
             "eos": self.eos,
         }
         save_atomically(lambda path: save_file(keep, path), folder / "model.safetensors")
-        save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), folder / "config.json")
+        save_atomically(
+            lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"), folder / "config.json"
+        )
 
     @classmethod
     def load(cls, folder: Path, text_encoder: TextEncoder) -> Self:
         """Read what `save` wrote, around the text encoder that was trained with it."""
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         image = ImageEncoderConfig(**config["image"] | {"widths": tuple(config["image"]["widths"])})
         with torch.device("meta"):
             model = cls(read_config(TextEncoderConfig, config["text"]), image, config["eos"])
@@ -219,7 +221,9 @@ class CLIPTask:
         config = {"architectures": ["CLIPTextModel"], **to_dict(self.full)}
         target = folder / "text_encoder"
         save_atomically(lambda path: save_file(weights, path), target / "model.safetensors")
-        save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), target / "config.json")
+        save_atomically(
+            lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"), target / "config.json"
+        )
         whole = CLIP(replace(self.full, vocab_size=1), model.image_encoder.config, self.eos)
         whole.load_state_dict(model.state_dict() | {"text_encoder." + TABLE: torch.zeros(1, self.full.hidden_size)})
         whole.text_encoder.config = self.full

@@ -41,7 +41,7 @@ def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> No
 
     save_atomically(write_pixels, folder / "scenes.npy")
     lines = "".join(json.dumps(asdict(one)) + "\n" for one in scenes)
-    save_atomically(lambda path: path.write_text(lines), folder / "scenes.jsonl")
+    save_atomically(lambda path: path.write_text(lines, encoding="utf-8"), folder / "scenes.jsonl")
 
 
 class Scenes:
@@ -51,7 +51,9 @@ class Scenes:
         if not (folder / "scenes.jsonl").exists():
             raise FileNotFoundError(f"no rendered scenes in {folder}; make them with: minisd train scenes {folder}")
         self.pixels: np.ndarray = np.load(folder / "scenes.npy", mmap_mode="r")
-        self.descriptions = [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
+        self.descriptions = [
+            json.loads(line) for line in (folder / "scenes.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         self.captions: list[str] = [description["caption"] for description in self.descriptions]
 
     def __len__(self) -> int:

@@ -50,14 +50,16 @@ def assemble(vae: Path, text: Path, unet: Path, target: Path, defaults: Defaults
     sd.save_pretrained(target, torch.float16)
     tower = {key: value.half() for key, value in load_file(text / "clip/model.safetensors").items()}
     save_atomically(lambda path: save_file(tower, path), target / "clip/model.safetensors")
-    settings = (text / "clip/config.json").read_text()
-    save_atomically(lambda path: path.write_text(settings), target / "clip/config.json")
+    settings = (text / "clip/config.json").read_text(encoding="utf-8")
+    save_atomically(lambda path: path.write_text(settings, encoding="utf-8"), target / "clip/config.json")
 
 
 def log_sitting(path: Path, sitting: Sitting) -> None:
     """Append one line to the training log."""
-    before = path.read_text() if path.exists() else ""
-    save_atomically(lambda target: target.write_text(before + json.dumps(asdict(sitting)) + "\n"), path)
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    save_atomically(
+        lambda target: target.write_text(before + json.dumps(asdict(sitting)) + "\n", encoding="utf-8"), path
+    )
 
 
 def write_curves(target: Path, logs: Mapping[str, Path], points: int = 200) -> None:
@@ -68,10 +70,10 @@ def write_curves(target: Path, logs: Mapping[str, Path], points: int = 200) -> N
     """
     curves: dict[str, dict[str, list[float]]] = {}
     for part, path in logs.items():
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         pieces = np.array_split(np.arange(len(lines)), min(points, len(lines)))
         curves[part] = {"step": [int(piece[-1]) + 1 for piece in pieces]}
         for name in lines[0]:
             means = (np.mean([lines[place][name] for place in piece]) for piece in pieces)
             curves[part][name] = [float(f"{mean:.4g}") for mean in means]
-    save_atomically(lambda path: path.write_text(json.dumps(curves) + "\n"), target)
+    save_atomically(lambda path: path.write_text(json.dumps(curves) + "\n", encoding="utf-8"), target)

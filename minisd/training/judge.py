@@ -1,8 +1,9 @@
 """Training the judge: a small detector that says what a picture of the scenes' world shows.
 
-It shrinks pictures to 128 × 128 pixels, looks for object centres on a 16 × 16 grid, names each one's noun and colour, and names background and time of day
-of the whole picture; counts and relations follow from the centres. It is trained apart from everything it judges, on
-scenes of its own stream, a quarter of them with held-out pairs: it must know a purple bus to say that one was drawn.
+It shrinks pictures to 128 × 128 pixels, looks for object centres on a 16 × 16 grid, names each one's noun and colour,
+and names background and time of day of the whole picture; counts and relations follow from the centres. It is trained
+apart from everything it judges, on scenes of its own stream, a quarter of them with held-out pairs: it must know a
+purple bus to say that one was drawn.
 Source: Zhou et al. 2019, "Objects as Points", of which this is a small version with fixed widths.
 """
 
@@ -152,14 +153,14 @@ class Judge(nn.Module):
         weights = {name: value.half().contiguous() for name, value in self.state_dict().items()}
         save_atomically(lambda path: save_file(weights, path), folder / "model.safetensors")
         text = json.dumps(asdict(self.config), indent=2) + "\n"
-        save_atomically(lambda path: path.write_text(text), folder / "config.json")
+        save_atomically(lambda path: path.write_text(text, encoding="utf-8"), folder / "config.json")
 
     @classmethod
     def load(cls, folder: Path = WEIGHTS) -> Self:
         """Read what `save` wrote; by default the judge that ships. Raises FileNotFoundError when there is none."""
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"no judge in {folder}; make one with: minisd train judge")
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         words = Vocabulary(**{name: tuple(value) for name, value in config["vocabulary"].items()})
         model = cls(JudgeConfig(words, tuple(config["widths"]), config["groups"]))
         weights = load_file(folder / "model.safetensors")

@@ -207,7 +207,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
         }
         lines = "".join(json.dumps(line) + "\n" for line in self.losses)
-        save_atomically(lambda path: path.write_text(lines), self.options.folder / "losses.jsonl")
+        save_atomically(lambda path: path.write_text(lines, encoding="utf-8"), self.options.folder / "losses.jsonl")
         save_atomically(lambda path: torch.save(state, path), self.checkpoint)
         save_atomically(lambda path: draw_curves(self.losses, path), self.options.folder / "curves.png")
         with self.averaged() as model:
@@ -234,7 +234,9 @@ class Trainer:
             self.step, self.elapsed = state["step"], state["elapsed"]
             losses = self.options.folder / "losses.jsonl"
             if losses.exists():
-                self.losses = [json.loads(line) for line in losses.read_text().splitlines()][: self.step]
+                self.losses = [json.loads(line) for line in losses.read_text(encoding="utf-8").splitlines()][
+                    : self.step
+                ]
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.checkpoint} cannot be resumed ({error}); delete it, or choose another folder"

@@ -159,7 +159,9 @@ class UNetTask:
         weights = {key: value.contiguous() for key, value in model.state_dict().items()}
         target = folder / "unet"
         save_atomically(lambda path: save_file(weights, path), target / "diffusion_pytorch_model.safetensors")
-        save_atomically(lambda path: path.write_text(json.dumps(config, indent=2) + "\n"), target / "config.json")
+        save_atomically(
+            lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"), target / "config.json"
+        )
 
 
 def _unet(model: nn.Module) -> UNet:
