@@ -88,9 +88,15 @@ def fingerprint(sd: StableDiffusion) -> str:
     """
     import torch
 
-    # includes a removed configuration field, so that fingerprints in older images stay valid
-    config = repr(sd.config).removesuffix("))") + ", clip_sample=False))"
-    digest = hashlib.sha256(config.encode())
+    parts = {part.name: getattr(sd.config, part.name) for part in fields(sd.config)}
+    # only what is not the default, so that a field that is added later changes no fingerprint
+    settings = [
+        f"{name}.{item.name}={value}"
+        for name, part in parts.items()
+        for item in fields(part)
+        if (value := getattr(part, item.name)) != item.default
+    ]
+    digest = hashlib.sha256("\n".join(sorted(settings)).encode())
     tensors = {
         f"{part}.{name}": tensor
         for part in ("text_encoder", "unet", "autoencoder")

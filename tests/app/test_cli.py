@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from minisd import StableDiffusion, __version__
 from minisd.app import cli
 from minisd.app.metadata import Parameters, parameters_text, parse_parameters, read_parameters, save_png
+from minisd.config import ModelConfig
 from minisd.unet import UNet
 
 
@@ -157,9 +159,10 @@ def test_float16_and_bfloat16_draw(run):
 
 def weights_by_hand(model: Path) -> str:
     """The fingerprint of a model, from its files."""
-    config = repr(StableDiffusion.from_pretrained(model, device="cpu").config)
-    config = config.removesuffix("))") + ", clip_sample=False))"  # a field of earlier versions
-    found = hashlib.sha256(config.encode())
+    config, usual = asdict(StableDiffusion.from_pretrained(model, device="cpu").config), asdict(ModelConfig())
+    lines = [f"{part}.{name}={value}" for part in config for name, value in config[part].items()]
+    lines = sorted(set(lines) - {f"{part}.{name}={value}" for part in usual for name, value in usual[part].items()})
+    found = hashlib.sha256("\n".join(lines).encode())
     for part, folder in (("autoencoder", "vae"), ("text_encoder", "text_encoder"), ("unet", "unet")):
         tensors = load_file(next((model / folder).glob("*.safetensors")))
         for name in sorted(tensors):
