@@ -1,8 +1,9 @@
 """Training the judge: a small detector that says what a picture of the scenes' world shows.
 
-It shrinks pictures to 128 × 128 pixels, looks for object centres on a 16 × 16 grid, names each one's noun and colour, and names background and time of day
-of the whole picture; counts and relations follow from the centres. It is trained apart from everything it judges, on
-scenes of its own stream, a quarter of them with held-out pairs: it must know a purple bus to say that one was drawn.
+It shrinks pictures to 128 × 128 pixels, looks for object centres on a 16 × 16 grid, names each one's noun and colour,
+and names background and time of day of the whole picture; counts and relations follow from the centres. It is trained
+apart from everything it judges, on scenes of its own stream, a quarter of them with held-out pairs: it must know a
+purple bus to say that one was drawn.
 Source: Zhou et al. 2019, "Objects as Points", of which this is a small version with fixed widths.
 """
 
