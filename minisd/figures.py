@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from IPython.display import display
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from minisd.images import to_pil
@@ -85,14 +85,16 @@ def show(picture: Image.Image | Figure, alt: str) -> None:
     display(data, metadata={f"image/{kind}": {"alt": alt}}, raw=True)
 
 
-def enlarge(picture: Image.Image, side: int = 256) -> Image.Image:
-    """Scale a picture up by an integer factor, until its longer side is about `side` pixels; never down."""
+def enlarge(picture: Image.Image, side: int = 256, shrink: bool = False) -> Image.Image:
+    """Scale a picture up by an integer factor, until its longer side is about `side` pixels; down only if asked to."""
+    if shrink and max(picture.size) > side:
+        return ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
     factor = max(1, round(side / max(picture.size)))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
-def film_strip(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), side: int = 128) -> Image.Image:
-    """Arrange pictures in a table.
+def film_strip(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), side: int = 120) -> Image.Image:
+    """Arrange pictures in a table; larger ones than its cells are shrunk, smaller ones are scaled up.
 
     Args:
         rows: the pictures of each row, all of one size, by the row's name.
@@ -105,7 +107,7 @@ def film_strip(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str]
     lengths = {len(row) for row in rows.values()}
     if len(lengths) != 1 or 0 in lengths or (columns and len(columns) not in lengths):
         raise ValueError(f"rows of {sorted(lengths)} pictures under {len(columns)} column names; make them match")
-    table = {name: [enlarge(picture.convert("RGB"), side) for picture in row] for name, row in rows.items()}
+    table = {name: [enlarge(picture.convert("RGB"), side, True) for picture in row] for name, row in rows.items()}
     width, height = next(iter(table.values()))[0].size
     left = max((int(_font(13).getlength(line)) for name in rows for line in name.split("\n")), default=0)
     left, top, gap = left + 10 if left else 0, 22 if columns else 0, 4

@@ -36,8 +36,8 @@ def grid(
 ) -> Image.Image:
     """Arrange PIL images of equal size in a grid, as square as possible by default.
 
-    Captions are wrapped to the image width and placed below the images. Raises ValueError if there are no images, if
-    their sizes differ, or if the number of captions differs from the number of images.
+    Captions are wrapped to the image width, in letters that grow with it, and placed below the images. Raises
+    ValueError if there are no images, if their sizes differ, or if the number of captions differs from that of images.
     """
     if not pictures:
         raise ValueError("a grid requires at least one image")
@@ -48,8 +48,9 @@ def grid(
         raise ValueError(f"expected one caption per image, got {len(captions)} captions for {len(pictures)} images")
     columns = columns or int(np.ceil(np.sqrt(len(pictures))))
     width, height = pictures[0].size
-    texts = [textwrap.fill(caption, max(width // 6, 8)) for caption in captions or ()]
-    pitch = height + (6 + 13 * max(text.count("\n") + 1 for text in texts) if texts else 0)
+    letter = max(11, width // 24)
+    texts = [textwrap.fill(caption, max(11 * width // (6 * letter), 8)) for caption in captions or ()]
+    pitch = height + (6 + (letter + 2) * max(text.count("\n") + 1 for text in texts) if texts else 0)
     sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * pitch), "white")
     for place, picture in enumerate(pictures):
         corner = place % columns * width, place // columns * pitch
@@ -57,6 +58,6 @@ def grid(
         if texts:
             middle = corner[0] + width // 2, corner[1] + height + 2
             ImageDraw.Draw(sheet).multiline_text(
-                middle, texts[place], "black", ImageFont.load_default(11), anchor="ma", align="center", spacing=2
+                middle, texts[place], "black", ImageFont.load_default(letter), anchor="ma", align="center", spacing=2
             )
     return sheet

@@ -41,7 +41,7 @@ def small_task(part: str, folder: Path, output: Path) -> Task:
     torch.manual_seed(1)
     latents = output / f"latents-{rank()}.safetensors"
     output.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": torch.randn(len(scenes), 4, 16, 16)}, latents)
+    save_file({"latents": torch.randn(len(scenes), 4, 24, 24)}, latents)
     config = replace(TINY, text_encoder=TEXT, autoencoder=AUTOENCODER, unet=UNET)
     layout = layouts(scenes.descriptions)
     return UNetTask(latents, scenes.captions, Autoencoder(AUTOENCODER), TextEncoder(TEXT), config, layout=layout)

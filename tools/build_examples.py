@@ -17,7 +17,7 @@ import numpy as np
 from build_atlas import rasterise
 from PIL import Image, ImageOps
 
-from minisd.training.backgrounds import HORIZON, PLAIN, SIZE, background, disc
+from minisd.training.backgrounds import FRAME, HORIZON, PIXEL, PLAIN, background, disc
 from minisd.training.captions import PLACE_PHRASES, TIME_PHRASES, article
 
 EXAMPLES = Path(__file__).parents[1] / "minisd/assets/examples"
@@ -33,12 +33,13 @@ def caption(place: str, time: str) -> str:
 
 
 def compose(drawing: Image.Image, place: str, time: str, rng: np.random.Generator) -> Image.Image:
-    """Compose a 128 × 128 picture: the drawing (RGBA) in a place, standing on the ground or floating."""
-    size = rng.integers(66, 101) / max(drawing.size)
-    width, height = (round(side * size) for side in drawing.size)
-    small = drawing.convert("RGBa").resize((width, height), Image.Resampling.BICUBIC).convert("RGBA")
-    x = 64 + rng.uniform(-1, 1) * (SIZE - width) * 0.4
-    y = 64 + rng.uniform(-1, 1) * (SIZE - height) * 0.4
+    """Compose a picture: the drawing (RGBA) in a place, standing on the ground or floating."""
+    scale = rng.integers(66, 101) / max(drawing.size)
+    width, height = (side * scale for side in drawing.size)
+    pixel_size = [round(side / PIXEL) for side in (width, height)]
+    small = drawing.convert("RGBa").resize(pixel_size, Image.Resampling.BICUBIC).convert("RGBA")
+    x = 64 + rng.uniform(-1, 1) * (FRAME - width) * 0.4
+    y = 64 + rng.uniform(-1, 1) * (FRAME - height) * 0.4
     pixels = background(place, time, int(rng.integers(2**31)))
     if place in LAND:
         foot = rng.uniform(HORIZON + 32, 121)
@@ -46,7 +47,8 @@ def compose(drawing: Image.Image, place: str, time: str, rng: np.random.Generato
         pixels *= 1 - 0.35 * disc(x, foot - 2, width * 0.46, softness=width * 0.2, squash=0.16)[..., None]
     picture = Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8)).convert("RGBA")
     layer = Image.new("RGBA", picture.size)
-    layer.paste(ImageOps.mirror(small) if rng.random() < 0.5 else small, (round(x - width / 2), round(y - height / 2)))
+    corner = round((x - width / 2) / PIXEL), round((y - height / 2) / PIXEL)
+    layer.paste(ImageOps.mirror(small) if rng.random() < 0.5 else small, corner)
     return Image.alpha_composite(picture, layer).convert("RGB")
 
 

@@ -35,13 +35,13 @@ class Cases:
             self.loaded[key] = self.load(name, **choices)
         return self.loaded[key]
 
-    def picture(self, seed: int = 1, width: int = 128, height: int = 128) -> Any:
+    def picture(self, seed: int = 1, width: int = 192, height: int = 192) -> Any:
         from PIL import Image
 
         noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
-    def mask(self, width: int = 128, height: int = 128) -> Any:
+    def mask(self, width: int = 192, height: int = 192) -> Any:
         from PIL import Image
 
         mask = Image.new("L", (width, height))
@@ -183,22 +183,22 @@ class Cases:
             )
         yield (
             "denoise from latents",
-            lambda: self.denoise("a fox", latents=self.noise(1, 4, 16, 16), num_inference_steps=3),
+            lambda: self.denoise("a fox", latents=self.noise(1, 4, 24, 24), num_inference_steps=3),
         )
         yield (
             "denoise from image tensors",
             lambda: self.denoise(
-                ["a fox", "a cat"], self.noise(2, 3, 128, 128).clamp(-1, 1), strength=0.5, num_inference_steps=6, seed=2
+                ["a fox", "a cat"], self.noise(2, 3, 192, 192).clamp(-1, 1), strength=0.5, num_inference_steps=6, seed=2
             ),
         )
-        yield "decode", lambda: self.shared().decode(self.noise(2, 4, 16, 16))
+        yield "decode", lambda: self.shared().decode(self.noise(2, 4, 24, 24))
         yield "decode_to_tensor", lambda: self.shared().decode_to_tensor(self.noise(1, 4, 12, 20))
         yield "encode_image", lambda: self.shared().encode_image(self.picture(2, 96, 160))
         yield "predict", lambda: self.predict()
         yield "the parts themselves", lambda: self.alone()
 
     def predict(self) -> Any:
-        sd, latents = self.shared(), self.noise(1, 4, 16, 16)
+        sd, latents = self.shared(), self.noise(1, 4, 24, 24)
         contexts = sd.encode_text(["a dog", "a fox"])
         return [sd.predict(latents, 500, contexts, 4.0), sd.predict(latents, 3.5, contexts[1:])]
 
@@ -207,8 +207,8 @@ class Cases:
         with torch.inference_mode():
             ids = sd.tokenizer("a fox in the snow")
             context = sd.text_encoder(ids)
-            prediction = sd.unet(self.noise(1, 4, 16, 16), torch.tensor(300.0), context)
-            image = sd.autoencoder.decode(self.noise(1, 4, 16, 16))
+            prediction = sd.unet(self.noise(1, 4, 24, 24), torch.tensor(300.0), context)
+            image = sd.autoencoder.decode(self.noise(1, 4, 24, 24))
             return [ids, context, prediction, image, sd.autoencoder.encode(image.clamp(-1, 1)).mean]
 
     def reuse(self) -> Any:

@@ -16,7 +16,7 @@ Model = Annotated[
     str | None, typer.Option(help='A model folder, "tiny", or "full": SD 1.5 with random weights. [default: full]')
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="A .json file; a plot is written beside it.")]
-Sizes = Annotated[list[int] | None, typer.Option(help="In pixels; may be repeated. [default: 512, with tiny 128]")]
+Sizes = Annotated[list[int] | None, typer.Option(help="In pixels; may be repeated. [default: 512, with tiny 192]")]
 Steps = Annotated[int, typer.Option(min=0, help="Number of sampling steps of the complete picture; 0 skips it.")]
 Repeats = Annotated[int, typer.Option(min=1, help="How often each measurement is repeated.")]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu. [default: the first there is]")]
@@ -64,7 +64,7 @@ def bench(
     \b
     Examples:
       minisd bench
-      minisd bench --model tiny --size 128 --size 256
+      minisd bench --model tiny --size 192 --size 384
       minisd bench --preset fast --model tiny
       minisd bench --preset fast
       minisd bench --training --threads 1 --dtype bfloat16
@@ -81,7 +81,7 @@ def bench(
         _preset(preset, model or "full", output, steps, pictures, *_device_and_dtype(device, dtype), threads)
     else:
         place, kind = _device_and_dtype(device, dtype)
-        sizes = tuple(size or [128 if model == "tiny" else 512])
+        sizes = tuple(size or [192 if model == "tiny" else 512])
         options = {"steps": steps, "repeats": repeats, "device": place, "dtype": kind, "threads": threads}
         _compare(model or "full", output, alone, sizes=sizes, compiled=compiled, loading=loading, **options)
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minisd.bench.compare import flops as step_and_decode
 from minisd.bench.worker import PROMPT
-from minisd.config import SD15, ModelConfig
+from minisd.config import SD15, TINY, ModelConfig
 from minisd.evaluation.metrics import Z95
 from minisd.features.deepcache import run_full, run_last
 from minisd.features.presets import find_preset
@@ -31,7 +31,7 @@ from minisd.images import grid
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.unet import UNet
 
-SIDE = 128  # of the pictures that the attribute classifier knows, in pixels
+SIDE = TINY.autoencoder.sample_size  # of the scenes that the attribute classifier knows, in pixels
 
 
 @dataclass(frozen=True)

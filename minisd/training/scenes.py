@@ -39,7 +39,7 @@ KEPT = frozenset(
 
 @dataclass(frozen=True)
 class Thing:
-    """An object in a scene: noun, tint or None, centre and longer side in units of the frame, and whether mirrored."""
+    """An object in a scene: noun, tint or None, centre and longer side in the frame's units, whether it is mirrored."""
 
     noun: str
     color: str | None

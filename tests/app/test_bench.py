@@ -25,11 +25,11 @@ def test_the_command_measures_both_libraries(tmp_path, capsys):
     report = json.loads(path.read_text())
     assert report["picture_difference"] <= 1  # both drew the same picture
     found = {(row["what"], row["library"]): row for row in report["rows"]}
-    for what in ("load, first step included", "text encoder, two prompts", "one guided UNet step at 128",
-                 "decode at 128", "picture 128×128, 2 steps"):  # fmt: skip
+    for what in ("load, first step included", "text encoder, two prompts", "one guided UNet step at 192",
+                 "decode at 192", "picture 192×192, 2 steps"):  # fmt: skip
         assert found[what, "minisd"]["seconds"] > 0 and found[what, "diffusers"]["seconds"] > 0
     for library in ("minisd", "diffusers"):
-        assert 0.1 < found["peak memory, step and decode at 128", library]["peak_gb"] < 5
+        assert 0.1 < found["peak memory, step and decode at 192", library]["peak_gb"] < 5
     # importing diffusers' pipeline takes longer than minisd, which imports neither of the two
     assert found["import minisd", "minisd"]["seconds"] < found["import diffusers", "diffusers"]["seconds"]
     said = capsys.readouterr()
@@ -43,8 +43,8 @@ def test_what_is_not_asked_for_is_not_measured(tmp_path):
     assert main(command.split()) == 0
     found = {row["what"] for row in json.loads(path.read_text())["rows"]}
     assert found == {
-        "peak memory, step and decode at 128", "matrix product 4096³", "text encoder, two prompts",
-        "one guided UNet step at 128", "decode at 128",
+        "peak memory, step and decode at 192", "matrix product 4096³", "text encoder, two prompts",
+        "one guided UNet step at 192", "decode at 192",
     }  # fmt: skip
     assert Image.open(path.with_suffix(".png")).width > 300
 
@@ -136,7 +136,7 @@ def test_the_command_measures_the_trainings(tmp_path, capsys, monkeypatch):
     assert next(iter(row["profile"])) == "convolution"
     # forward, by diffusers' network; backward takes about twice as much; one step in four decodes a quarter once more
     with torch.device("meta"):
-        vae, images = AutoencoderKL.from_config(to_dict(TINY.autoencoder)), torch.empty(1, 3, 128, 128)
+        vae, images = AutoencoderKL.from_config(to_dict(TINY.autoencoder)), torch.empty(1, 3, 192, 192)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vae(images)
     with torch.no_grad(), FlopCounterMode(display=False) as decoder:

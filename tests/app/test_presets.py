@@ -112,7 +112,7 @@ def test_bench_measures_the_preset(tmp_path):
     assert report["judge"]["attributes"]["everything"][1]["of"] == 3
     assert report["work"]["Stable Diffusion 1.5"]["unet_gflop"][0] == pytest.approx(4 * 1607, rel=0.01)
     assert 10 < report["psnr"]["mean"] < 60 and report["seconds"]["a_picture"][0] > 0
-    assert Image.open(path.with_suffix(".png")).size == (8 * 128, 2 * 128)
+    assert Image.open(path.with_suffix(".png")).size == (8 * 192, 2 * 192)
 
 
 def test_bench_only_times_a_model_that_the_judge_does_not_know(small_model, tmp_path):

@@ -149,7 +149,7 @@ def maps_by_hand(sd: StableDiffusion, size: tuple[int, int], **choices: Any) -> 
 def test_word_maps_are_the_mean_of_what_is_recorded(sd):
     drawn = finish(sd, ask(PROMPT, "snow", "7", 3, 5.0))
     choices = {"negative_prompt": "snow", "seed": 7, "num_inference_steps": 3, "guidance_scale": 5.0}
-    mine = maps_by_hand(sd, (16, 16), prompt=PROMPT, **choices)
+    mine = maps_by_hand(sd, (24, 24), prompt=PROMPT, **choices)
     assert [word.text for word in drawn.words] == PROMPT.split()
     for place, word in enumerate(drawn.words, 1):
         assert word.rows == (place,)
@@ -171,7 +171,7 @@ def test_word_maps_of_odd_sizes_and_beside_a_longer_negative_prompt(sd):
 
 def test_word_maps_need_a_call(sd):
     with pytest.raises(ValueError, match="draw inside"):
-        WordMaps(sd.unet, 16, 16, 77).of(Word("a", (1,)))
+        WordMaps(sd.unet, 24, 24, 77).of(Word("a", (1,)))
 
 
 def test_words_are_cut_as_the_tokenizer_cuts_them(sd):
@@ -443,7 +443,7 @@ def test_a_picture_its_words_and_its_file(server, browser, run, tmp_path):
     opened.draw(prompt=PROMPT, seed="7", steps="8", guidance="5")
     opened.wait("drawn in")
     seen = opened.page.evaluate("window.seen")
-    assert len({picture for picture in seen["pictures"] if pixels(picture).shape == (16, 16, 3)}) >= 3
+    assert len({picture for picture in seen["pictures"] if pixels(picture).shape == (24, 24, 3)}) >= 3
     assert any("of 8" in text for text in seen["texts"])
 
     code, (written,), _ = run("generate", PROMPT, "--seed", "7", "--steps", "8", "--guidance", "5", model=None)

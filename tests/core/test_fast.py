@@ -76,7 +76,7 @@ def test_operators_of_a_step_beside_the_unet():
                 pass
         counts.append(counting)
     with torch.inference_mode():
-        x, words = torch.zeros(2, 4, 16, 16), torch.zeros(2, 77, sd.config.text_encoder.hidden_size)
+        x, words = torch.zeros(2, 4, 24, 24), torch.zeros(2, 77, sd.config.text_encoder.hidden_size)
         with Counting() as unet:
             sd.unet(x, torch.tensor(1.0), words)
     step = Counter(counts[1].calls)

@@ -28,17 +28,20 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_enlarge_repeats_pixels_and_never_shrinks():
+def test_enlarge_repeats_pixels_and_does_not_shrink():
     small, large = noise(128, 128), noise(512, 300)
     assert np.array_equal(np.asarray(figures.enlarge(small)), np.asarray(small).repeat(2, 0).repeat(2, 1))
     assert figures.enlarge(large).tobytes() == large.tobytes()
 
 
-def test_film_strip_keeps_native_pixels():
-    red, blue = (Image.new("RGB", (128, 128), color) for color in ("#ff0000", "#0000ff"))
+@pytest.mark.parametrize("native", [24, 40, 100, 192])
+def test_film_strip_fits_pictures_to_its_cells(native):
+    red, blue = (Image.new("RGB", (native, native), color) for color in ("#ff0000", "#0000ff"))
     strip = np.asarray(figures.film_strip({"": [red, blue], "row": [blue, red]}, ["first", "second"]))
+    side = 100 if native == 100 else 120  # whole multiples, or shrunk
     for color in ((255, 0, 0), (0, 0, 255)):
-        assert (strip == color).all(axis=-1).sum() == 2 * 128 * 128
+        assert (strip == color).all(axis=-1).sum() == 2 * side * side
+    red, blue = (Image.new("RGB", (40, 40), color) for color in ("#ff0000", "#0000ff"))
     with pytest.raises(ValueError, match=r"\[1, 2\]"):
         figures.film_strip({"a": [red], "b": [red, blue]})
     with pytest.raises(ValueError, match="1 column names"):

@@ -803,8 +803,8 @@ def test_pictures_that_cannot_be_used(small_model, pictures, tmp_path, capsys):
 
 
 def test_the_shipped_pictures():
-    images, captions = read_examples(EXAMPLES, 128)
-    assert 20 <= len(captions) <= 60 and images.shape[2:] == (128, 128)
+    images, captions = read_examples(EXAMPLES, 192)
+    assert 20 <= len(captions) <= 60 and images.shape[2:] == (192, 192)
     assert all("unicorn" in caption and "snow" not in caption and "sea" not in caption for caption in captions)
     assert sum(path.stat().st_size for path in EXAMPLES.iterdir()) < 300_000
     assert (images.flatten(1).std(dim=1) > 0.1).all()

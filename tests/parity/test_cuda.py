@@ -67,8 +67,8 @@ def test_float16_stays_near_float32(cpu):
 def test_editing_draws_the_picture_of_the_cpu(cpu):
     gpu = StableDiffusion.from_pretrained(device="cuda", dtype=torch.float32)
     start = cpu(PROMPT, seed=3)
-    mask = Image.new("L", (128, 128))
-    mask.paste(255, (32, 32, 96, 96))
+    mask = Image.new("L", start.size)
+    mask.paste(255, (48, 48, 144, 144))
     drawn = [
         (sd.image_to_image("a blue car", start, 0.6, seed=5), sd.inpaint("a fox", start, mask, seed=5))
         for sd in (gpu, cpu)

@@ -28,6 +28,7 @@ from minisd.training.judge import (
     decode,
     encode,
     roughen,
+    shrunk,
 )
 from minisd.training.loop import Options, train
 from minisd.training.scenes import Mixture, Scene, Thing, flipped, held_out_pairs, render, scene
@@ -262,7 +263,7 @@ def test_judge_learns_saves_and_loads(tmp_path):
     # day, sunset and night are the easiest to tell apart; who guesses has a loss of ln 3, or 1.04 knowing the odds
     assert np.mean([line["time"] for line in trainer.losses[-10:]]) < math.log(3) / 2
     loaded = Judge.load(tmp_path / "export" / "judge")
-    images = torch.rand(2, 3, 128, 128) * 2 - 1
+    images = torch.rand(2, 3, 192, 192) * 2 - 1
     with trainer.averaged() as model, torch.no_grad():
         torch.testing.assert_close(loaded(images).noun, model(images).noun, atol=0.03, rtol=0.03)
 
@@ -273,7 +274,7 @@ def test_missing_judge_says_how_to_make_one(tmp_path):
 
 
 def test_roughened_pictures_keep_their_colours():
-    images = torch.from_numpy(pictures(held_out(8))).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = shrunk(torch.from_numpy(pictures(held_out(8))).permute(0, 3, 1, 2).float() / 127.5 - 1)
     rough = roughen(images, torch.Generator().manual_seed(0))
     assert rough.abs().max() <= 1
     assert (rough.mean((2, 3)) - images.mean((2, 3))).abs().max() < 0.15
@@ -282,7 +283,7 @@ def test_roughened_pictures_keep_their_colours():
 
 def test_nearest_sprite_is_the_one_that_was_drawn():
     color, noun = sorted(pair for pair in held_out_pairs() if pair[1] == "fish")[0]
-    thing = Thing(noun, color, 70, 58, 80, True)
+    thing = Thing(noun, color, 70, 60, 80, True)
     asked = Scene(f"a {color} fish on a gray background", (thing,), "gray", False, "day", None, 1, 3)
     assert memory.suits(asked)
     best, trained = memory.nearest_sprites(render(asked), asked)

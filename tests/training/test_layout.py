@@ -22,7 +22,7 @@ def test_cells_of_objects_are_those_that_were_painted():
     for one, cells in zip(PLAIN, kind, strict=True):
         empty = backgrounds.background(one.background, one.time, one.seed)
         painted = np.abs(render(one).astype(float) - empty).max(-1) > 8
-        centres = painted.reshape(16, 8, 16, 8)[:, 3:5, :, 3:5].mean((1, 3)) > 0.5
+        centres = painted.reshape(24, 8, 24, 8)[:, 3:5, :, 3:5].mean((1, 3)) > 0.5
         assert centres.any() and (centres != cells).mean() < 0.03, one.caption
 
 
@@ -48,22 +48,22 @@ def test_the_mirror_image_has_the_mirrored_layout_and_the_same_parts():
 
 def test_layout_loss_by_hand():
     answers = 1 + len(object_names()) + 2
-    layout = Layout(torch.zeros(1, 16, 16, dtype=torch.int64), torch.zeros(1, 2, 16, 16))
+    layout = Layout(torch.zeros(1, 24, 24, dtype=torch.int64), torch.zeros(1, 2, 24, 24))
     layout.kind[0, 0, 0], layout.place[0, 0, 0, 0] = 3, 0.5
     # answers of zero: any of the kinds is as likely, in every cell; in the one object cell the place is 0.5 off
-    expected = math.log(answers - 2) + 0.5 / 256
-    for side in (8, 16):
+    expected = math.log(answers - 2) + 0.5 / 576
+    for side in (12, 24):
         assert math.isclose(float(layout_loss(torch.zeros(1, answers, side, side), layout)), expected, rel_tol=1e-6)
 
 
 def test_the_extra_question_leaves_the_prediction_alone():
     torch.manual_seed(0)
     unet = UNet(TINY.unet)
-    inputs = torch.randn(2, 4, 16, 16), torch.tensor([10.0, 900.0]), torch.randn(2, 77, 128)
+    inputs = torch.randn(2, 4, 24, 24), torch.tensor([10.0, 900.0]), torch.randn(2, 77, 128)
     alone = unet(*inputs)
     prediction, answers = WithLayout(unet)(*inputs)
     assert torch.equal(prediction, alone)
-    assert [tuple(answer.shape) for answer in answers] == [(2, 51, 8, 8), (2, 51, 16, 16)]
+    assert [tuple(answer.shape) for answer in answers] == [(2, 51, 12, 12), (2, 51, 24, 24)]
 
 
 def _arrays(layout: Layout) -> tuple[np.ndarray, np.ndarray]:

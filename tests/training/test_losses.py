@@ -145,5 +145,5 @@ def test_features_learn_what_is_in_a_cell(scenes, tmp_path):
     images = scenes.images([0, 1])
     with torch.no_grad():
         mine, its = task.model(images), loaded(images)
-    assert [x.shape[-1] for x in mine] == [128, 64, 32, 16]
+    assert [x.shape[-1] for x in mine] == [192, 96, 48, 24]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, its, strict=True))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minisd.training import scenes
-from minisd.training.backgrounds import background
+from minisd.training.backgrounds import FRAME, background
 from minisd.training.catalogue import CATALOGUE, Paint
 from minisd.training.scenes import Mixture, Scene, Thing, flipped, render, scene
 from minisd.training.sprites import COLORS, atlas, extent, paint_mask, sprite
@@ -118,7 +118,7 @@ def test_scenes_are_random_access_and_deterministic():
     assert [scene(3, index) for index in reversed(range(6))] == forwards[::-1]
     assert scene(4, 0) != forwards[0]
     assert all(np.array_equal(render(s), render(s)) for s in forwards)
-    assert render(forwards[0]).shape == (128, 128, 3) and render(forwards[0]).dtype == np.uint8
+    assert render(forwards[0]).shape == (192, 192, 3) and render(forwards[0]).dtype == np.uint8
 
 
 def test_captions_are_correct_english(training):
@@ -161,7 +161,7 @@ def test_things_lie_inside_and_never_on_their_own_colour(training):
     for s in training:
         for thing in s.things:
             width, height = extent(thing.noun, thing.size)
-            assert width / 2 <= thing.x <= 128 - width / 2 and height / 2 <= thing.y <= 128 - height / 2, s
+            assert width / 2 <= thing.x <= FRAME - width / 2 and height / 2 <= thing.y <= FRAME - height / 2, s
             assert s.place or thing.color != s.background
 
 
@@ -216,7 +216,7 @@ def test_a_sprite_is_composed_over_its_background():
     s = Scene("a blue heart on a white background", (heart,), "white", False, "day", None, 1, 0)
     picture = render(s)
     assert np.array_equal(picture[:20], background("white", "day", 0)[:20].clip(0, 255).round())
-    red, green, blue = picture[64, 64].astype(int)
+    red, green, blue = picture[96, 96].astype(int)
     assert blue > 180 and blue > red + 100 and blue > green + 60
 
 

@@ -132,7 +132,7 @@ def test_rendered_scenes_are_the_stream(scenes):
         assert np.array_equal(data.pixels[index], render(scene(5, index)))
         assert data.captions[index] == scene(5, index).caption
     images = data.images([3, 4])
-    assert images.shape == (2, 3, 128, 128)
+    assert images.shape == (2, 3, 192, 192)
     assert float(images.min()) >= -1 and float(images.max()) <= 1
 
 
