@@ -169,14 +169,20 @@ def clip(
 
 
 @app.command()
-def latents(scenes: SceneFolder = Path("runs/scenes"), model: Model = Path("runs/autoencoder/export")) -> None:
+def latents(
+    scenes: SceneFolder = Path("runs/scenes"),
+    model: Model = Path("runs/autoencoder/export"),
+    bfloat16: Mixed = False,
+) -> None:
     """Encode every scene once, for the training of the UNet; under torchrun on several processes."""
+    import torch
+
     from minisd.features.distributed import process_group
     from minisd.io.diffusers_folder import load_autoencoder
     from minisd.training.data import Scenes
     from minisd.training.unet import cache_latents
 
-    with process_group():
+    with process_group(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         cache_latents(load_autoencoder(model / "vae"), Scenes(scenes), scenes / "latents.safetensors")
 
 

@@ -71,7 +71,7 @@ def cache_latents(autoencoder: Autoencoder, scenes: Scenes, path: Path, batch: i
         autoencoder.encode(scenes.images(indices.tolist()).contiguous(memory_format=torch.channels_last)).mean
         for indices in tqdm(share.split(batch), unit="batch", mininterval=10, disable=rank() > 0)
     ]
-    latents = torch.cat(parts) * autoencoder.config.scaling_factor
+    latents = torch.cat(parts).float() * autoencoder.config.scaling_factor
     shares: list[Any] = [None] * world_size()
     if world_size() > 1:
         dist.gather_object(latents, shares if rank() == 0 else None)
