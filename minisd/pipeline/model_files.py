@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,8 +21,44 @@ if TYPE_CHECKING:
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
 
+class Usage:
+    """The drawings in progress, so that no thread changes a model with which another one draws."""
+
+    def __init__(self) -> None:
+        self._lock, self._drawings = threading.RLock(), dict[object, int]()
+
+    def __reduce__(self) -> Any:  # a copy of a model is not in use
+        return Usage, ()
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Mark a drawing as in progress in this thread, once no other thread changes the model."""
+        drawing = object()
+        with self._lock:
+            self._drawings[drawing] = threading.get_ident()
+        try:
+            yield
+        finally:
+            del self._drawings[drawing]
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Keep other threads from starting to draw. Raises RuntimeError if one does already."""
+        with self._lock:
+            if {*self._drawings.values()} - {threading.get_ident()}:
+                raise RuntimeError(
+                    "another thread is drawing with this model; change it afterwards, or load another one"
+                )
+            yield
+
+
 class ModelFiles:
-    """Mixin with the methods of `StableDiffusion` that load, save or modify weights."""
+    """Mixin with the methods of `StableDiffusion` that load, save or modify weights.
+
+    Those that modify them raise RuntimeError while another thread draws.
+    """
+
+    usage: Usage
 
     _compile_options: dict[str, Any] | None = None
 
@@ -87,24 +125,29 @@ class ModelFiles:
         """
         name = check_path("path", path).stem if name is None else name
         parts = {"unet": self.unet, "text_encoder": self.text_encoder}
-        self.adapters.add(name, read_lora(path, parts), layers_of(parts), weight)
+        with self.usage.changing():
+            self.adapters.add(name, read_lora(path, parts), layers_of(parts), weight)
         return name
 
     def set_adapters(self: StableDiffusion, weights: Mapping[str, float]) -> None:
         """Set the weights of the named LoRAs, and disable all others. Raises ValueError for an unknown name."""
-        self.adapters.set_weights(weights)
+        with self.usage.changing():
+            self.adapters.set_weights(weights)
 
     def fuse_lora(self: StableDiffusion) -> None:
         """Merge the loaded LoRAs into the weights, so that inference has no overhead; `unfuse_lora` reverts this."""
-        self.adapters.fuse()
+        with self.usage.changing():
+            self.adapters.fuse()
 
     def unfuse_lora(self: StableDiffusion) -> None:
         """Restore the exact weights from before `fuse_lora`; the LoRAs stay loaded."""
-        self.adapters.unfuse()
+        with self.usage.changing():
+            self.adapters.unfuse()
 
     def unload_lora(self: StableDiffusion, name: str | None = None) -> None:
         """Remove one LoRA, or all of them, fused or not, and restore the original weights."""
-        self.adapters.unload(name)
+        with self.usage.changing():
+            self.adapters.unload(name)
 
     def load_textual_inversion(self: StableDiffusion, path: str | PathLike[str], token: str | None = None) -> str:
         """Load a textual inversion and return its token, which prompts may then contain.
@@ -112,7 +155,8 @@ class ModelFiles:
         Raises CheckpointError for an invalid file, and ValueError if the token exists or the embedding does not fit.
         """
         word, vectors = read_textual_inversion(path, token)
-        self.tokenizer = add_word(self.tokenizer, self.text_encoder, word, vectors)
+        with self.usage.changing():
+            self.tokenizer = add_word(self.tokenizer, self.text_encoder, word, vectors)
         return word
 
     def compile(self: StableDiffusion, **options: Any) -> None:
@@ -125,6 +169,7 @@ class ModelFiles:
             options: Arguments for `torch.compile`, such as `mode="reduce-overhead"`.
         """
         options = {"fullgraph": True, "dynamic": False, **options}
-        for part in (self.unet, self.autoencoder.decoder):
-            part.compile(**options)
-        self._compile_options = options
+        with self.usage.changing():
+            for part in (self.unet, self.autoencoder.decoder):
+                part.compile(**options)
+            self._compile_options = options
