@@ -8,15 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from io import BytesIO
 from typing import Any
 
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from minisd.app.jobs import Job, model_side, slug, unknown_words_warning
-from minisd.app.metadata import save_png
+from minisd.app.metadata import write_png
 from minisd.app.provenance import Provenance
 from minisd.features.attention_maps import Word, WordMaps, split_words
 from minisd.features.prompts import TOKENS_PER_CHUNK, Chunk, read
@@ -118,6 +117,6 @@ def _notes(sd: StableDiffusion, job: Job, chunks: list[Chunk]) -> list[str]:
 
 
 def _png(picture: Image.Image, job: Job, provenance: Provenance) -> bytes:
-    text, record = job.parameters(provenance), job.record(provenance)
-    with TemporaryDirectory() as folder:
-        return save_png(picture, Path(folder) / "picture.png", text, record=record).read_bytes()
+    file = BytesIO()
+    write_png(picture, file, job.parameters(provenance), job.record(provenance))
+    return file.getvalue()
