@@ -13,6 +13,7 @@ import pickletools
 import re
 import struct
 from pathlib import Path
+from typing import Any
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
 
 import torch
@@ -110,13 +111,13 @@ def _check_torch_agrees(path: Path, archive: ZipFile) -> None:
     A file can hold two central directories, of which each reader finds another one.
     """
     try:
-        reader = torch._C.PyTorchFileReader(str(path))
-        offsets = {name: reader.get_record_offset(name) for name in reader.get_all_records()}
+        reader: Any = torch._C.PyTorchFileReader(str(path))
+        places = {n: (reader.get_record_offset(n), reader.get_record_size(n)) for n in reader.get_all_records()}
         program = reader.get_record("data.pkl")
     except RuntimeError as error:
         raise PickleError("is corrupted or incomplete (torch cannot open the archive)") from error
     members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
-    same = offsets == {name: _data_offset(path, member) for name, member in members.items()}
+    same = places == {name: (_data_offset(path, member), member.file_size) for name, member in members.items()}
     # torch ignores case when it looks a record up
     if (
         not same
