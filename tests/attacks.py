@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 from hostile_pickles import archive, archives_read_in_two_ways, programs
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import save_file
 
 from minisd import StableDiffusion
@@ -316,7 +316,7 @@ def costs(attempts: int, rng: random.Random, folder: Path) -> Counter[str]:
             path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
             large = width * height > 2**25
             with (
-                mock.patch.object(Image.Image, "load", side_effect=AssertionError)
+                mock.patch.object(ImageFile.ImageFile, "load", side_effect=AssertionError)
                 if large
                 else contextlib.nullcontext()
             ):

@@ -15,7 +15,7 @@ import secrets
 import socket
 from base64 import b64encode
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from html import escape
@@ -52,7 +52,7 @@ SHOWN = {
 }
 TEXTS = ("prompt", "negative_prompt", "seed")
 MAX_BODY = 2**20  # bytes of a request
-MAX_BODY_SECONDS = 10
+MAX_SECONDS = 10  # to send a request, or to take a part of the answer
 MAX_WAITING = 32  # drawings
 MAX_RESULTS = 16  # finished pictures whose word maps can be asked for
 MAX_CONNECTIONS = 100
@@ -77,21 +77,36 @@ class Page:
         self.results: OrderedDict[str, Result] = OrderedDict()
         self.worker = ThreadPoolExecutor(1)  # draws all pictures, so never two at a time
 
-    async def draw(self, request: WebRequest) -> Response:
+    async def draw(self, request: WebRequest) -> ASGIApp:
         """Answer with one JSON object per line: steps, then the result or an error."""
         try:
             values = await _read(request, {*TEXTS, *SHOWN})
             settings = {name: _number(name, values[name]) for name in SHOWN if values.get(name)}
-            wanted = Request(*(values.get(name, "") for name in TEXTS), settings)
+            prompt, negative_prompt, seed = (values.get(name, "") for name in TEXTS)
+            wanted = Request(prompt, negative_prompt, seed, settings)
         except ValueError as error:
             return PlainTextResponse(_said(error), 400)
         if self.waiting >= MAX_WAITING:
             return PlainTextResponse(f"{MAX_WAITING} drawings wait already; try again later", 503)
-        return StreamingResponse(self._events(request, wanted), media_type="application/x-ndjson")
 
-    async def _events(self, request: WebRequest, wanted: Request) -> AsyncIterator[str]:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_in_time(message: Message) -> None:  # a page that does not read holds up the others
+                async with asyncio.timeout(MAX_SECONDS):
+                    await send(message)
+
+            self.waiting += 1
+            events = self._events(request, wanted)
+            try:
+                with contextlib.suppress(TimeoutError):
+                    await StreamingResponse(events, media_type="application/x-ndjson")(scope, receive, send_in_time)
+            finally:
+                self.waiting -= 1
+                await events.aclose()
+
+        return answer
+
+    async def _events(self, request: WebRequest, wanted: Request) -> AsyncGenerator[str, None]:
         """Wait for the turn, then draw; give up at the next step once nobody waits for the picture."""
-        self.waiting += 1
         turn = asyncio.create_task(self.turn.acquire())
         frames, loop = draw(self.sd, self.provenance, wanted), asyncio.get_running_loop()
         try:
@@ -109,8 +124,7 @@ class Page:
             log(f"unexpected {type(error).__name__}: {error}")
             yield json.dumps({"error": f"unexpected {type(error).__name__}; see the terminal of the server"}) + "\n"
         finally:
-            self.waiting -= 1
-            self.worker.submit(frames.close)  # type: ignore[attr-defined]
+            self.worker.submit(frames.close)
             if not turn.cancel() and not turn.cancelled():
                 self.turn.release()
 
@@ -229,7 +243,7 @@ async def _read(request: WebRequest, names: set[str]) -> dict[str, str]:
     if request.headers.get("content-type") != "application/json":
         raise ValueError("expected application/json")
     try:
-        async with asyncio.timeout(MAX_BODY_SECONDS):
+        async with asyncio.timeout(MAX_SECONDS):
             async for part in request.stream():
                 body += part
                 if len(body) > MAX_BODY:

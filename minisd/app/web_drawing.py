@@ -6,7 +6,7 @@ Requests share only the model, which drawing does not modify.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -57,7 +57,7 @@ class Result:
     seconds: float
 
 
-def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Iterator[Preview | Result]:
+def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Generator[Preview | Result, None, None]:
     """Yield a preview after each UNet call, then the result, which is identical to that of `minisd generate`.
 
     Raises ValueError or TypeError for invalid settings before any computation, later those of `denoise` and `decode`.

@@ -21,7 +21,7 @@ MAX_PIXELS = 2**25  # an image of 8 kB can have as many; conversions take up to 
 def opened_picture(path: str | PathLike[str]) -> Iterator[Image.Image]:
     """Open an image file as a context manager; of an animation, only the first frame.
 
-    A JPEG of more than 34 million pixels is decoded at a half, a quarter or an eighth of its size.
+    A JPEG of 34 to 179 million pixels, which is Pillow's limit, is decoded at a fraction of its size.
 
     Raises OSError for any error inside the context, for other images of more than 34 million pixels (before they are
     decompressed), for anything but a regular file, and for formats whose readers run other programs, such as EPS.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,44 +19,13 @@ if TYPE_CHECKING:
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
 
-class Usage:
-    """The drawings in progress, so that no thread changes a model with which another one draws."""
-
-    def __init__(self) -> None:
-        self._lock, self._drawings = threading.RLock(), dict[object, int]()
-
-    def __reduce__(self) -> Any:  # a copy of a model is not in use
-        return Usage, ()
-
-    @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Mark a drawing as in progress in this thread, once no other thread changes the model."""
-        drawing = object()
-        with self._lock:
-            self._drawings[drawing] = threading.get_ident()
-        try:
-            yield
-        finally:
-            del self._drawings[drawing]
-
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Keep other threads from starting to draw. Raises RuntimeError if one does already."""
-        with self._lock:
-            if {*self._drawings.values()} - {threading.get_ident()}:
-                raise RuntimeError(
-                    "another thread is drawing with this model; change it afterwards, or load another one"
-                )
-            yield
-
-
 class ModelFiles:
     """Mixin with the methods of `StableDiffusion` that load, save or modify weights.
 
     Those that modify them raise RuntimeError while another thread draws.
     """
 
-    usage: Usage
+    usage: memory.Usage
 
     _compile_options: dict[str, Any] | None = None
 

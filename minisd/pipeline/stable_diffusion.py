@@ -37,7 +37,7 @@ from minisd.io.diffusers_folder import Defaults
 from minisd.pipeline import memory
 from minisd.pipeline.checks import Request, check_image, check_request, check_size
 from minisd.pipeline.editing import ImageEditing, ImageInput, Prompt
-from minisd.pipeline.model_files import ModelFiles, Usage
+from minisd.pipeline.model_files import ModelFiles
 from minisd.pipeline.settings import Settings
 from minisd.preview import linear_preview
 from minisd.schedule import Schedule
@@ -82,7 +82,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
         speed_up(unet)
         speed_up(autoencoder)
         self.schedule = Schedule(config.schedule)
-        self.adapters, self.usage = Adapters(), Usage()
+        self.adapters, self.usage = Adapters(), memory.Usage()
         self.offload, self.tile = offload, unet.config.sample_size * 3 // 2 if tile else None
         self.downscale = config.autoencoder.downscale  # pixels per latent along each side
 
