@@ -304,10 +304,10 @@ def costs(attempts: int, rng: random.Random, folder: Path) -> Counter[str]:
     found, path = Counter[str](), folder / "x.png"
     for number in range(attempts):
         if number % 3 == 0:
-            width, height = (int(10 ** rng.uniform(1, 5)) for _ in range(2))
-            header = struct.pack(
-                ">IIBBBBB", width, height, rng.choice([1, 8, 16]), rng.choice([0, 2, 3, 4, 6]), 0, 0, 0
-            )
+            width = int(10 ** rng.uniform(2, 4.5))
+            height = int(10 ** rng.uniform(5, 8.2)) // width + 1
+            bits, kind = rng.choice([(1, 0), (8, 0), (16, 0), (8, 2), (8, 3), (8, 4), (8, 6), (16, 6)])
+            header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
             chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b""))
             data = b"".join(
                 struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
