@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 from pathlib import Path
 
@@ -93,3 +94,42 @@ def archive(program: bytes, compression: int = zipfile.ZIP_STORED, **more: bytes
         for name, content in members.items():
             file.writestr(f"model/{name}", content)
     return stream.getvalue()
+
+
+def archives_read_in_two_ways(good: bytes, bad: bytes) -> dict[str, bytes]:
+    """Archives in which one reader finds the pickle `good`, and another one `bad`."""
+    first, second = archive(good), archive(bad)
+    return {
+        "one after the other": second + first,
+        "the other one in the comment": first[:-2] + len(second).to_bytes(2, "little") + second,
+        "names that differ in case": archive(good, **{"DATA.PKL": bad}),
+        "names that differ in case, the other way": archive(good, **{"Data.pkl": bad, "version": b"3\n"}),
+        "a name with a null byte": archive(good, **{"data.pkl_x": bad}).replace(b"data.pkl_x", b"data.pkl\0x"),
+        "two members of one name": archive(good, **{"datb.pkl": bad}).replace(b"datb.pkl", b"data.pkl"),
+        "two zip64 records": zip64(first, second),
+        "two zip64 records, the other way": zip64(second, first),
+        "another name beside the data": first.replace(b"model/data.pkl", b"model/datb.pkl", 1),
+        "another length beside the data": first.replace(b"\x0e\0\0\0model/data.pkl", b"\x0e\0\x04\0model/data.pkl", 1),
+    }
+
+
+def zip64(first: bytes, second: bytes) -> bytes:
+    """Two archives in one file: `first` stands where the zip64 record usually is, `second` where the locator points."""
+    records, content = [], b""
+    for data in (first, second):
+        end = data.rindex(b"PK\5\6")
+        count, size, start = struct.unpack("<HLL", data[end + 10 : end + 20])
+        directory = bytearray(data[start : start + size])
+        at = 0
+        while at < size:  # each entry says where its member begins
+            name, extra, comment = struct.unpack("<HHH", directory[at + 28 : at + 34])
+            (offset,) = struct.unpack("<L", directory[at + 42 : at + 46])
+            directory[at + 42 : at + 46] = struct.pack("<L", offset + len(content))
+            at += 46 + name + extra + comment
+        start += len(content)
+        content += data[: start - len(content)] + directory
+        records.append(b"PK\6\6" + struct.pack("<QHHLLQQQQ", 44, 45, 45, 0, 0, count, count, size, start))
+    usual, elsewhere = records
+    locator = b"PK\6\7" + struct.pack("<LQL", 0, len(content), 1)
+    end = b"PK\5\6" + struct.pack("<HHHHLLH", 0, 0, 0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1, 0)
+    return content + elsewhere + usual + locator + end

@@ -7,10 +7,12 @@ everything else to stderr. Exit codes: 0 success, 1 failure, 2 invalid request, 
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +34,7 @@ from minisd.app.serve import serve
 from minisd.bench.command import bench
 from minisd.evaluation.command import evaluate
 from minisd.features import distributed
-from minisd.features.distributed import rank, world_size
+from minisd.features.distributed import rank, show, world_size
 from minisd.features.presets import PRESETS, find_preset
 from minisd.training.commands import app as training
 
@@ -62,6 +64,8 @@ app.command()(serve)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Errors are printed as one line, or as a traceback if MINISD_DEBUG=1."""
+    if isinstance(sys.stdout, TextIOWrapper):  # as on stderr: characters that its encoding lacks are escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: distributed.log(f"warning: {message}")
         try:
@@ -81,9 +85,9 @@ def minisd(
     context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> None:
     if version:
-        print(f"minisd {__version__}")
+        show(f"minisd {__version__}")
     elif context.invoked_subcommand is None:
-        print(context.get_help())
+        show(context.get_help())
 
 
 @app.command()
@@ -235,14 +239,14 @@ def info(
     if not source.lower().endswith(PICTURES):
         from minisd.io.checkpoint import open_checkpoint
 
-        print(open_checkpoint(source, variant=variant, prediction_type=prediction).describe())
+        show(open_checkpoint(source, variant=variant, prediction_type=prediction).describe())
         return
     from minisd.app.metadata import describe, parse_parameters, read_parameters
 
     text = read_parameters(source)
     if text is None:
         raise OSError(f"{source} has no generation metadata; expected a `parameters` text, as in PNGs drawn by minisd")
-    print(text if raw else describe(parse_parameters(text)))
+    show(text if raw else describe(parse_parameters(text)))
 
 
 def _check_modes(context: typer.Context, request: RequestOptions) -> None:

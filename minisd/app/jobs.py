@@ -20,6 +20,7 @@ from minisd import __version__
 from minisd.app.metadata import parameters_text, save_png
 from minisd.app.provenance import Provenance, file_hash
 from minisd.editing import extend_canvas
+from minisd.features.distributed import show
 from minisd.features.prompts import parse
 from minisd.features.validate import check_path, check_writable
 from minisd.images import grid as lay_out
@@ -200,12 +201,7 @@ class Target:
         """Save an image and print its file name."""
         name = f"{self.stem}-{job.seed}.png" if self.seeded else f"{self.stem}.png"
         text, record = job.parameters(provenance), job.record(provenance)
-        report(save_png(picture, self.folder / name, text, self.overwrite, record))
-
-
-def report(path: Path) -> None:
-    """Print a file name in a single write, so that lines from several processes do not interleave."""
-    print(f"{path}\n", end="", flush=True)
+        show(save_png(picture, self.folder / name, text, self.overwrite, record))
 
 
 def _to_json(value: Any) -> Any:

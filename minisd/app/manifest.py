@@ -18,12 +18,13 @@ from typing import Any
 
 from PIL import Image
 
-from minisd.app.jobs import Job, batches, draw, report
+from minisd.app.jobs import Job, batches, draw
 from minisd.app.metadata import KEY, save_png
 from minisd.app.provenance import Provenance
-from minisd.features.distributed import process_group, rank, rank_zero_first, sum_over_ranks, world_size
+from minisd.features.distributed import process_group, rank, rank_zero_first, show, sum_over_ranks, world_size
 from minisd.features.prompts import read
 from minisd.io.atomic import save_atomically
+from minisd.io.configs import parse_json
 from minisd.pipeline.checks import resolve_seeds
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
@@ -80,7 +81,7 @@ def read_manifest(jobs: Sequence[Job], provenance: Provenance, folder: Path) -> 
     path = folder / MANIFEST
     try:
         text = path.read_text(encoding="utf-8").removesuffix("\n")
-        lines = [json.loads(line) for line in text.split("\n")]  # splitlines() also splits at U+2028
+        lines = [parse_json(line) for line in text.split("\n")]  # splitlines() also splits at U+2028
         numbers = resolve_seeds([line["seed"] for line in lines], len(lines))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is corrupted ({error}); {ADVICE}") from error
@@ -152,7 +153,7 @@ def draw_missing(
             pictures = draw(sd, batch, False if quiet or rank() else None)
             for job, picture, file, text, absent in zip(batch, pictures, files, texts, missing, strict=True):
                 if absent:
-                    report(save_png(picture, file, text, overwrite=True, record=job.record(provenance)))
+                    show(save_png(picture, file, text, overwrite=True, record=job.record(provenance)))
                     drawn += 1
         drawn, there = sum_over_ranks(drawn, there)
         log(f"{drawn} drawn, {there} already existed, in {time.perf_counter() - started:.1f} s")

@@ -21,11 +21,12 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
+from minisd.io.configs import parse_json
 from minisd.io.pictures import opened_picture
 from minisd.pipeline.settings import SAMPLER_LABELS
 
@@ -140,8 +141,8 @@ def read_texts(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any]
 
 def _parse_record(text: Any) -> dict[str, Any] | None:
     try:
-        record = json.loads(text)
-    except (TypeError, ValueError, RecursionError):
+        record = parse_json(text)
+    except (TypeError, ValueError):
         return None
     return record if isinstance(record, dict) and record.pop("format", None) == RECORD_FORMAT else None
 
@@ -167,20 +168,25 @@ def save_png(
     Creates missing folders. Unless `overwrite` is set, a number is added to existing names: fox.png, fox-2.png. Raises
     OSError on failure, leaving no files behind.
     """
-    info = PngInfo()
-    info.add_text(KEY, text)  # Latin-1 if possible, else UTF-8 in an iTXt chunk
-    if record is not None:
-        info.add_text(RECORD_KEY, json.dumps({"format": RECORD_FORMAT} | dict(record)))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{uuid.uuid4().hex}.png"
     try:
-        picture.save(temporary, format="PNG", pnginfo=info)
+        write_png(picture, temporary, text, record)
         if not overwrite:
             return _number(temporary, path)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def write_png(picture: Image.Image, file: Path | IO[bytes], text: str, record: Mapping[str, Any] | None = None) -> None:
+    """Write an image with its `parameters` and record to a file or a stream."""
+    info = PngInfo()
+    info.add_text(KEY, text)  # Latin-1 if possible, else UTF-8 in an iTXt chunk
+    if record is not None:
+        info.add_text(RECORD_KEY, json.dumps({"format": RECORD_FORMAT} | dict(record)))
+    picture.save(file, format="PNG", pnginfo=info)
 
 
 def _number(temporary: Path, path: Path) -> Path:
@@ -252,6 +258,6 @@ def _unquote(value: str) -> str:
     if not value.startswith('"'):
         return value
     try:
-        return str(json.loads(value))
+        return str(parse_json(value))
     except ValueError:
         return value

@@ -112,13 +112,12 @@ class LoadOptions:
 
     def load_model(self, dtype: str | None = None) -> StableDiffusion:
         """Load the model. `dtype` is the default for the --dtype option."""
-        import torch
-
+        from minisd.features.validate import dtype_of
         from minisd.pipeline.stable_diffusion import StableDiffusion
 
         device, dtype = self.find_device(), self.dtype or dtype
         more: dict[str, Any] = {"variant": self.variant, "prediction_type": self.prediction_type}
-        precision = None if dtype is None else getattr(torch, dtype)
+        precision = None if dtype is None else dtype_of(dtype)
         return StableDiffusion.from_pretrained(self.model, device=device, dtype=precision, offload=self.offload, **more)
 
     def load(self, dtype: str | None = None, lora_weights: Mapping[str, float] | None = None) -> StableDiffusion:

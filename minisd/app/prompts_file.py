@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minisd.app.jobs import Job, Source, assign_batches, slug
+from minisd.io.configs import parse_json
 from minisd.io.diffusers_folder import Defaults
 from minisd.pipeline.settings import SETTINGS, Setting, Settings
 
@@ -67,14 +67,9 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("duplicate key")
-        return dict(pairs)
-
     try:
-        values = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise ValueError(f'not JSON ({error}); expected {{"prompt": "a fox"}}') from error
     if not isinstance(values, dict):
         raise ValueError('not an object; expected {"prompt": "a fox"}')

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-import threading
+import webbrowser
+from contextlib import suppress
 from importlib import metadata
 from typing import Annotated
 
 import typer
 
 from minisd.app.options import Device, Precision
-from minisd.features.distributed import log
+from minisd.features.distributed import log, show
 
 
 def serve(
@@ -32,49 +33,55 @@ def serve(
       minisd serve
       minisd serve stable-diffusion-v1-5/stable-diffusion-v1-5 --port 8080 --open
     """
-    try:
-        metadata.version("gradio")  # an import would also find a folder of that name
-    except metadata.PackageNotFoundError:
-        raise OSError('minisd serve needs gradio, which is not installed; run: pip install "minisd[web]"') from None
-    _check_free(host, port)
-    if not _is_loopback(host):
-        log(
-            f"warning: --host {host} lets anyone on the network use this page and draw on this machine; "
-            "there is no password. Omit --host to restrict access to this machine"
-        )
-    import torch
+    for package in ("starlette", "uvicorn"):
+        try:
+            metadata.version(package)  # an import would also find a folder of that name
+        except metadata.PackageNotFoundError:
+            advice = 'which is not installed; run: pip install "minisd[web]"'
+            raise OSError(f"minisd serve needs {package}, {advice}") from None
+    with _listen(host, port) as listening:  # before loading a model
+        if not _is_loopback(host):
+            log(
+                f"warning: --host {host} lets anyone on the network use this page and draw on this machine; "
+                "there is no password. Omit --host to restrict access to this machine"
+            )
+        from minisd.app.provenance import Provenance
+        from minisd.features.validate import dtype_of
+        from minisd.pipeline.stable_diffusion import StableDiffusion
 
-    from minisd.app.provenance import Provenance
-    from minisd.pipeline.stable_diffusion import StableDiffusion
+        precision = None if dtype is None else dtype_of(dtype)
+        sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision)
+        provenance = Provenance.of(sd, model)
+        log(f"{provenance.model} on {sd.device} in {provenance.precision}")
+        from minisd.app.web import build, server
 
-    precision = None if dtype is None else getattr(torch, dtype)
-    sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision)
-    provenance = Provenance.of(sd, model)
-    log(f"{provenance.model} on {sd.device} in {provenance.precision}")
-    from minisd.app.web import launch
-
-    address, server = launch(sd, provenance, host, port, browser)
-    print(address, flush=True)
-    log("press Ctrl-C to stop")
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
+        app, address = build(sd, provenance, host), f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        show(address)
+        log("press Ctrl-C to stop")
+        if browser:
+            webbrowser.open(address)
+        with suppress(KeyboardInterrupt):
+            server(app).run([listening])
         log("stopped")
-    finally:
-        server.close(verbose=False)
 
 
-def _check_free(host: str, port: int) -> None:
-    """Raise OSError if the address is not available, before loading a model."""
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises OSError if the address is not available."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
+        listening = socket.socket(family, kind, protocol)
+        try:
             if os.name == "posix":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen()
+        except OSError:
+            listening.close()
+            raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(f"cannot listen on {host}, port {port}: {reason}; choose another --port or --host") from error
+    return listening
 
 
 def _is_loopback(host: str) -> bool:

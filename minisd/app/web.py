@@ -1,233 +1,305 @@
 """The web page of `minisd serve`: prompt, settings, step-by-step previews, and attention maps for each word.
 
-Built with Gradio. Images are sent inline as data URLs, so nothing is written to disk, and the page loads no external
-resources.
+A Starlette application without sessions, cookies, uploads or files. The page is `page.html`, `page.css` and `page.js`.
+It asks for a picture by one request, which is answered by one line of JSON per step; when the request ends, so does the
+drawing. Pictures are drawn one at a time and exist in memory only.
 """
 
 from __future__ import annotations
 
-import io
+import asyncio
+import contextlib
+import ipaddress
+import json
+import secrets
+import socket
 from base64 import b64encode
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from html import escape
+from io import BytesIO
 from pathlib import Path
+from string import Template
 from typing import Any
 
-import gradio as gr
+import uvicorn
 from PIL import Image
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as WebRequest
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisd.app.jobs import model_side
 from minisd.app.provenance import Provenance
 from minisd.app.web_drawing import Preview, Request, Result, draw, overlay
+from minisd.features.distributed import log
+from minisd.features.prompts import MAX_CHARACTERS
+from minisd.io.configs import parse_json
 from minisd.pipeline.settings import SAMPLER_LABELS, SETTINGS, Settings
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
 ERRORS = (ValueError, TypeError, FloatingPointError, MemoryError)  # errors with user-facing messages
-PICTURE = -1  # the chip that shows the picture without a map
-# the settings on the page, dropdowns last
+# the settings on the page, menus last
 SHOWN = {
     name: SETTINGS[name]
     for name in sorted(SETTINGS, key=lambda name: bool(SETTINGS[name].choices))
     if SETTINGS[name].label
 }
-FONT = ("system-ui", "sans-serif")
+TEXTS = ("prompt", "negative_prompt", "seed")
+MAX_BODY = 2**20  # bytes of a request
+MAX_SECONDS = 10  # to send a request, or to take a part of the answer
+MAX_WAITING = 32  # drawings
+MAX_RESULTS = 16  # finished pictures whose word maps can be asked for
+MAX_CONNECTIONS = 100
+POLL_SECONDS = 0.25  # how often a drawing that waits looks whether its page still does
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
 
 
-@dataclass(eq=False)
-class Session:
-    """The state of one open page: the number of its latest run, which cancels earlier ones, and its latest result."""
-
-    run: int = 0
-    result: Result | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class Page:
-    """Event handlers of the page, with no state other than the session."""
+    """The request handlers, with the queue of drawings and the latest results."""
 
-    sd: StableDiffusion
-    provenance: Provenance
+    def __init__(self, sd: StableDiffusion, provenance: Provenance) -> None:
+        self.sd, self.provenance = sd, provenance
+        self.turn, self.waiting = asyncio.Lock(), 0
+        self.results: OrderedDict[str, Result] = OrderedDict()
+        self.worker = ThreadPoolExecutor(1)  # draws all pictures, so never two at a time
 
-    def begin(self, session: Session) -> tuple[Any, ...]:
-        """Start a new run, which cancels any earlier run of this page at its next step."""
-        session.run += 1
-        return session.run, _status("Waiting for other pages …"), gr.update(interactive=True)
-
-    def stop(self, session: Session) -> None:
-        """Cancel the current run, whether drawing or waiting."""
-        session.run += 1
-
-    def draw(
-        self, session: Session, run: int, prompt: str, negative_prompt: str, seed: str, *values: Any
-    ) -> Iterator[tuple[Any, ...]]:
-        """Draw a picture, yielding updates (view, status, words, stop button) after each step and at the end.
-
-        `values` are those of the settings on the page, in order.
-        """
-        same, idle = gr.skip(), gr.update(interactive=False)
-        if session.run != run:
-            yield same, _status("Stopped before the first step."), same, idle
-            return
-        settings = {name: _clean(value) for name, value in zip(SHOWN, values, strict=True)}
+    async def draw(self, request: WebRequest) -> ASGIApp:
+        """Answer with one JSON object per line: steps, then the result or an error."""
         try:
-            for frame in draw(self.sd, self.provenance, Request(prompt, negative_prompt, seed, settings)):
-                if isinstance(frame, Result):
-                    session.result = frame
-                    yield _view(frame.file, prompt), _finished(frame), _chips(frame), idle
-                    return
-                if session.run != run:
-                    yield same, _status(f"Stopped after step {frame.call} of {frame.num_calls}."), same, idle
-                    return
-                clear = gr.update(choices=[], value=None, visible=False) if frame.call == 1 else same
-                yield _view(_png(frame.picture), f"{prompt}, unfinished"), _progress(frame), clear, same
-        except ERRORS as error:
-            message = str(error)
-            for name, setting in SHOWN.items():
-                message = message.replace(name, setting.label.lower())
-            yield same, _status("", error=message), same, idle
+            values = await _read(request, {*TEXTS, *SHOWN})
+            settings = {name: _number(name, values[name]) for name in SHOWN if values.get(name)}
+            prompt, negative_prompt, seed = (values.get(name, "") for name in TEXTS)
+            wanted = Request(prompt, negative_prompt, seed, settings)
+        except ValueError as error:
+            return PlainTextResponse(_said(error), 400)
+        if self.waiting >= MAX_WAITING:
+            return PlainTextResponse(f"{MAX_WAITING} drawings wait already; try again later", 503)
 
-    def look(self, session: Session, chosen: int | None) -> tuple[str, str]:
-        """Show or remove the overlay of a word's attention map; return updates (view, status)."""
-        result = session.result
-        if result is None or chosen is None:
-            return gr.skip(), gr.skip()
-        if not 0 <= chosen < len(result.words):
-            return _view(result.file, result.name), _finished(result)
-        word, maps = result.words[chosen], result.maps
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_in_time(message: Message) -> None:  # a page that does not read holds up the others
+                async with asyncio.timeout(MAX_SECONDS):
+                    await send(message)
+
+            self.waiting += 1
+            events = self._events(request, wanted)
+            try:
+                with contextlib.suppress(TimeoutError):
+                    await StreamingResponse(events, media_type="application/x-ndjson")(scope, receive, send_in_time)
+            finally:
+                self.waiting -= 1
+                await events.aclose()
+
+        return answer
+
+    async def _events(self, request: WebRequest, wanted: Request) -> AsyncGenerator[str, None]:
+        """Wait for the turn, then draw; give up at the next step once nobody waits for the picture."""
+        turn = asyncio.create_task(self.turn.acquire())
+        frames, loop = draw(self.sd, self.provenance, wanted), asyncio.get_running_loop()
+        try:
+            while not (await asyncio.wait({turn}, timeout=POLL_SECONDS))[0]:
+                if await request.is_disconnected():
+                    return
+            while not await request.is_disconnected():
+                frame = await loop.run_in_executor(self.worker, partial(next, frames, None))
+                if frame is None:
+                    return
+                yield json.dumps(self._event(frame)) + "\n"
+        except ERRORS as error:
+            yield json.dumps({"error": _said(error)}) + "\n"
+        except Exception as error:
+            log(f"unexpected {type(error).__name__}: {error}")
+            yield json.dumps({"error": f"unexpected {type(error).__name__}; see the terminal of the server"}) + "\n"
+        finally:
+            self.worker.submit(frames.close)
+            if not turn.cancel() and not turn.cancelled():
+                self.turn.release()
+
+    def _event(self, frame: Preview | Result) -> dict[str, Any]:
+        if isinstance(frame, Preview):
+            return {"picture": _encode(_png(frame.picture)), "call": frame.call, "calls": frame.num_calls}
+        number = secrets.token_urlsafe()
+        self.results[number] = frame
+        if len(self.results) > MAX_RESULTS:
+            self.results.popitem(last=False)
+        words = [word.text for word in frame.words]
+        shown = {name: getattr(frame, name) for name in ("name", "seconds", "notes")}
+        # a seed can be larger than the integers of JavaScript
+        return {"id": number, "picture": _encode(frame.file), "seed": str(frame.seed), "words": words, **shown}
+
+    async def look(self, request: WebRequest) -> Response:
+        """Answer with the overlay of a word's attention map, and its description."""
+        try:
+            values = await _read(request, {"id", "word"})
+            result = self.results.get(values.get("id", ""))
+            if result is None:
+                raise ValueError("this picture is no longer in memory; draw it again")
+            index = _number("word", values.get("word", ""))
+            if index not in range(len(result.words)):
+                raise ValueError(f"expected the number of a word, below {len(result.words)}")
+        except ValueError as error:
+            return PlainTextResponse(str(error), 400)
+        word, maps = result.words[index], result.maps
         weights = maps.of(word)
         mean = f"mean of {maps.layers} layers, {maps.heads} heads and {result.num_calls} calls of the UNet"
         share = f"{weights.max():.1%} of the cross-attention is on this word"
-        text = f"“{escape(word.text)}”: where it is brightest, {share} ({mean})."
-        shown = _png(overlay(result.picture, weights))
-        return _view(shown, f"attention to the word: {word.text}"), _finished(result, text)
+        text = f"“{word.text}”: where it is brightest, {share} ({mean})."
+        return JSONResponse({"picture": _encode(_png(overlay(result.picture, weights))), "text": text})
 
 
-def build(sd: StableDiffusion, provenance: Provenance) -> gr.Blocks:
-    """Build the page for a model. Sessions share only the model; pictures are drawn one at a time."""
-    page, side = Page(sd, provenance), model_side(sd)
-    with gr.Blocks(title="minisd", analytics_enabled=False) as blocks:
-        session, run = gr.State(Session()), gr.Number(visible=False)
-        title = f"{escape(provenance.model)} · {side}×{side} · {provenance.device}, {provenance.precision}"
-        gr.HTML(f'<div class="head"><h1>minisd</h1><span>{title}</span></div>', elem_id="head")
-        with gr.Row():
-            with gr.Column(scale=5, min_width=300):
-                prompt = gr.Textbox(
-                    "a fox in the snow", label="Prompt", info="(words:1.3) for more weight, [words] for less",
-                    max_lines=6, elem_id="prompt",
-                )  # fmt: skip
-                negative = gr.Textbox(label="Negative prompt", max_lines=4, elem_id="negative")
-                with gr.Row():
-                    seed = gr.Textbox(label="Seed", placeholder="random", min_width=110, elem_id="seed")
-                    settings = _settings(Settings.choose({}, sd.defaults))
-                with gr.Row():
-                    start = gr.Button("Draw", variant="primary", scale=3, min_width=120, elem_id="draw")
-                    stop = gr.Button("Stop", interactive=False, scale=1, min_width=80, elem_id="stop")
-            with gr.Column(scale=5, min_width=300):
-                view = gr.HTML(_frame('<span class="hint">Your picture appears here.</span>'), elem_id="view")
-                words = gr.Radio(
-                    [], label="Which part of the picture attends to a word?", visible=False, elem_id="words"
-                )
-                status = gr.HTML(_status(""), elem_id="status")
-        fields = [prompt, negative, seed, *settings]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "multiple", "api_visibility": "private"}
-        begun = gr.on(
-            [start.click, prompt.submit, negative.submit, seed.submit],
-            page.begin, [session], [run, status, stop], queue=False, **quiet,
-        )  # fmt: skip
-        begun.then(page.draw, [session, run, *fields], [view, status, words, stop], concurrency_limit=1, **quiet)
-        stop.click(page.stop, [session], None, queue=False, **quiet)
-        words.input(page.look, [session, words], [view, status], queue=False, **quiet)
-    return blocks
+class Guard:
+    """Middleware that answers only requests to this server from its own page, and adds headers for the browser.
+
+    A name that an attacker lets point at this machine (DNS rebinding) is not among the allowed hosts; the request of
+    another site's page has another origin.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self.app, self.names = app, {"localhost", socket.gethostname().lower(), host.lower()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = Headers(scope=scope)
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] += [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
+            await send(message)
+
+        refused = None if self._is_own(headers) else PlainTextResponse("unknown host or origin", 403)
+        await (refused or self.app)(scope, receive, send_guarded)
+
+    def _is_own(self, headers: Headers) -> bool:
+        host, *others = headers.getlist("host") or [""]
+        if others or not self._is_allowed(host):
+            return False
+        origins = [origin.partition("://")[2] for origin in headers.getlist("origin")]
+        site = headers.get("sec-fetch-site", "none")
+        # links from other sites to the page are fine, requests by their scripts are not
+        return all(origin.lower() == host.lower() for origin in origins) and (
+            site in ("none", "same-origin") or headers.get("sec-fetch-mode") == "navigate"
+        )
+
+    def _is_allowed(self, host: str) -> bool:
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() and not host.endswith("]") else host
+        try:
+            return bool(ipaddress.ip_address(name.removeprefix("[").removesuffix("]")))
+        except ValueError:
+            return name.lower() in self.names
 
 
-def _settings(defaults: Settings) -> list[Any]:
-    """Create the widgets for the settings on the page, with the model's defaults."""
-    widgets: list[Any] = []
-    for name, setting in SHOWN.items():
-        common: dict[str, Any] = {"label": setting.label, "elem_id": setting.label.lower()}
-        if name == "sampler":
-            choices = [
-                (f"model default: {defaults.texts()[setting.png]}", ""),
-                *((label, name) for name, label in SAMPLER_LABELS.items()),
-            ]
-            widgets.append(gr.Dropdown(choices, value="", min_width=300, **common))
-        else:
-            widgets.append(gr.Number(getattr(defaults, name), min_width=80, **common))
-    return widgets
-
-
-def launch(sd: StableDiffusion, provenance: Provenance, host: str, port: int, browser: bool) -> tuple[str, gr.Blocks]:
-    """Serve the page in the background on this address only; return the URL and the server."""
-    blocks = build(sd, provenance)
-    _, address, _ = blocks.launch(
-        server_name=f"[{host}]" if ":" in host else host,
-        server_port=port,
-        inbrowser=browser,
-        prevent_thread_lock=True,
-        share=False,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-        run_history=False,
-        enable_monitoring=False,
-        footer_links=[],
-        max_file_size=1,  # in bytes; the page accepts no uploads
-        quiet=True,
-        css_paths=Path(__file__).with_name("page.css"),
-        theme=_theme(),
+def build(sd: StableDiffusion, provenance: Provenance, host: str) -> ASGIApp:
+    """Build the application for a model, for a server that listens on `host`."""
+    page, folder, side = Page(sd, provenance), Path(__file__).parent, model_side(sd)
+    title = f"{provenance.model} · {side}×{side} · {provenance.device}, {provenance.precision}"
+    html = Template((folder / "page.html").read_text(encoding="utf-8")).substitute(
+        title=escape(title), characters=MAX_CHARACTERS, fields=_fields(Settings.choose({}, sd.defaults))
     )
-    return address, blocks
+    kinds = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+    contents = {name: html if not name else (folder / name).read_text(encoding="utf-8") for name in kinds}
+
+    def content(name: str, request: WebRequest) -> Response:
+        return Response(contents[name], media_type=kinds[name])
+
+    routes = [Route(f"/{name}", partial(content, name)) for name in kinds]
+    routes += [Route("/draw", page.draw, methods=["POST"]), Route("/look", page.look, methods=["POST"])]
+    return Guard(Starlette(routes=routes), host)
 
 
-def _theme() -> gr.themes.Base:
-    """Return Gradio's default theme with system fonts."""
-    blue = gr.themes.Color(*["#e6f2fa", "#cce4f4", "#99cae9", "#66afde", "#3395d3", *["#0072B2"] * 2, *["#005a8e"] * 4])
-    base = gr.themes.Default(primary_hue=blue, neutral_hue="slate", font=FONT, font_mono=("ui-monospace", "monospace"))
-    # Gradio's default gray for small text has too little contrast on white
-    return base.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
+def server(app: ASGIApp) -> uvicorn.Server:
+    """Return a server without logs, proxies and WebSockets; `run` serves on listening sockets until Ctrl-C."""
+    config = uvicorn.Config(
+        app,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(config)
 
 
-def _clean(value: Any) -> Any:
-    """Convert a field's value: empty to None, and integral floats, which some browsers send, to int."""
-    return int(value) if isinstance(value, float) and value.is_integer() else None if value == "" else value
+async def _read(request: WebRequest, names: set[str]) -> dict[str, str]:
+    """Read a JSON object of texts from the body. Raises ValueError for anything else."""
+    body = b""
+    if request.headers.get("content-type") != "application/json":
+        raise ValueError("expected application/json")
+    try:
+        async with asyncio.timeout(MAX_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY:
+                    raise ValueError(f"the request has more than {MAX_BODY:,} bytes; shorten the prompts")
+    except (TimeoutError, ClientDisconnect) as error:
+        raise ValueError("the request is incomplete") from error
+    values = parse_json(body.decode("utf-8"))
+    if not isinstance(values, Mapping) or not names >= values.keys():
+        raise ValueError(f"expected an object with {', '.join(sorted(names))}")
+    if not all(isinstance(value, str) for value in values.values()):
+        raise ValueError("expected texts only")
+    return dict(values)
+
+
+def _said(error: Exception) -> str:
+    """Return the message of an error, with the settings named as on the page."""
+    message = str(error)
+    for name, setting in SHOWN.items():
+        message = message.replace(name, setting.label.lower())
+    return message
+
+
+def _number(name: str, text: str) -> Any:
+    """Convert the text of a field; that of a menu stays as it is."""
+    if name in SHOWN and SHOWN[name].choices:
+        return text
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    raise ValueError(f"{name} {text[:40]!r} is not a number")
+
+
+def _fields(defaults: Settings) -> str:
+    """Return the HTML of the settings on the page, with the model's defaults."""
+    fields = ""
+    for name, setting in SHOWN.items():
+        common = f'name="{name}" autocomplete="off"'
+        if setting.choices:
+            labels = SAMPLER_LABELS if name == "sampler" else {choice: choice for choice in setting.choices}
+            shown = {"": f"model default: {defaults.texts()[setting.png]}", **labels}
+            options = "".join(f'<option value="{value}">{escape(label)}</option>' for value, label in shown.items())
+            widget = f"<select {common}>{options}</select>"
+        else:
+            step = "1" if setting.kind is int else "any"
+            value = setting.to_text(getattr(defaults, name))
+            widget = f'<input type="number" step="{step}" value="{escape(value)}" {common}>'
+        wide = ' class="wide"' if setting.choices else ""
+        fields += f'<label id="{setting.label.lower()}"{wide}>{setting.label} {widget}</label>\n'
+    return fields
 
 
 def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
+    buffer = BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def _url(file: bytes) -> str:
-    return f"data:image/png;base64,{b64encode(file).decode()}"
-
-
-def _frame(content: str) -> str:
-    return f'<figure class="view">{content}</figure>'
-
-
-def _view(file: bytes, alt: str) -> str:
-    return _frame(f'<img src="{_url(file)}" alt="{escape(alt)}">')
-
-
-def _status(text: str, error: str = "", notes: list[str] | None = None) -> str:
-    alert = f'<div class="error" role="alert">{escape(error)}</div>' if error else ""
-    more = "".join(f'<div class="note">{escape(note)}</div>' for note in notes or [])
-    return f'<div class="status" role="status">{text}{alert}{more}</div>'
-
-
-def _progress(frame: Preview) -> str:
-    bar = f'<progress value="{frame.call}" max="{frame.num_calls}"></progress>'
-    return _status(f"{bar}Step {frame.call} of {frame.num_calls}")
-
-
-def _finished(result: Result, text: str = "") -> str:
-    link = f'<a download="{escape(result.name)}" href="{_url(result.file)}">Download PNG</a>'
-    row = f'<div class="row"><span>Seed {result.seed}, drawn in {result.seconds:.1f} s</span>{link}</div>'
-    return _status(row + (f'<p class="hint">{text}</p>' if text else ""), notes=result.notes)
-
-
-def _chips(result: Result) -> Any:
-    choices = [("picture", PICTURE), *((word.text, i) for i, word in enumerate(result.words))]
-    return gr.update(choices=choices, value=PICTURE, visible=bool(result.words))
+def _encode(file: bytes) -> str:
+    return b64encode(file).decode()

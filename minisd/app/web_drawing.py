@@ -6,17 +6,16 @@ Requests share only the model, which drawing does not modify.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from io import BytesIO
 from typing import Any
 
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from minisd.app.jobs import Job, model_side, slug, unknown_words_warning
-from minisd.app.metadata import save_png
+from minisd.app.metadata import write_png
 from minisd.app.provenance import Provenance
 from minisd.features.attention_maps import Word, WordMaps, split_words
 from minisd.features.prompts import TOKENS_PER_CHUNK, Chunk, read
@@ -58,7 +57,7 @@ class Result:
     seconds: float
 
 
-def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Iterator[Preview | Result]:
+def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Generator[Preview | Result, None, None]:
     """Yield a preview after each UNet call, then the result, which is identical to that of `minisd generate`.
 
     Raises ValueError or TypeError for invalid settings before any computation, later those of `denoise` and `decode`.
@@ -118,6 +117,6 @@ def _notes(sd: StableDiffusion, job: Job, chunks: list[Chunk]) -> list[str]:
 
 
 def _png(picture: Image.Image, job: Job, provenance: Provenance) -> bytes:
-    text, record = job.parameters(provenance), job.record(provenance)
-    with TemporaryDirectory() as folder:
-        return save_png(picture, Path(folder) / "picture.png", text, record=record).read_bytes()
+    file = BytesIO()
+    write_png(picture, file, job.parameters(provenance), job.record(provenance))
+    return file.getvalue()

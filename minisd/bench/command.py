@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from minisd.features.distributed import log
+from minisd.features.distributed import log, show
 
 CORES = os.cpu_count() or 1
 Model = Annotated[
@@ -106,7 +106,7 @@ def _compare(model: str, output: Path, alone: bool, **options: Any) -> None:
         report = compare.run(folder, compare.Settings(libraries=libraries, **options), log=log)
     compare.write(report, output)
     log(compare.table(report))
-    print(output)
+    show(output)
 
 
 def _model(name: str) -> AbstractContextManager[Path]:
@@ -139,7 +139,7 @@ def _preset(
     compare.write_json(report, output)
     save_atomically(lambda path: picture.save(path, format="PNG"), output.with_suffix(".png"))
     log(presets.table(report))
-    print(output)
+    show(output)
 
 
 def _training(output: Path, repeats: int, threads: int, dtype: str | None) -> None:
@@ -152,7 +152,7 @@ def _training(output: Path, repeats: int, threads: int, dtype: str | None) -> No
     report = trainings.run(settings, log=log)
     compare.write_json(report, output)
     log(trainings.table(report))
-    print(output)
+    show(output)
 
 
 def _throughput(model: str, output: Path, repeats: int, threads: int, pictures: int) -> None:
@@ -163,4 +163,4 @@ def _throughput(model: str, output: Path, repeats: int, threads: int, pictures: 
         report = throughputs.run(folder, throughputs.Settings(pictures, repeats, threads), log=log)
     compare.write_json(report, output)
     log(throughputs.table(report))
-    print(output)
+    show(output)

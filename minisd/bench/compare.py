@@ -26,6 +26,7 @@ from torch import nn
 
 from minisd.bench.process import Process
 from minisd.config import SD15, ModelConfig
+from minisd.features.distributed import child_environment
 from minisd.io.atomic import save_atomically
 
 CEILING_SIDE = 4096
@@ -277,7 +278,8 @@ def _import_seconds(name: str) -> float:
     if name == "minisd":
         statement += "; minisd.StableDiffusion"
     code = f"import time; s = time.perf_counter(); {statement}; print(time.perf_counter() - s)"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=True)
     return float(process.stdout.split()[-1])
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
+
+from minisd.features.distributed import child_environment
 
 if TYPE_CHECKING:
     from minisd.bench.compare import Settings
@@ -18,7 +19,7 @@ class Process:
 
     def __init__(self, library: str, settings: Settings) -> None:
         self.library = library
-        environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
+        environment = child_environment(OMP_NUM_THREADS=settings.threads, HF_HUB_OFFLINE=1)
         command = [sys.executable, "-m", "minisd.bench.worker", library]
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (closed by `close`): output of the libraries
         self._process = subprocess.Popen(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 from minisd.bench.compare import Settings as Machine
 from minisd.bench.compare import machine
+from minisd.features.distributed import child_environment
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run(model: Path, settings: Settings, log: Callable[[str], None] = print) -> 
 
 
 def _time(command: list[str], threads: int, model: Path, prompts: Path, output: Path) -> float:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = child_environment(OMP_NUM_THREADS=threads)
     arguments = ["generate", "--model", str(model), "--prompts", str(prompts), "--output", str(output), "--seed", "0"]
     started = time.perf_counter()
     process = subprocess.run([*command, *arguments, "--device", "cpu"], env=environment, capture_output=True, text=True)

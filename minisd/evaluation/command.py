@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from minisd.features.distributed import log
+from minisd.features.distributed import log, show
 
 
 def evaluate(
@@ -32,4 +32,4 @@ def evaluate(
         drawn, real = ("{share} [{low}, {high}] of {of}".format(**shares[kind]) for kind in ("drawn", "real"))
         line = f"{name:<12} drawn {drawn:<32} real scenes {real}"
         log(line + ("" if shares["quoted"] else "  (judge below 97%)"))
-    print(output / "evaluation.json")
+    show(output / "evaluation.json")

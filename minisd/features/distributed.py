@@ -1,20 +1,39 @@
-"""Multi-process utilities for `torchrun`."""
+"""Output to the terminal, and multi-process utilities for `torchrun`."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     import torch
 
 
+# Control characters, except line breaks and tabs, and those that reorder text: all that steers a terminal.
+CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def log(text: str) -> None:
     """Print a line to stderr; stdout is reserved for file names."""
-    print(text, file=sys.stderr, flush=True)
+    show(text, sys.stderr)
+
+
+def show(text: object, file: TextIO | None = None) -> None:
+    """Print a line in a single write, so that lines from several processes do not interleave.
+
+    Characters that steer the terminal are escaped as in Python: \\x1b.
+    """
+    line = CONTROLS.sub(lambda match: ascii(match[0])[1:-1], str(text))
+    print(f"{line}\n", end="", file=file, flush=True)
+
+
+def child_environment(**variables: object) -> dict[str, str]:
+    """Return the environment for Python processes, which then import no modules from the working folder."""
+    return os.environ | {"PYTHONSAFEPATH": "1"} | {name: str(value) for name, value in variables.items()}
 
 
 def rank() -> int:

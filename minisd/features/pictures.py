@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -19,7 +19,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """
     picture = _upright(picture)
     if {"A", "a"} & {*picture.getbands()} or "transparency" in picture.info:
-        picture = picture.convert("LA" if picture.mode == "La" else "RGBA").convert("RGBA")
+        picture = picture.convert("LA") if picture.mode == "La" else picture
+        picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return _to_eight_bits(picture, "RGB")
@@ -38,7 +39,8 @@ def _upright(picture: Image.Image) -> Image.Image:
         raise TypeError(f"expected a PIL image, got {type(picture).__name__}; open files with PIL.Image.open(path)")
     if not picture.width or not picture.height:
         raise ValueError(f"the image is {picture.width}×{picture.height}; expected at least one pixel")
-    return ImageOps.exif_transpose(picture)
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(picture) if turned else picture  # without a copy
 
 
 def _to_eight_bits(picture: Image.Image, mode: str) -> Image.Image:
@@ -48,7 +50,9 @@ def _to_eight_bits(picture: Image.Image, mode: str) -> Image.Image:
             raise FloatingPointError("the image contains NaN or infinity; expected finite values")
         eight = picture.mode == "I" and values.max() <= 255
         scale = max(float(values.max()), 1.0) if picture.mode == "F" else 255 if eight else 65535
-        picture = Image.fromarray((values / scale * 255).clip(0, 255).round().astype(np.uint8))
+        values = values / scale
+        values *= 255
+        picture = Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8))
     try:
         return picture.convert(mode)
     except ValueError as error:

@@ -25,6 +25,7 @@ OPENING = {")": "(", "]": "["}
 MAX_WEIGHT = 10.0  # in absolute value
 TOKENS_PER_CHUNK = 75  # excluding the start and end tokens
 MAX_CHUNKS = 8  # per prompt
+MAX_DEPTH = 64  # of open brackets: the time to apply their weights grows with it
 MAX_CONTEXT_CHUNKS = 64  # per batch; lcm(7, 8) = 56
 MAX_CHARACTERS, MAX_WORD = 50_000, 2_000  # far beyond 8 chunks; tokenization is quadratic in the length of a word
 
@@ -66,13 +67,16 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be a str, got {type(prompt).__name__}: {prompt!r:.80}")
+    check_length(prompt)  # before anything whose time grows faster than the length
     if not BRACKET.search(prompt):
-        return [(_check_length(prompt), 1.0)]
+        return [(prompt, 1.0)]
     texts, weights = [], _Weights()
     for match in SYNTAX.finditer(prompt):
         token, number = match[0], match["number"]
         if token in FACTORS:
             weights.open[token].append(len(weights.values))
+            if sum(map(len, weights.open.values())) > MAX_DEPTH:
+                raise ValueError(f"the prompt {prompt[:40]!r} … has more than {MAX_DEPTH} open brackets: close some")
         elif number and weights.open["("]:
             weights.close("(", _check_weight(number, token, prompt))
         elif token in OPENING and weights.open[OPENING[token]]:
@@ -85,7 +89,6 @@ def parse(prompt: str) -> list[tuple[str, float]]:
     groups = groupby(zip(texts, weights.values, strict=True), key=lambda piece: round(piece[1], 9))
     pieces = [("".join(text for text, _ in group), weight) for weight, group in groups]
     weighted = [(text, _check_weight(weight, text, prompt)) for text, weight in pieces]
-    _check_length("".join(texts))
     return weighted or [("", 1.0)]
 
 
@@ -197,14 +200,14 @@ def common_length(*contexts: Tensor) -> list[Tensor]:
     return [context.repeat(1, common // count, 1) for context, count in zip(contexts, counts, strict=True)]
 
 
-def _check_length(text: str) -> str:
+def check_length(text: str) -> None:
+    """Raise ValueError for a text that takes long to tokenize."""
     longest = max(map(len, text.split()), default=0)
     if len(text) > MAX_CHARACTERS or longest > MAX_WORD:
         raise ValueError(
             f"the prompt has {len(text)} characters, with up to {longest} per word; expected at most {MAX_CHARACTERS}, "
             f"with up to {MAX_WORD} per word: shorten it"
         )
-    return text
 
 
 def _check_weight(weight: float | str, where: str, prompt: str) -> float:

@@ -13,6 +13,7 @@ from minisd.features.validate import check_strings
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import END_OF_WORD, Tokenizer, normalize
 
+MAX_WORD, MAX_VECTORS = 200, 600  # characters and tokens of a word; a prompt has at most 600 tokens
 TABLE = "text_model.embeddings.token_embedding.weight"  # the token embeddings in a TextEncoder's state dict
 
 
@@ -24,11 +25,14 @@ def add_token(tokenizer: Tokenizer, token: str, count: int = 1) -> Tokenizer:
 
     Raises:
         TypeError: If the word is not a string.
-        ValueError: If the word is empty or already in the vocabulary.
+        ValueError: If the word is empty, too long or already in the vocabulary.
     """
     if not isinstance(token, str):
         raise TypeError(f"token={token!r:.80}; expected a string")
     (token,) = check_strings("token", token)
+    if len(token) > MAX_WORD or count > MAX_VECTORS:
+        found = f"{len(token)} characters with {count} tokens"
+        raise ValueError(f"the word has {found}; expected at most {MAX_WORD} with {MAX_VECTORS}: pass a shorter token")
     word = normalize(token).strip()
     names = (word, *(f"{word}_{i}" for i in range(1, count)))
     if not word or count < 1:

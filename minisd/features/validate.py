@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,28 @@ def check_path(name: str, value: Any) -> Path:
     except OSError as error:
         raise ValueError(f"{name}={_shorten(value)} is not a valid path ({error.strerror}); shorten it") from error
     return path
+
+
+def check_inside(folder: Path, name: Any) -> Path:
+    """Check for the name of a file in a folder or below it, as data files contain it, with / between folders.
+
+    Raises ValueError for a path that leaves the folder on any system, also by a link, and unless it is a regular file.
+    """
+    windows = PureWindowsPath(name) if isinstance(name, str) else None
+    path = folder / str(name)
+    if windows is None or windows.anchor or {"..", ""} & {*windows.parts} or re.search(r"[\\:\0]", name):
+        raise ValueError(f"{_shorten(name)} is not the name of a file in {folder}; expected one such as '00.png'")
+    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{_shorten(name)} is not a regular file in {folder}; copy it there, without links")
+    return path
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of a name such as "float32". Raises ValueError for one that weights cannot have."""
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    if name not in known:
+        raise ValueError(f"precision {_shorten(name)}; expected one of {', '.join(known)}")
+    return known[name]
 
 
 def check_writable(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from minisd.features.adapters import layers_of
 from minisd.features.validate import check_float, check_path
 from minisd.io import tensors
 from minisd.io.atomic import save_atomically
-from minisd.io.configs import read_json
+from minisd.io.configs import parse_json, read_json
 from minisd.io.key_names import looks_like
 from minisd.io.tensors import CheckpointError, TensorInfo, printable, same_shape
 from minisd.lora import Layer, LoRA, LowRank
@@ -175,8 +174,8 @@ def _peft_settings(path: Path) -> Mapping[str, Any]:
     if path.stem == "adapter_model":
         return read_json(path.with_name("adapter_config.json"))
     try:
-        settings = json.loads(tensors.read_metadata(path).get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError) as error:
+        settings = parse_json(tensors.read_metadata(path).get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
         raise CheckpointError(f"{path} has invalid lora_adapter_metadata ({error}); download it again") from error
     return settings if isinstance(settings, dict) else {}
 

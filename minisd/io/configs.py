@@ -19,6 +19,7 @@ Config = TextEncoderConfig | AutoencoderConfig | UNetConfig | ScheduleConfig
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 MAX_JSON_BYTES = 2**26  # far more than the largest vocabulary or index of shards
+MAX_DEPTH = 64  # of nested JSON; deeper values overflow Python's stack
 MAX_SIZE = 2**20
 MAX_LEVELS = 8
 # Tighter limits for numbers of layers and table sizes.
@@ -61,11 +62,36 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; expected at most {MAX_JSON_BYTES:,}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON in UTF-8 ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} contains a {type(value).__name__}; expected a JSON object; download it again")
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON from outside. Raises ValueError if it is invalid, repeats a key or is nested more than 64 deep."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(values := dict(pairs)) < len(pairs):
+            raise ValueError("duplicate key")
+        return values
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            x
+            for item in level
+            for x in (item.values() if isinstance(item, dict) else item)
+            if isinstance(x, (dict, list))
+        ]
+    if level:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
     return value
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,9 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import HfApi, constants, errors
 
+from minisd.features.distributed import log
+from minisd.io.atomic import save_atomically
+from minisd.io.configs import read_json, write_json
 from minisd.io.diffusers_folder import STEMS, pick_weights
 from minisd.io.tensors import CheckpointError
 
@@ -50,7 +52,7 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
     except HubError:
         raise
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
-        return _cached(repo, revision, error)
+        return _cached(repo, variant, revision, error)
     files = {file.rfilename: file for file in info.siblings or ()}
     chosen = choose_files(files, variant)
     if not chosen:
@@ -59,10 +61,10 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
             "file, download it from the model page and pass its path"
         )
     find = huggingface_hub.try_to_load_from_cache
-    new = [files[name] for name in files if name in chosen and not isinstance(find(repo, name, revision=info.sha), str)]
-    size = sum(file.size or 0 for file in new)
+    new = [name for name in chosen if not isinstance(find(repo, name, revision=info.sha), str)]
+    size = sum(files[name].size or 0 for name in new)
     if new:
-        print(f"{repo}: downloading {len(new)} files, {size / 1e9:.2f} GB", file=sys.stderr, flush=True)
+        log(f"{repo}: downloading {len(new)} files, {size / 1e9:.2f} GB")
     bar = _limited_bar(2**24 + 2 * size)
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=chosen, tqdm_class=bar))
@@ -70,7 +72,8 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
         raise HubError(f"the download of {repo} failed ({error}); retry to resume it") from error
     if folder.name != info.sha:
         raise HubError(f"{repo} changed during the download; retry")
-    _verify(folder, new)
+    _check_places(folder, chosen)
+    _verify(folder, {name: file.lfs.sha256 for name in chosen if (file := files[name]).lfs is not None})
     return folder
 
 
@@ -123,32 +126,82 @@ def _limited_bar(limit: int) -> Any:
     return Bar
 
 
-def _cached(repo: str, revision: str | None, reason: Exception) -> Path:
+def _cached(repo: str, variant: str | None, revision: str | None, reason: Exception) -> Path:
+    """Return the cached folder of a model. Files that were never verified are hashed now."""
     with suppress(errors.HFValidationError):  # an invalid name
         index = huggingface_hub.try_to_load_from_cache(repo, "model_index.json", revision=revision)
         if isinstance(index, str):
-            return Path(index).parent
+            folder = Path(index).parent
+            chosen = choose_files((path.relative_to(folder).as_posix() for path in folder.rglob("*")), variant)
+            _check_places(folder, chosen)
+            # the cache names large files after their SHA-256
+            named = {name: (folder / name).resolve().name for name in chosen}
+            named = {name: digest for name, digest in named.items() if re.fullmatch("[0-9a-f]{64}", digest)}
+            _verify(folder, named | {name: entry[0] for name, entry in _read_record(folder).items() if name in chosen})
+            return folder
     raise HubError(
         f"{repo} is not in the cache and the hub cannot be reached ({reason}); check the connection, unset "
         "HF_HUB_OFFLINE, or pass a local folder"
     ) from reason
 
 
-def _verify(folder: Path, files: Iterable[Any]) -> None:
-    """Check that new files are inside the cache and match the hub's SHA-256; the client checks sizes only."""
+def _check_places(folder: Path, names: Iterable[str]) -> None:
+    """Raise HubError for a file outside the cache."""
     cache = folder.parent.parent.resolve()
-    for file in files:
-        path = folder / file.rfilename
+    for name in names:
+        path = folder / name
         if not path.resolve().is_relative_to(cache):
             path.unlink()
-            raise HubError(f"{constants.ENDPOINT} placed {file.rfilename} at {path.resolve()}; do not trust it")
-        if file.lfs is None:
+            raise HubError(f"{constants.ENDPOINT} placed {name} at {path.resolve()}; do not trust it")
+
+
+def _verify(folder: Path, digests: Mapping[str, str]) -> None:
+    """Compare files with their SHA-256, except those recorded as verified; the client compares only sizes.
+
+    A file that matches is recorded at once, any other is removed. Raises CheckpointError with the names of the latter.
+    """
+    damaged: dict[Path, str] = {}
+    record = _read_record(folder)
+    record = {name: [digest, 0, 0] for name, digest in digests.items()} | record  # so that offline runs know them
+    _write_record(folder, record)
+    for name, expected in digests.items():
+        path = folder / name
+        status = path.stat()
+        entry = [expected, status.st_size, status.st_mtime_ns]
+        if record[name] == entry:
             continue
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != file.lfs.sha256:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{file.rfilename} was corrupted in transit (sha256 {digest[:12]}…) and has been removed; retry"
-            )
+        if digest == expected:
+            record[name] = entry
+            _write_record(folder, record)
+        else:
+            damaged[path] = f"{name} was corrupted in transit (sha256 {digest[:12]}…)"
+    for path in damaged:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    if damaged:
+        raise CheckpointError(f"{', '.join(damaged.values())} and has been removed; retry")
+
+
+def _record_path(folder: Path) -> Path:
+    return folder.parent.parent / f"minisd-verified-{folder.name}.json"
+
+
+def _read_record(folder: Path) -> dict[str, list[Any]]:
+    """Return the SHA-256, size and modification time of each verified file; 0 for both before it is verified."""
+    try:
+        record = read_json(_record_path(folder))
+    except CheckpointError:
+        return {}
+    return {
+        name: entry
+        for name, entry in record.items()
+        if isinstance(entry, list) and len(entry) == 3 and re.fullmatch("[0-9a-f]{64}", str(entry[0]))
+    }
+
+
+def _write_record(folder: Path, record: Mapping[str, list[Any]]) -> None:
+    if record != _read_record(folder):
+        with suppress(OSError):  # in a cache that cannot be written, files are hashed each time
+            save_atomically(lambda temporary: write_json(temporary, record), _record_path(folder))

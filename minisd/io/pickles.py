@@ -11,8 +11,12 @@ from __future__ import annotations
 import io
 import pickletools
 import re
+import struct
 from pathlib import Path
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo, is_zipfile
+
+import torch
 
 MAX_PROGRAM_BYTES = 2**24  # ten times the size for a full checkpoint with optimizer state
 MAX_TUPLE_SIZE = 1000  # including nested items; hashing deeply nested tuples can hang or overflow Python's stack
@@ -94,10 +98,40 @@ def _check_archive(path: Path) -> None:
                     raise PickleError(f"contains {member.filename!r} in compressed form, which torch.save never writes")
             if (size := sizes["data.pkl"]) > MAX_PROGRAM_BYTES:
                 raise PickleError(f"has a pickle of {size:,} bytes; expected at most {MAX_PROGRAM_BYTES:,}")
+            _check_torch_agrees(path, archive)
             program = io.BytesIO(archive.read(f"{roots.pop()}/data.pkl"))
-    except (BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeError) as error:
+    except (BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeError, struct.error) as error:
         raise PickleError(f"is corrupted or incomplete ({error})") from error
     check_program(program)
+
+
+def _check_torch_agrees(path: Path, archive: ZipFile) -> None:
+    """Raise PickleError unless torch's own reader of zip archives finds the same records in the same places.
+
+    A file can hold two central directories, of which each reader finds another one.
+    """
+    try:
+        reader: Any = torch._C.PyTorchFileReader(str(path))
+        places = {n: (reader.get_record_offset(n), reader.get_record_size(n)) for n in reader.get_all_records()}
+        program = reader.get_record("data.pkl")
+    except RuntimeError as error:
+        raise PickleError("is corrupted or incomplete (torch cannot open the archive)") from error
+    members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
+    same = places == {name: (_data_offset(path, member), member.file_size) for name, member in members.items()}
+    # torch ignores case when it looks a record up
+    if (
+        not same
+        or len({name.lower() for name in members}) != len(members)
+        or program != archive.read(members["data.pkl"])
+    ):
+        raise PickleError("has two tables of contents that differ, which torch.save never writes; do not trust it")
+
+
+def _data_offset(path: Path, member: ZipInfo) -> int:
+    """Return where the data of a member begins, from its local header."""
+    with path.open("rb") as file:
+        file.seek(member.header_offset + 26)
+        return file.tell() + 4 + sum(struct.unpack("<HH", file.read(4)))
 
 
 def check_program(program: io.BytesIO) -> None:

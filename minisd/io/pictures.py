@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,19 +14,30 @@ from PIL import Image, ImageOps
 from minisd.features.pictures import to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 2**25  # an image of 8 kB can have as many; conversions take up to 16 bytes for each
 
 
 @contextmanager
 def opened_picture(path: str | PathLike[str]) -> Iterator[Image.Image]:
     """Open an image file as a context manager; of an animation, only the first frame.
 
-    Raises OSError for any error inside the context, for images above Pillow's limit of 179 million pixels (before they
-    are decompressed), and for formats whose readers run other programs, such as EPS.
+    A JPEG of 34 to 179 million pixels, which is Pillow's limit, is decoded at a fraction of its size.
+
+    Raises OSError for any error inside the context, for other images of more than 34 million pixels (before they are
+    decompressed), for anything but a regular file, and for formats whose readers run other programs, such as EPS.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or device could block forever
+        raise OSError(f"{path} is not a regular file; use a PNG, JPEG or WebP file")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # corrupted metadata with intact pixels
             with Image.open(path, formats=FORMATS) as picture:
+                for factor in (2, 4, 8):
+                    if picture.width * picture.height > MAX_PIXELS:
+                        picture.draft(None, (picture.width // factor, picture.height // factor))
+                if picture.width * picture.height > MAX_PIXELS:
+                    size = f"{picture.width}×{picture.height}"
+                    raise ValueError(f"it is {size}; expected at most {MAX_PIXELS:,} pixels: scale it down")
                 yield picture
     except FileNotFoundError:
         raise

@@ -97,18 +97,16 @@ class ImageEditing:
         ends = resolve_seeds(seeds, 2)
         shares = torch.linspace(0, 1, count).tolist()
         start, end = (gaussian_noise([seed], shape, self.device)() for seed in ends)
-        first, last = self.encode_text(texts, options.get("clip_skip", 1)).split(1)
         latents = torch.cat([slerp(start, end, share) for share in shares])
-        embeds = torch.cat([(1 - share) * first + share * last for share in shares])
-        negative_prompt, settings = (
-            options.pop("negative_prompt", ""),
-            self._settings(options.pop("preset", None), options),
-        )
-        numbers = [ends[0]] * count
-        request = check_request(
-            self, [texts[0]] * count, negative_prompt, settings, numbers, latents=latents, prompt_embeds=embeds
-        )
-        return self._draw(request, progress)
+        negative_prompt, preset = options.pop("negative_prompt", ""), options.pop("preset", None)
+        settings, numbers = self._settings(preset, options), [ends[0]] * count
+        with self.usage.drawing():  # no LoRA may be loaded between the embeddings and the images
+            first, last = self.encode_text(texts, options.get("clip_skip", 1)).split(1)
+            embeds = torch.cat([(1 - share) * first + share * last for share in shares])
+            request = check_request(
+                self, [texts[0]] * count, negative_prompt, settings, numbers, latents=latents, prompt_embeds=embeds
+            )
+            return self._draw(request, progress)
 
     def _request(
         self: StableDiffusion,

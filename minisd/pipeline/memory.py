@@ -1,13 +1,14 @@
-"""Device selection, CPU offloading and out-of-memory errors."""
+"""Device selection, CPU offloading, out-of-memory errors, and use of one model by several threads."""
 
 from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -101,3 +102,34 @@ def check_memory(sd: StableDiffusion, count: int, height: int, width: int, encod
     if free is not None and needed > free:
         batch = f"{count} image{'' if count == 1 else 's'} of {width}×{height}"
         raise ValueError(f"{batch} would need {needed / 1e9:,.1f} GB, but only {free / 1e9:.1f} GB are free; {ADVICE}")
+
+
+class Usage:
+    """The drawings in progress, so that no thread changes a model with which another one draws."""
+
+    def __init__(self) -> None:
+        self._lock, self._drawings = threading.RLock(), dict[object, int]()
+
+    def __reduce__(self) -> Any:  # a copy of a model is not in use
+        return Usage, ()
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Mark a drawing as in progress in this thread, once no other thread changes the model."""
+        drawing = object()
+        with self._lock:
+            self._drawings[drawing] = threading.get_ident()
+        try:
+            yield
+        finally:
+            del self._drawings[drawing]
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Keep other threads from starting to draw. Raises RuntimeError if one does already."""
+        with self._lock:
+            if {*self._drawings.values()} - {threading.get_ident()}:
+                raise RuntimeError(
+                    "another thread is drawing with this model; change it afterwards, or load another one"
+                )
+            yield

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 class ModelFiles:
-    """Mixin with the methods of `StableDiffusion` that load, save or modify weights."""
+    """Mixin with the methods of `StableDiffusion` that load, save or modify weights.
+
+    Those that modify them raise RuntimeError while another thread draws.
+    """
+
+    usage: memory.Usage
 
     _compile_options: dict[str, Any] | None = None
 
@@ -87,24 +92,29 @@ class ModelFiles:
         """
         name = check_path("path", path).stem if name is None else name
         parts = {"unet": self.unet, "text_encoder": self.text_encoder}
-        self.adapters.add(name, read_lora(path, parts), layers_of(parts), weight)
+        with self.usage.changing():
+            self.adapters.add(name, read_lora(path, parts), layers_of(parts), weight)
         return name
 
     def set_adapters(self: StableDiffusion, weights: Mapping[str, float]) -> None:
         """Set the weights of the named LoRAs, and disable all others. Raises ValueError for an unknown name."""
-        self.adapters.set_weights(weights)
+        with self.usage.changing():
+            self.adapters.set_weights(weights)
 
     def fuse_lora(self: StableDiffusion) -> None:
         """Merge the loaded LoRAs into the weights, so that inference has no overhead; `unfuse_lora` reverts this."""
-        self.adapters.fuse()
+        with self.usage.changing():
+            self.adapters.fuse()
 
     def unfuse_lora(self: StableDiffusion) -> None:
         """Restore the exact weights from before `fuse_lora`; the LoRAs stay loaded."""
-        self.adapters.unfuse()
+        with self.usage.changing():
+            self.adapters.unfuse()
 
     def unload_lora(self: StableDiffusion, name: str | None = None) -> None:
         """Remove one LoRA, or all of them, fused or not, and restore the original weights."""
-        self.adapters.unload(name)
+        with self.usage.changing():
+            self.adapters.unload(name)
 
     def load_textual_inversion(self: StableDiffusion, path: str | PathLike[str], token: str | None = None) -> str:
         """Load a textual inversion and return its token, which prompts may then contain.
@@ -112,7 +122,8 @@ class ModelFiles:
         Raises CheckpointError for an invalid file, and ValueError if the token exists or the embedding does not fit.
         """
         word, vectors = read_textual_inversion(path, token)
-        self.tokenizer = add_word(self.tokenizer, self.text_encoder, word, vectors)
+        with self.usage.changing():
+            self.tokenizer = add_word(self.tokenizer, self.text_encoder, word, vectors)
         return word
 
     def compile(self: StableDiffusion, **options: Any) -> None:
@@ -125,6 +136,7 @@ class ModelFiles:
             options: Arguments for `torch.compile`, such as `mode="reduce-overhead"`.
         """
         options = {"fullgraph": True, "dynamic": False, **options}
-        for part in (self.unet, self.autoencoder.decoder):
-            part.compile(**options)
-        self._compile_options = options
+        with self.usage.changing():
+            for part in (self.unet, self.autoencoder.decoder):
+                part.compile(**options)
+            self._compile_options = options

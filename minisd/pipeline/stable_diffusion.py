@@ -50,7 +50,8 @@ class StableDiffusion(ImageEditing, ModelFiles):
     """Pipeline for text-to-image, image-to-image and inpainting.
 
     The modules are plain attributes: tokenizer, text_encoder, unet, autoencoder, schedule. Drawing is stateless and
-    thread-safe without `offload`; only loading and setting adapters modifies the object.
+    thread-safe without `offload`; only loading and setting adapters modifies the object, and is refused while another
+    thread draws.
 
     Args:
         config, tokenizer, text_encoder, unet, autoencoder: The configuration and the modules of the model.
@@ -81,7 +82,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
         speed_up(unet)
         speed_up(autoencoder)
         self.schedule = Schedule(config.schedule)
-        self.adapters = Adapters()
+        self.adapters, self.usage = Adapters(), memory.Usage()
         self.offload, self.tile = offload, unet.config.sample_size * 3 // 2 if tile else None
         self.downscale = config.autoencoder.downscale  # pixels per latent along each side
 
@@ -183,8 +184,12 @@ class StableDiffusion(ImageEditing, ModelFiles):
             picture.info["seed"] = seed
         return pictures
 
-    @torch.inference_mode()
     def _denoise(self, request: Request) -> Iterator[Step]:
+        with self.usage.drawing():
+            yield from self._steps(request)
+
+    @torch.inference_mode()
+    def _steps(self, request: Request) -> Iterator[Step]:
         cond, uncond = self._contexts(request)
         noise = gaussian_noise(request.seeds, request.shape, self.device)
         if request.latents is not None:

@@ -6,7 +6,6 @@ Nothing of the model itself is trained. The pictures lie in a folder as Hugging 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from copy import deepcopy
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minisd.features.adapters import layers_of
-from minisd.features.prompts import TOKENS_PER_CHUNK, read
+from minisd.features.prompts import TOKENS_PER_CHUNK, check_length, read
 from minisd.features.textual_inversion import TABLE, add_token, add_word
-from minisd.features.validate import check_int, check_strings
+from minisd.features.validate import check_inside, check_int, check_strings
 from minisd.images import from_pil, grid
 from minisd.io.adapter_files import INVERSION_FILES, LORA_FILES, save_lora
 from minisd.io.atomic import save_atomically
+from minisd.io.configs import parse_json
 from minisd.io.pictures import read_picture
 from minisd.lora import LoRA, LowRank
 from minisd.pipeline.stable_diffusion import StableDiffusion
@@ -46,15 +46,16 @@ def read_examples(folder: Path, side: int) -> tuple[Tensor, list[str]]:
     images, captions = [], []
     for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            item = json.loads(line)
-            name, text = item["file_name"], item["text"]
-            picture = read_picture(folder / name, side, side)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            item = parse_json(line)
+            path, text = check_inside(folder, item["file_name"]), item["text"]
+            check_length(text)
+            picture = read_picture(path, side, side)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(
                 f"{listing}, line {number}: expected a picture and its text ({type(error).__name__}: {error})"
             ) from error
         images.append(from_pil(picture))
-        captions.append(str(text))
+        captions.append(text)
     if not images:
         raise ValueError(f"{listing} names no picture; one is enough to begin with, twenty are good")
     return torch.cat(images), captions

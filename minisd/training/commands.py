@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from minisd.features.distributed import show
+
 if TYPE_CHECKING:
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
@@ -346,7 +348,7 @@ def _adapt(task: Any, output: Path, **choices: Any) -> None:
     """Run a short training and say where the adapter is."""
     _train(task, output, decays=(0.99,), warmup=20, **choices)
     for path in sorted((output / "export").glob("*.safetensors")):
-        print(path)
+        show(path)
 
 
 @contextmanager

@@ -419,7 +419,7 @@ def unbroken(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.skipif(os.name == "nt", reason="sends signals")
 @pytest.mark.timeout(60 + 60 * KILLS)
-def test_killed_and_resumed_is_the_run_that_was_never_stopped(unbroken, small_model):
+def test_killed_and_resumed_is_the_run_that_was_never_stopped(unbroken, small_model, record_property):
     """Killed at random moments, MINISD_KILLS of them, each in a folder of its own."""
     number, whole, halves = int(os.environ.get("MINISD_SEED", "0")), contents(unbroken / "whole"), []
     moments = random.Random(number)
@@ -442,6 +442,7 @@ def test_killed_and_resumed_is_the_run_that_was_never_stopped(unbroken, small_mo
         assert f"{len(lines)} drawn, {16 - len(lines)} already existed" in err
         shutil.rmtree(folder)
     print("files after the kills:", halves)
+    record_property("kills", KILLS)
     assert min(halves) < len(whole), "every kill came too late to show anything"
 
 

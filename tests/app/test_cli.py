@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -52,6 +53,18 @@ def test_generate_draws_what_python_draws(run, small_model):
     assert np.array_equal(np.asarray(Image.open("red-fox-7.png")), np.asarray(expected))
     for fact in (str(small_model), "cpu", "float32", "seed 7", "2 steps of DDIM"):
         assert fact in err
+
+
+def test_a_terminal_without_the_characters_of_a_prompt(run, small_model, monkeypatch, tmp_path):
+    """Their place is taken by escapes, as Python writes them; no picture is lost, and the exit code is 0."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        code, _, err = run("generate", "狐狸", "--seed", "1", "-n", "3", "--steps", "1")
+    stream.flush()
+    assert code == 0, err
+    assert stream.buffer.getvalue().decode("cp1252").splitlines() == [rf"\u72d0\u72f8-{seed}.png" for seed in (1, 2, 3)]
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"狐狸-{seed}.png" for seed in (1, 2, 3)}
 
 
 def test_interpolate_draws_its_ends(run, small_model):

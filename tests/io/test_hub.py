@@ -311,6 +311,52 @@ def test_damage_that_keeps_the_size_is_caught(hub, tmp_path):
     assert "5,054,411 parameters" in run(tmp_path, endpoint_of(hub)).stdout
 
 
+def damage(data: bytes) -> bytes:
+    return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
+
+
+def test_every_damaged_file_is_caught_and_good_ones_are_hashed_once(hub, tmp_path):
+    """All damaged files are removed in one run, a run that is killed before it hashes leaves nothing trusted."""
+    weights = sorted(name for name in hub.files if name.endswith(".safetensors") and "checker" not in name)
+    good = dict(hub.files)
+    for name in weights[:2]:
+        hub.files[name] = damage(good[name])
+    result = run(tmp_path, endpoint_of(hub))
+    assert all(f"{name} was corrupted in transit" in result.stderr for name in weights[:2])
+    (record,) = tmp_path.rglob("minisd-verified-*.json")
+    known = json.loads(record.read_text())
+    assert {name for name in known if known[name][2]} == {weights[2]}
+    hub.files |= good
+    assert "5,054,411 parameters" in run(tmp_path, endpoint_of(hub)).stdout
+    assert all(entry[2] for entry in json.loads(record.read_text()).values())
+
+
+KILLED = """
+import os, minisd.io.hub as hub
+hub._check_places = lambda *_: os._exit(9)
+hub.download("owner/name")
+"""
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_run_killed_before_it_verifies_leaves_nothing_trusted(hub, tmp_path, offline):
+    name = "unet/diffusion_pytorch_model.safetensors"
+    good = dict(hub.files)
+    hub.files[name] = damage(good[name])
+    assert run(tmp_path, endpoint_of(hub), False, KILLED).returncode == 9
+    assert [*tmp_path.rglob("diffusion_pytorch_model.safetensors")]
+    for _ in range(2):
+        result = run(tmp_path, endpoint_of(hub), offline)
+        assert f"CheckpointError: {name} was corrupted in transit" in result.stderr or _ and offline
+        assert result.returncode == 1
+    hub.files |= good
+    assert "5,054,411 parameters" in run(tmp_path, endpoint_of(hub)).stdout
+    # what is recorded is not hashed again; what has changed since then is
+    (stored,) = {path.resolve() for path in tmp_path.rglob(name)}
+    stored.write_bytes(damage(stored.read_bytes()))
+    assert "was corrupted in transit" in run(tmp_path, endpoint_of(hub), True).stderr
+
+
 def test_repository_without_a_folder(hub, tmp_path):
     del hub.files["vae/diffusion_pytorch_model.safetensors"]
     result = run(tmp_path, endpoint_of(hub))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hostile_pickles import REFUSED, archive, programs, text
+from hostile_pickles import REFUSED, archive, archives_read_in_two_ways, programs, text
 from hunt_files import infect
 from torch import nn
 
@@ -65,6 +65,22 @@ def test_the_attacks_of_the_hunt_are_real(tmp_path):
                 ran[name] += canary.exists()
                 canary.unlink(missing_ok=True)
     assert len(ran) == len(programs(canary)) and min(ran.values()) >= 3, ran
+
+
+def test_archives_that_two_readers_read_in_two_ways(tmp_path):
+    """What zipfile shows is what torch reads: an archive in which they could differ is rejected, in both directions."""
+    canary, path, differ = tmp_path / "ran", tmp_path / "model.ckpt", 0
+    harmless, bad = b"\x80\x02}.", programs(canary)["posix.system"]
+    for pair in ((harmless, bad), (bad, harmless)):
+        for name, data in archives_read_in_two_ways(*pair).items():
+            path.write_bytes(data)
+            with contextlib.suppress(Exception):
+                shown = zipfile.ZipFile(path).read("model/data.pkl")
+                differ += shown != bytes(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
+            with pytest.raises(CheckpointError):
+                read_header(path)
+            assert not canary.exists(), name
+    assert differ >= 6  # the attacks are real
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

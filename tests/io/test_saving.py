@@ -126,15 +126,16 @@ def check_whole(place: Path) -> None:
         assert Image.open(path).size == (200, 200) and (read_parameters(path) or "").isdecimal()
 
 
-def test_killed_while_saving(small_model, tmp_path):
+def test_killed_while_saving(small_model, tmp_path, record_property):
     """SIGKILL at 10 moments: each file is whole, all parts of the model are of one version, the rest is named so."""
     place = Path(shutil.copytree(small_model, tmp_path / "place/model")).parent
     (place / "model/notes.txt").write_text("kept")
     arguments = [sys.executable, "-c", KILLED, str(small_model), str(place), "10"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
-    left = 0
+    left = kills = 0
     with subprocess.Popen(arguments, **pipes) as process:  # type: ignore[call-overload]
         while process.stdout.readline() == "killed\n":
+            kills += 1
             if not (place / "model").exists():  # killed between two renames: both versions are there, whole
                 old, new = sorted(place.glob(".model.*"), key=lambda path: "old" not in path.name)
                 assert len(values_in(old)) == len(values_in(new)) == 1
@@ -149,9 +150,10 @@ def test_killed_while_saving(small_model, tmp_path):
             process.stdin.flush()
     assert load(place / "model")
     assert process.returncode == 0 and left > 2, "hardly any kill met a save"
+    record_property("kills", kills)
 
 
-def test_killed_at_every_step_of_replacing_a_model(tmp_path, tmp_path_factory):
+def test_killed_at_every_step_of_replacing_a_model(tmp_path, tmp_path_factory, record_property):
     """SIGKILL before each change to the file system in turn, instead of at any moment."""
     sd = Hunt(tmp_path_factory.mktemp("hunt")).model
 
@@ -201,6 +203,7 @@ def test_killed_at_every_step_of_replacing_a_model(tmp_path, tmp_path_factory):
             break
         assert status == signal.SIGKILL
     assert load(tmp_path / "model") and seen["between"] == 1 and seen["old"] > 20 and seen["new"] > 10, seen
+    record_property("kills", fatal - 1)
 
 
 def test_several_save_to_one_place(small_model, tmp_path):

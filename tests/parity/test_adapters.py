@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -785,6 +786,8 @@ def test_pictures_that_cannot_be_used(small_model, pictures, tmp_path, capsys):
         '{"file_name": "0.png"}': "line 1: expected a picture and its text",
         '{"file_name": "none.png", "text": "x"}': "none.png",
         "no json": "line 1",
+        '{"file_name": "0.png", "file_name": "1.png", "text": "x"}': "duplicate key",
+        "[" * 100_000: "nested more than 64 deep",
     }
     for content, message in cases.items():
         (tmp_path / "metadata.jsonl").write_text(content)
@@ -800,6 +803,36 @@ def test_pictures_that_cannot_be_used(small_model, pictures, tmp_path, capsys):
     ):
         assert main([*command, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_pictures_outside_their_folder_are_not_read(pictures, tmp_path):
+    folder, outside = tmp_path / "a", tmp_path / "x.png"
+    (folder / "sub").mkdir(parents=True)
+    outside.write_bytes((pictures / "0.png").read_bytes())
+    for name in ("in.png", "sub/in.png", "C:x.png", "..\\x.png", "sub\\x.png", "x.png:y"):  # file names on Linux
+        (folder / name).write_bytes(outside.read_bytes())
+    (folder / "link.png").symlink_to(outside)
+    (folder / "out").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe.png")
+    bad = ["../x.png", str(outside), "sub/../../x.png", "link.png", "out/x.png", "pipe.png", "sub", "", ".", 5, None]
+    bad += [
+        "C:x.png",
+        r"..\x.png",
+        r"sub\x.png",
+        "x.png:y",
+        r"\\host\x.png",
+        "//host/x.png",
+        "C:/x.png",
+        "a\0.png",
+        ["in.png"],
+    ]
+    for name in bad:
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+        with pytest.raises(ValueError, match="line 1: expected a picture and its text"):
+            read_examples(folder, 32)
+    for name in ("in.png", "sub/in.png", "./in.png"):
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+        assert read_examples(folder, 32)[1] == ["x"]
 
 
 def test_the_shipped_pictures():

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import resource
 import struct
+import subprocess
+import sys
 import zlib
 from typing import Any
 
@@ -120,6 +123,44 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path):
     for missing in (tmp_path / "none.png", tmp_path):
         with pytest.raises(OSError, match=re.escape(str(missing))):
             read_picture(missing, 16, 16)
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from minisd.app.metadata import read_parameters
+from minisd.io.pictures import read_picture
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for read in (lambda path: read_picture(path, 64, 64).size, read_parameters):
+    try:
+        print(read(Path(sys.argv[1])))
+    except OSError as error:
+        print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.parametrize("kind, side, limit, said", [
+    ("81-megapixel PNG", 9000, 100e6, "is 9000×9000; expected at most 33,554,432 pixels: scale it down"),
+    ("81-megapixel JPEG", 9000, 300e6, "(64, 64)"),
+    ("the largest PNG that is read, with alpha", 5792, 700e6, "(64, 64)"),
+])  # fmt: skip
+def test_large_pictures_cost_bounded_memory(tmp_path, kind, side, limit, said):
+    path = tmp_path / "x"
+    picture = Image.new("LA" if "alpha" in kind else "L", (side, side), (9, 9) if "alpha" in kind else 9)
+    picture.save(path, "JPEG" if "JPEG" in kind else "PNG")
+    assert path.stat().st_size < 1.5e6
+    output = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
+    *lines, cost = output.stdout.splitlines()
+    assert said in lines[0] and int(cost) < limit, output.stdout
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    for read in (lambda path: read_picture(path, 16, 16), read_parameters):
+        with pytest.raises(OSError, match="is not a regular file"):
+            read(tmp_path / "x.png")
 
 
 def test_postscript_is_given_to_no_program(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from minisd import StableDiffusion
+from minisd.io.adapter_files import save_lora
+from minisd.lora import LoRA, LowRank
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
@@ -66,6 +70,8 @@ def test_other_errors_of_torch_stay_what_they_are(sd, monkeypatch):
 TIGHT = """
 import resource, sys, torch
 from minisd import StableDiffusion
+from minisd.io.adapter_files import save_lora
+from minisd.lora import LoRA, LowRank
 from minisd.app import cli
 torch.set_num_threads(1)
 sd = StableDiffusion.from_pretrained(sys.argv[1], device="cpu")
@@ -113,6 +119,63 @@ def test_an_interrupt_leaves_offloaded_parts_at_home(small_model, monkeypatch):
     assert np.array_equal(np.asarray(sd("fox", seed=0)), np.asarray(expected))
 
 
+def test_a_model_is_not_changed_while_another_thread_draws(small_model, tmp_path):
+    """Every method that changes it is refused meanwhile, and the picture is the one drawn alone."""
+    sd = StableDiffusion.from_pretrained(small_model, device="cpu")
+    layer = sd.unet.conv_in
+    update = LowRank(layer, 2)
+    torch.nn.init.ones_(update.lora_B)
+    save_lora(LoRA({"unet.conv_in": update}), tmp_path / "style.safetensors")
+    save_file({"<new>": torch.ones(1, 16)}, tmp_path / "word.safetensors")
+    sd.load_lora(tmp_path / "style.safetensors", "first", weight=0.0)
+    settings: dict[str, Any] = {"seed": 3, "num_inference_steps": 3}
+    alone = sd("fox", **settings).tobytes()
+    changes: dict[str, Callable[[], object]] = {
+        "load": lambda: sd.load_lora(tmp_path / "style.safetensors", "second"),
+        "weights": lambda: sd.set_adapters({"first": 1.0}),
+        "fuse": sd.fuse_lora,
+        "unload": sd.unload_lora,
+        "word": lambda: sd.load_textual_inversion(tmp_path / "word.safetensors"),
+        "compile": sd.compile,
+    }
+    refused = []
+
+    def change() -> None:
+        for name, attempt in changes.items():
+            try:
+                attempt()
+            except RuntimeError as error:
+                assert "another thread is drawing" in str(error)
+                refused.append(name)
+
+    for step in sd.denoise("fox", **settings):
+        latents = step.latents
+        thread = threading.Thread(target=change)
+        thread.start()
+        thread.join()
+    assert refused == [*changes] * 3 and sd.decode(latents)[0].tobytes() == alone
+    for name in ("load", "weights", "fuse", "unload", "word"):
+        changes[name]()
+    assert sd("fox", **settings).tobytes() == alone  # the word is not in the prompt, the LoRAs are gone
+    assert copy.deepcopy(sd)("fox", **settings).tobytes() == alone
+
+
+def test_a_drawing_waits_for_a_change_in_another_thread(small_model):
+    sd, order = StableDiffusion.from_pretrained(small_model, device="cpu"), []
+
+    def draw() -> None:
+        sd("fox", seed=1, num_inference_steps=1)
+        order.append("drawn")
+
+    with sd.usage.changing():
+        thread = threading.Thread(target=draw)
+        thread.start()
+        thread.join(0.5)
+        order.append("changed")
+    thread.join()
+    assert order == ["changed", "drawn"]
+
+
 def test_threads_that_share_a_model_draw_what_they_draw_alone(sd):
     mask = Image.fromarray(np.pad(np.full((16, 16), 255, np.uint8), 8))
     jobs: list[Callable[[], Image.Image]] = [
@@ -151,6 +214,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from PIL import Image
+from safetensors.torch import save_file
 from minisd.app.metadata import save_png
 while not Path("go").exists():
     pass

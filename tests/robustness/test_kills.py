@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks and kills processes")
 @pytest.mark.timeout(120 + 60 * KILLS)
 @pytest.mark.parametrize("part", PARTS)
-def test_a_killed_training_loses_nothing(part, data, small_model, tmp_path):
+def test_a_killed_training_loses_nothing(part, data, small_model, tmp_path, record_property):
     source = data / ("pictures" if part in ("lora", "inversion") else "scenes")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), part, str(source), str(small_model), str(tmp_path), str(KILLS), SEED],
@@ -51,6 +51,7 @@ def test_a_killed_training_loses_nothing(part, data, small_model, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     print(f"\n{part}: {report}")
     assert sum(report["kills"].values()) == KILLS and report["ends"] >= 1
+    record_property("kills", KILLS)
 
 
 def test_what_options_refuse(tmp_path):
