@@ -16,8 +16,8 @@ import typer
 
 from minisd.app.metadata import Parameters, parse_parameters, read_sampler, read_texts
 from minisd.app.provenance import PNG_NAMES, USUAL, Provenance, file_hash, split_lora
+from minisd.features.more_samplers import Sampler
 from minisd.pipeline.settings import SAMPLER_LABELS, SAMPLER_PARTS, SETTINGS, Setting, Settings
-from minisd.samplers import Sampler
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]+)(?::([^<>]*))?>")
 REQUIRED = {"seed"} | {item.name for item in fields(Settings) if item.default is MISSING}
@@ -124,7 +124,9 @@ def settings_from_image(path: Path, given: Mapping[str, Any]) -> ImageSettings:
         ours = True
     if "interpolation" in record:
         raise typer.BadParameter(f"{path} was drawn by `minisd interpolate`; use that command instead of --like")
-    return ImageSettings(path, {name: value for name, value in record.items() if value is not None}, ours)
+    # eta=0 was once recorded for every sampler
+    kept = {name: value for name, value in record.items() if value is not None and (name, value) != ("eta", 0)}
+    return ImageSettings(path, kept, ours)
 
 
 def _check_record(record: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -88,8 +88,9 @@ def fingerprint(sd: StableDiffusion) -> str:
     """
     import torch
 
-    # includes a removed configuration field, so that fingerprints in older images stay valid
-    config = repr(sd.config).removesuffix("))") + ", clip_sample=False))"
+    # as the configuration was once written, so that fingerprints in older images stay valid
+    config = repr(sd.config).replace("timestep_spacing=None", "timestep_spacing='leading'")
+    config = config.replace(", rescale_betas_zero_snr=False", ", clip_sample=False")
     digest = hashlib.sha256(config.encode())
     tensors = {
         f"{part}.{name}": tensor

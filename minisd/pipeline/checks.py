@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.features.deepcache import count_up_layers
+from minisd.features.more_samplers import WHOLE_TIMESTEPS
 from minisd.features.pictures import to_brightness, to_rgb
 from minisd.features.prompts import read
 from minisd.features.validate import (
@@ -220,7 +222,12 @@ def check_plan(sd: StableDiffusion, settings: Settings, has_image: bool, has_mas
     running = int(steps * strength) if has_image else steps
     if running < 1:
         raise ValueError(f"{steps} steps at strength {strength} run none; raise either, so that steps · strength ≥ 1")
-    return settings.sampler_object.plan(sd.schedule, steps, start=steps - running), strength
+    sampler = settings.sampler_object
+    if sampler.spacing and "levels" in sampler.options and sampler.name in WHOLE_TIMESTEPS:
+        warnings.warn(
+            f"spacing={sampler.spacing!r} has no effect on {sampler.name} with these noise levels", stacklevel=2
+        )
+    return sampler.plan(sd.schedule, steps, start=steps - running), strength
 
 
 def check_margins(left: int, right: int, top: int, bottom: int) -> None:

@@ -277,12 +277,14 @@ def test_prediction_type(folder):
         ("EulerAncestralDiscreteScheduler", {}, "euler_a", 50),
         ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}, "dpmpp_2m", 25),
         ("LCMScheduler", {}, "lcm", 4),
-        ("KDPM2DiscreteScheduler", {}, "ddim", 50),
+        ("UniPCMultistepScheduler", {}, "unipc", 25),
     ],
 )
 def test_defaults_from_scheduler(folder, name, options, sampler, steps):
-    path = folder / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name} | options))
+    path, index = folder / "scheduler/scheduler_config.json", folder / "model_index.json"
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key != "timestep_spacing"}
+    path.write_text(json.dumps(values | {"skip_prk_steps": True} | options))
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", name]}))
     defaults = open_checkpoint(folder).defaults
     assert (defaults.sampler.name, defaults.num_inference_steps, defaults.guidance_scale) == (
         sampler,
@@ -291,7 +293,7 @@ def test_defaults_from_scheduler(folder, name, options, sampler, steps):
     )
     assert defaults.sampler.karras == options.get("use_karras_sigmas", False)
     schedule = open_checkpoint(folder).config.schedule
-    assert schedule.timestep_spacing == options.get("timestep_spacing", "leading")
+    assert schedule.timestep_spacing == options.get("timestep_spacing")
     assert defaults.sampler.spacing is None  # so the schedule's own
 
 
