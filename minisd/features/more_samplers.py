@@ -57,12 +57,13 @@ def dpmpp_sde(schedule: Schedule, n: int, start: int = 0, spacing: str | None = 
 
     def advance(plan: Plan, state: State, x0: Tensor, epsilon: Tensor, noise: Tensor | None) -> Advanced:
         i, after = state.index, plan.sigmas[state.index + 1]
+        history: tuple[Tensor, ...] = ()
         if noise is None or after == 0:
             return x0, ()
         if i % 2 == 0:
             before, begin, z, history = state.sample, plan.sigmas[i], noise, (state.sample, noise)
         else:
-            (before, first), begin, middle, history = state.history, plan.sigmas[i - 1], plan.sigmas[i], ()
+            (before, first), begin, middle = state.history, plan.sigmas[i - 1], plan.sigmas[i]
             # W(σ) − W(σ') = (W(σ) − W(σ_mid)) + (W(σ_mid) − W(σ'))
             z = (math.sqrt(begin - middle) * first + math.sqrt(middle - after) * noise) / math.sqrt(begin - after)
         # x̄' = x₀ + (σ'/σ)² (x̄ − x₀) + s z

@@ -39,8 +39,10 @@ SCHEDULERS: Mapping[str, tuple[str, Supported]] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": (True,)}),
     "euler": (
         "EulerDiscreteScheduler",
-        {"interpolation_type": ("linear",), "timestep_type": ("discrete",), "final_sigmas_type": ("zero",)}
-        | SIGMAS | LIMITS,
+        {
+            "interpolation_type": ("linear",), "timestep_type": ("discrete",), "final_sigmas_type": ("zero",),
+            **SIGMAS, **LIMITS,
+        },
     ),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {**SIGMAS, "clip_sample": (False, True)}),
@@ -53,8 +55,10 @@ SCHEDULERS: Mapping[str, tuple[str, Supported]] = {
     "dpmpp_sde": ("DPMSolverSDEScheduler", {**SIGMAS, "noise_sampler_seed": (None,)}),
     "unipc": (
         "UniPCMultistepScheduler",
-        {"solver_type": ("bh2", "midpoint", "heun", "logrho"), "predict_x0": (True,), "disable_corrector": ([],)}
-        | {"solver_p": (None,), "final_sigmas_type": ("zero",), "shift_terminal": (None,)} | MULTISTEP | LIMITS,
+        {
+            "solver_type": ("bh2", "midpoint", "heun", "logrho"), "predict_x0": (True,), "disable_corrector": ([],),
+            "solver_p": (None,), "final_sigmas_type": ("zero",), "shift_terminal": (None,), **MULTISTEP, **LIMITS,
+        },
     ),
     "deis": (
         "DEISMultistepScheduler",
@@ -96,7 +100,7 @@ def read_scheduler(path: Path, kind: str) -> tuple[ScheduleConfig, Sampler]:
     Raises:
         CheckpointError: If the file is missing or corrupted, or describes an unsupported noise schedule.
     """
-    values = COMMON | FILLED.get(kind, {}) | read_json(path)
+    values = {**COMMON, **FILLED.get(kind, {}), **read_json(path)}
     if kind.startswith(OTHER_MODELS):
         raise CheckpointError(f"{path} is a {printable(kind)}, for another kind of model; expected a DDIMScheduler")
     try:
