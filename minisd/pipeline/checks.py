@@ -26,7 +26,7 @@ from minisd.features.validate import (
 from minisd.guidance import Guidance
 from minisd.images import from_pil
 from minisd.pipeline.memory import check_memory
-from minisd.pipeline.prompting import Texts, read_prompts
+from minisd.pipeline.prompting import Loras, Texts, read_prompts
 from minisd.pipeline.settings import Settings
 from minisd.samplers import Plan
 
@@ -44,13 +44,13 @@ class Request:
 
     Attributes:
         texts: The prompts at each step, with prompt editing and alternation resolved.
-        loras: The weights of the LoRAs in the prompts' tags, by name.
+        loras: The LoRAs in the prompts' tags, with their weights, by name.
     """
 
     prompts: list[str]
     negative_prompts: list[str]
     texts: list[Texts]
-    loras: dict[str, float]
+    loras: Loras
     seeds: list[int]
     settings: Settings
     guidance: Guidance

@@ -103,12 +103,14 @@ class ModelFiles:
         """
         found = {name: self.adapters.loras[name] for name in names if name in self.adapters.loras}
         if (found and self.adapters.fused) or (names and self._compile_options is not None):
-            raise ValueError("LoRAs in prompts require a model that is not compiled, with no LoRA fused of that name")
+            raise ValueError("a prompt can name LoRAs only if the model is not compiled and none of them is fused")
         for name in names:
             if name in found:
                 continue
             if self.lora_folder is None:
-                raise ValueError(f"the prompt names the LoRA {name!r}; load it, or pass its folder as lora_folder")
+                raise ValueError(
+                    f"the prompt names the LoRA {name!r}; load it, or pass its folder as lora_folder or --lora-folder"
+                )
             files = [path for path in sorted(check_path("lora_folder", self.lora_folder).rglob("*")) if path.is_file()]
             paths = {path.stem: path for path in files if path.suffix in (".safetensors", ".pt", ".bin")}
             if name not in paths:

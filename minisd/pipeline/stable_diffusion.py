@@ -54,7 +54,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
     """Pipeline for text-to-image, image-to-image and inpainting.
 
     The modules are plain attributes: tokenizer, text_encoder, unet, autoencoder, schedule. Drawing is stateless and
-    thread-safe without `offload`; only loading and setting adapters modifies the object.
+    thread-safe without `offload` and LoRAs in prompts; only loading and setting adapters modifies the object.
 
     Args:
         config, tokenizer, text_encoder, unet, autoencoder: The configuration and the modules of the model.

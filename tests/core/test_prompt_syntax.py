@@ -207,6 +207,13 @@ def test_prompt_editing_of_the_negative_prompt_and_in_a_batch(sd):
     assert torch.allclose(both, torch.cat([expected, alone]), atol=1e-4)
 
 
+def test_prompt_editing_of_the_negative_prompt_of_given_embeddings(sd):
+    expected = by_hand(sd, lambda call: "red", lambda call: "fox" if call < 2 else "snow", num_inference_steps=4)
+    embeds = sd.encode_text("red")
+    found = sd.denoise("", negative_prompt="[fox:snow:0.5]", prompt_embeds=embeds, seed=7, num_inference_steps=4)
+    assert torch.allclose(last(found), expected, atol=1e-4)
+
+
 def test_prompt_editing_counts_the_steps_that_run(sd):
     image = torch.zeros(1, 3, 32, 32)
     edited = last(sd.denoise("[fox:snow:0.5]", image, strength=0.5, seed=7, num_inference_steps=8))
@@ -265,7 +272,9 @@ def test_lora_of_a_prompt_equals_a_loaded_one(small_model, folder):
 
 
 def test_invalid_prompts_are_refused_before_drawing(sd, small_model, folder):
-    with pytest.raises(ValueError, match="names the LoRA 'style'; load it, or pass its folder as lora_folder"):
+    with pytest.raises(
+        ValueError, match="names the LoRA 'style'; load it, or pass its folder as lora_folder or --lora-folder"
+    ):
         sd.denoise("a fox <lora:style:1>")
     other = StableDiffusion.from_pretrained(small_model, device="cpu", lora_folder=folder)
     with pytest.raises(ValueError, match="'styel', which is not in .*: other, style"):
