@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from minisd.autoencoder import Autoencoder
     from minisd.config import SD15, SD15_INPAINT, SD21, SD21_BASE, TINY
     from minisd.features.attention_maps import record_attention
+    from minisd.features.more_samplers import Sampler
     from minisd.pipeline.stable_diffusion import StableDiffusion
-    from minisd.samplers import Sampler
     from minisd.schedule import Schedule
     from minisd.text_encoder import TextEncoder
     from minisd.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ _MODULES = MappingProxyType(
         "Autoencoder": "autoencoder",
         "UNet": "unet",
         "Schedule": "schedule",
-        "Sampler": "samplers",
+        "Sampler": "features.more_samplers",
         "record_attention": "features.attention_maps",
     }
     | dict.fromkeys(("SD15", "SD15_INPAINT", "SD21_BASE", "SD21", "TINY"), "config")

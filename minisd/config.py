@@ -72,9 +72,11 @@ class ScheduleConfig:
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"
     prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = None  # if None, each sampler uses its own default
     steps_offset: int = 1  # added to timesteps with "leading" spacing
-    set_alpha_to_one: bool = False  # sampler convention: DDIM and PNDM end at σ = 0 if True, else at σ of timestep 0
+    # DDIM and PNDM end at σ = 0 if True, and at σ of timestep 0 if False; if None, DDIM ends at 0 and PNDM does not
+    set_alpha_to_one: bool | None = False
+    rescale_betas_zero_snr: bool = False  # for v-prediction: rescale ᾱ to (nearly) 0 at the last timestep
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,18 @@ All samplers solve the probability-flow ODE, here in σ-space, where x̄ = x₀ 
     dx̄/dσ = ε(x̄, σ)          (Song et al. 2021, "DDIM", equation 14; Karras et al. 2022, equation 1)
 
 from the largest σ down to 0; ancestral samplers solve the matching SDE, and LCM jumps straight to a solution. They
-differ in the discretization, the order of the solver and the amount of noise injected at each step.
-
-Each sampler is a function that returns an immutable, reusable `Plan`: timesteps, noise levels and step function.
+differ in discretization, order and injected noise. Each sampler is a function that returns a `Plan`.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +24,7 @@ from torch import Tensor
 from minisd.schedule import Schedule
 
 Floats = tuple[float, ...]
+Levels = Callable[[float, float, int], Floats] | None  # (largest σ, smallest σ, n) -> n decreasing noise levels
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,10 @@ def variance_preserving(sigma: float) -> float:
     return math.sqrt(sigma**2 + 1)
 
 
-def final_sigma(schedule: Schedule) -> float:
+def final_sigma(schedule: Schedule, default: bool) -> float:
     """Return the final noise level of DDIM and PNDM: 0 if `set_alpha_to_one`, otherwise that of timestep 0."""
-    return 0.0 if schedule.config.set_alpha_to_one else float(schedule.sigmas[0])
+    to_one = schedule.config.set_alpha_to_one
+    return 0.0 if (default if to_one is None else to_one) else float(schedule.sigmas[0])
 
 
 def ddpm(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None) -> Plan:
@@ -177,40 +177,38 @@ def ddpm(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None)
 def ddim(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, eta: float = 0.0) -> Plan:
     """Return a plan for DDIM, which is deterministic for eta=0. Source: Song et al. 2021, equation 12."""
     timesteps = schedule.timesteps(n, spacing)[start:]
-    sigmas = (*map(schedule.sigma_at, timesteps), final_sigma(schedule))
+    sigmas = (*map(schedule.sigma_at, timesteps), final_sigma(schedule, default=True))
     sigma_up, scale = ancestral(sigmas, eta), variance_preserving(sigmas[0])
     return Plan(schedule, first_order, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
 
 
-def euler_levels(schedule: Schedule, n: int, spacing: str | None, karras: bool = False) -> tuple[Floats, Floats, float]:
+def euler_levels(schedule: Schedule, n: int, spacing: str | None, levels: Levels) -> tuple[Floats, Floats, float]:
     """Return the timesteps (which may be fractional), noise levels and initial standard deviation of Euler and Heun."""
-    spacing = spacing or schedule.config.timestep_spacing
+    spacing = spacing or schedule.config.timestep_spacing or "linspace"
     timesteps = schedule.timesteps(n, spacing, rounded=False)
     sigmas = tuple(map(schedule.sigma_at, timesteps))
-    if karras:
-        sigmas = karras_sigmas(sigmas[0], sigmas[-1], n)
+    if levels is not None:
+        sigmas = levels(sigmas[0], sigmas[-1], n)
         timesteps = tuple(map(schedule.timestep_at, sigmas))
     # diffusers' convention: √(σ²+1) for leading spacing, which starts at a smaller σ; σ for the others
     return timesteps, sigmas, variance_preserving(sigmas[0]) if spacing == "leading" else sigmas[0]
 
 
-def euler(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, karras: bool = False) -> Plan:
+def euler(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, levels: Levels = None) -> Plan:
     """Return a plan for Euler's method. Source: Karras et al. 2022, algorithm 1 without the second-order correction."""
-    timesteps, sigmas, scale = euler_levels(schedule, n, spacing, karras)
+    timesteps, sigmas, scale = euler_levels(schedule, n, spacing, levels)
     timesteps, sigmas = timesteps[start:], (*sigmas[start:], 0.0)
-    sigma_up = ancestral(sigmas, eta=0)
-    return Plan(schedule, first_order, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
+    return Plan(schedule, first_order, timesteps, sigmas, ancestral(sigmas, eta=0), scale, skips=start > 0)
 
 
 def euler_a(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None) -> Plan:
     """Return a plan for Euler ancestral, a stochastic Euler method that adds as much noise per step as DDPM."""
-    timesteps, sigmas, scale = euler_levels(schedule, n, spacing)
+    timesteps, sigmas, scale = euler_levels(schedule, n, spacing, None)
     timesteps, sigmas = timesteps[start:], (*sigmas[start:], 0.0)
-    sigma_up = ancestral(sigmas, eta=1)
-    return Plan(schedule, first_order, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
+    return Plan(schedule, first_order, timesteps, sigmas, ancestral(sigmas, eta=1), scale, skips=start > 0)
 
 
-def heun(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, karras: bool = False) -> Plan:
+def heun(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, levels: Levels = None) -> Plan:
     """Return a plan for Heun's method: an Euler step, repeated with the mean of the slopes at both of its ends.
 
     Even-numbered calls predict and odd-numbered calls correct; the last step, to σ = 0, is a plain Euler step.
@@ -226,7 +224,7 @@ def heun(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None,
         # x̄' = x̄ + (σ' − σ) (ε + ε') / 2
         return before + (sigmas[i] - sigmas[i - 1]) * (first_epsilon + epsilon) / 2, ()
 
-    timesteps, sigmas, scale = euler_levels(schedule, n, spacing, karras)
+    timesteps, sigmas, scale = euler_levels(schedule, n, spacing, levels)
     calls = [step for step in range(start, n) for _ in range(1 if step == start else 2)]
     sigmas = (*(sigmas[step] for step in calls), 0.0)
     timesteps, sigma_up = tuple(timesteps[step] for step in calls), (0.0,) * len(calls)
@@ -263,12 +261,12 @@ def pndm(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None)
 
     timesteps = schedule.timesteps(n, spacing)[start:]
     timesteps = timesteps[:2] + timesteps[1:]
-    sigmas = (*map(schedule.sigma_at, timesteps), final_sigma(schedule))
+    sigmas = (*map(schedule.sigma_at, timesteps), final_sigma(schedule, default=False))
     sigma_up, scale = (0.0,) * len(timesteps), variance_preserving(sigmas[0])
     return Plan(schedule, advance, timesteps, sigmas, sigma_up=sigma_up, init_noise_sigma=scale, skips=start > 0)
 
 
-def dpmpp_2m(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, karras: bool = False) -> Plan:
+def dpmpp_2m(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, levels: Levels = None) -> Plan:
     """Return a plan for DPM-Solver++ (2M), which extrapolates x0 in λ = −log σ from the last two predictions.
 
     The first step and the last one, to σ = 0, are first-order, and thus Euler steps.
@@ -285,16 +283,16 @@ def dpmpp_2m(schedule: Schedule, n: int, start: int = 0, spacing: str | None = N
         # x̄' = D + (σ'/σ) (x̄ − D)
         return target + (sigmas[i + 1] / sigmas[i]) * (state.sample - target), (x0,)
 
-    if karras:
-        sigmas = karras_sigmas(float(schedule.sigmas[-1]), float(schedule.sigmas[0]), n)
+    if levels is not None:  # diffusers' convention: over the entire schedule, whatever the spacing
+        sigmas = levels(float(schedule.sigmas[-1]), float(schedule.sigmas[0]), n)
         timesteps = tuple(float(round(schedule.timestep_at(sigma))) for sigma in sigmas)
     else:
-        spacing = spacing or schedule.config.timestep_spacing
+        spacing = spacing or schedule.config.timestep_spacing or "linspace"
         try:
             # diffusers' convention: n + 1 timesteps, the last replaced by σ = 0, except for trailing spacing
             timesteps = schedule.timesteps(n if spacing == "trailing" else n + 1, spacing)[:n]
         except ValueError as error:
-            raise ValueError(f"dpmpp_2m does not support {n} steps with {spacing} spacing; use fewer steps") from error
+            raise ValueError(f"this sampler does not support {n} steps with {spacing} spacing; use fewer") from error
         sigmas = tuple(map(schedule.sigma_at, timesteps))
     scale, sigma_up = variance_preserving(sigmas[0]), (0.0,) * (n - start)
     timesteps, sigmas = timesteps[start:], (*sigmas[start:], 0.0)
@@ -349,10 +347,11 @@ class Sampler:
     """A sampler, selected by name, and its options.
 
     Args:
-        name: Name of the sampler, a key of `SAMPLERS`.
-        spacing: Timestep spacing, "leading", "trailing" or "linspace"; None uses the default of the schedule.
+        name: Name of the sampler, a key of `functions`.
+        spacing: Timestep spacing, "leading", "trailing" or "linspace"; None uses that of the schedule or, if it has
+            none, diffusers' default: "leading" for DDPM, DDIM and PNDM, "linspace" for the others.
         karras: Whether to use the noise levels of Karras et al. 2022, which are denser near 0.
-        eta: Amount of noise added at each DDIM step, from 0 (deterministic) to 1 (as in DDPM).
+        eta: Amount of noise added at each DDIM step, from 0 (deterministic, the default) to 1 (as in DDPM).
 
     Raises:
         ValueError: If the sampler is unknown, does not support an option, or an option has an invalid value.
@@ -361,26 +360,27 @@ class Sampler:
     name: str
     spacing: str | None = None
     karras: bool = False
-    eta: float = 0.0
+    eta: float | None = None
+    functions: ClassVar[Mapping[str, Callable[..., Plan]]] = SAMPLERS
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or self.name not in SAMPLERS:
-            raise ValueError(f"unknown sampler {self.name!r}; choose one of {', '.join(SAMPLERS)}")
+        if not isinstance(self.name, str) or self.name not in self.functions:
+            raise ValueError(f"unknown sampler {self.name!r}; choose one of {', '.join(self.functions)}")
         if self.spacing not in (None, "leading", "trailing", "linspace"):
             raise ValueError(f"invalid spacing={self.spacing!r}; expected 'leading', 'trailing', 'linspace' or None")
-        if not 0 <= self.eta <= 1:
+        if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be between 0 (deterministic) and 1 (as in DDPM), got {self.eta!r}")
         for option, value in self.options.items():
-            names = [name for name, function in SAMPLERS.items() if option in inspect.signature(function).parameters]
+            names = [name for name, function in self.functions.items() if option in signature(function).parameters]
+            label = getattr(value, "__name__", f"{option}={value!r}")
             if self.name not in names:
-                supported = ", ".join(names)
-                raise ValueError(f"{self.name!r} does not support {option}={value!r}; supported by: {supported}")
+                raise ValueError(f"{self.name!r} does not support {label}; supported by: {', '.join(names)}")
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options that are set. `eta=0` counts as unset, since it is the default of every sampler with that option."""
-        options = {"spacing": self.spacing, "karras": self.karras, "eta": self.eta}
-        return {name: value for name, value in options.items() if value}
+        """Arguments of the sampler's function that are set."""
+        options = {"spacing": self.spacing, "levels": karras_sigmas if self.karras else None, "eta": self.eta}
+        return {name: value for name, value in options.items() if value is not None}
 
     def plan(self, schedule: Schedule, num_inference_steps: int, start: int = 0) -> Plan:
         """Return a plan for a sampling run.
@@ -397,4 +397,4 @@ class Sampler:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         if not 0 <= start < num_inference_steps:
             raise ValueError(f"start must be between 0 and {num_inference_steps - 1}, got {start}")
-        return SAMPLERS[self.name](schedule, num_inference_steps, start, **self.options)
+        return self.functions[self.name](schedule, num_inference_steps, start, **self.options)

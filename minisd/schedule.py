@@ -36,7 +36,7 @@ class Schedule:
 
     @cached_property
     def betas(self) -> Table:
-        """Variance β of the noise added at each timestep."""
+        """Variance β of the noise added at each timestep, before `rescale_betas_zero_snr`."""
         first, last, count = self.config.beta_start, self.config.beta_end, self.config.num_train_timesteps
         if self.config.beta_schedule == "linear":
             return _frozen(np.linspace(first, last, count))
@@ -48,7 +48,13 @@ class Schedule:
     def alphas_cumprod(self) -> Table:
         """Signal variance ᾱ at each timestep, decreasing from nearly 1 to nearly 0."""
         # ᾱ_t = ∏_{s≤t} (1 − β_s)
-        return _frozen(np.cumprod(1 - self.betas))
+        alphas_cumprod = np.cumprod(1 - self.betas)
+        if self.config.rescale_betas_zero_snr:
+            # √ᾱ' = (√ᾱ − √ᾱ_T) √ᾱ_0 / (√ᾱ_0 − √ᾱ_T)   (Lin et al. 2023, algorithm 1), with 2⁻²⁴ for 0: σ is finite
+            signal = np.sqrt(alphas_cumprod)
+            alphas_cumprod = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+            alphas_cumprod[-1] = 2.0**-24
+        return _frozen(alphas_cumprod)
 
     @cached_property
     def sigmas(self) -> Table:
@@ -73,13 +79,13 @@ class Schedule:
 
         Args:
             n: Number of timesteps.
-            spacing: "leading", "trailing" or "linspace"; None uses the configured spacing.
+            spacing: "leading", "trailing" or "linspace"; None uses the configured one, or "leading".
             rounded: Whether to round "linspace" timesteps to integers.
 
         Raises:
             ValueError: If the spacing is unknown, or the schedule has too few timesteps.
         """
-        total, spacing = self.config.num_train_timesteps, spacing or self.config.timestep_spacing
+        total, spacing = self.config.num_train_timesteps, spacing or self.config.timestep_spacing or "leading"
         if not 1 <= n <= total:
             raise ValueError(f"the number of timesteps must be between 1 and {total}, got {n}")
         chosen: Table

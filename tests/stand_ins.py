@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ def gaussian(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def schedule_for(prediction_type: str = "epsilon", spacing: str = "leading") -> Schedule:
-    return Schedule(ScheduleConfig(prediction_type=prediction_type, timestep_spacing=spacing))
+def schedule_for(prediction_type: str = "epsilon", spacing: str | None = "leading", **more: Any) -> Schedule:
+    return Schedule(ScheduleConfig(prediction_type=prediction_type, timestep_spacing=spacing, **more))
 
 
 # A Gaussian, whose score is known. For x₀ ~ N(μ, c²) the noise that the best denoiser predicts in σ-space is

@@ -129,6 +129,7 @@ def _read_image(path: Path, request: RequestOptions, values: Mapping[str, Any], 
     from minisd.app.from_image import settings_from_image
 
     known = {**find_preset(request.preset).settings, **values} | ({"image": request.image} if request.image else {})
+    known |= {"lora_folder": loading.lora_folder} if loading.lora_folder else {}
     like = settings_from_image(path, known)
     like.check_options(request.image, request.mask, loading.model, loading.lora or [])
     return like

@@ -16,8 +16,8 @@ import typer
 
 from minisd.app.metadata import Parameters, parse_parameters, read_sampler, read_texts
 from minisd.app.provenance import PNG_NAMES, USUAL, Provenance, file_hash, split_lora
+from minisd.features.more_samplers import Sampler
 from minisd.pipeline.settings import SAMPLER_LABELS, SAMPLER_PARTS, SETTINGS, Setting, Settings
-from minisd.samplers import Sampler
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]+)(?::([^<>]*))?>")
 REQUIRED = {"seed"} | {item.name for item in fields(Settings) if item.default is MISSING}
@@ -124,7 +124,9 @@ def settings_from_image(path: Path, given: Mapping[str, Any]) -> ImageSettings:
         ours = True
     if "interpolation" in record:
         raise typer.BadParameter(f"{path} was drawn by `minisd interpolate`; use that command instead of --like")
-    return ImageSettings(path, {name: value for name, value in record.items() if value is not None}, ours)
+    # eta=0 was once recorded for every sampler
+    kept = {name: value for name, value in record.items() if value is not None and (name, value) != ("eta", 0)}
+    return ImageSettings(path, kept, ours)
 
 
 def _check_record(record: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -160,8 +162,8 @@ def _record_from_parameters(path: Path, parameters: Parameters, ours: bool, give
     else:
         model = texts.get("Model", texts.get("Model hash", "(unknown)"))
         record |= {"model": model, "words": _words(texts)}
-        if "prompt" not in given:  # prompts may contain LoRA tags
-            record |= _read_tags(parameters.prompt)
+        if "prompt" not in given:  # prompts may contain LoRA tags, which a folder of LoRAs makes valid
+            record |= _read_tags(parameters.prompt, "lora_folder" in given)
         redrawn = "Denoising strength" in texts and not any(name.startswith("Hires") for name in texts)
         record |= {"image": "(unknown)"} if redrawn else {}
     skipped = {"sampler", *given, *(SAMPLER_PARTS if "sampler" in given else ())}
@@ -207,13 +209,14 @@ def _add_sampler(path: Path, texts: Mapping[str, str], record: dict[str, Any]) -
         raise typer.BadParameter(
             f"{path} was drawn with the unsupported sampler {label}; choose one with --sampler: {known}"
         )
-    record = record | {"sampler": sampler[0], "karras": sampler[1]}
-    for name in SAMPLER_PARTS:
+    name, karras, sigmas = sampler
+    record = record | {"sampler": name, "karras": karras} | ({"sigmas": sigmas} if sigmas else {})
+    for part in SAMPLER_PARTS:
         try:
-            Sampler(sampler[0], **{name: record[name]} if name in record else {})
+            Sampler(name, **{part: record[part]} if part in record else {})
         except ValueError as error:
-            warn(f"{path}: {error}; ignoring {name}")
-            del record[name]
+            warn(f"{path}: {error}; ignoring {part}")
+            del record[part]
     return record
 
 
@@ -232,8 +235,13 @@ def _warn_of_losses(path: Path, parameters: Parameters, ours: bool) -> None:
         warn(f"{path} was drawn with unsupported settings, which are ignored: {', '.join(unknown)}")
 
 
-def _read_tags(prompt: str) -> dict[str, str]:
-    """Remove tags such as <lora:style:0.8> from a prompt, and return the LoRAs in record format: "style 0.8"."""
+def _read_tags(prompt: str, keep: bool) -> dict[str, str]:
+    """Remove tags such as <lora:style:0.8> from a prompt, and return the LoRAs in record format: "style 0.8".
+
+    With `keep`, only the tags of hypernetworks are removed.
+    """
+    if keep:
+        return {"prompt": TAG.sub(lambda tag: "" if tag[1] == "hypernet" else tag[0], prompt).strip()}
     tags = [match for match in TAG.finditer(prompt) if match[1] != "hypernet"]
     loras = [f"{match[2].strip()} {_float((match[3] or '1').split(':')[0]):g}" for match in tags]
     return {"prompt": TAG.sub("", prompt).strip(), "loras": ", ".join(loras)}

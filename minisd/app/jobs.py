@@ -21,6 +21,7 @@ from minisd.app.metadata import parameters_text, save_png
 from minisd.app.provenance import Provenance, file_hash
 from minisd.editing import extend_canvas
 from minisd.features.distributed import show
+from minisd.features.prompt_syntax import TAG, plain
 from minisd.features.prompts import parse
 from minisd.features.validate import check_path, check_writable
 from minisd.images import grid as lay_out
@@ -221,7 +222,7 @@ def model_side(sd: StableDiffusion) -> int:
 def assign_batches(jobs: Sequence[Job], size: int) -> list[Job]:
     """Group consecutive jobs into batches of at most `size`, with equal settings and no input image."""
     assigned: list[Job] = []
-    for (_, source), group in groupby(jobs, lambda job: (job.settings, job.source)):
+    for (_, source, _), group in groupby(jobs, lambda job: (job.settings, job.source, TAG.findall(job.prompt))):
         neighbours = list(group)
         most = size if source.image is None else 1
         for first in range(0, len(neighbours), most):
@@ -315,11 +316,11 @@ def unknown_words_warning(sd: StableDiffusion, prompts: Sequence[str]) -> str:
 
     Invalid prompts are skipped; drawing them raises an error.
     """
-    plain = []
+    texts = []
     for prompt in dict.fromkeys(prompts):
         with suppress(ValueError):
-            plain += [re.sub(r"[()\[\]\\]", " ", text) for text, _ in parse(prompt)]
-    unknown = sd.unknown_words(" ".join(plain))
+            texts += [re.sub(r"[()\[\]\\]", " ", text) for text, _ in parse(plain(prompt))]
+    unknown = sd.unknown_words(" ".join(texts))
     if not unknown:
         return ""
     from minisd.training.captions import vocabulary

@@ -22,10 +22,10 @@ from minisd.app.jobs import Job, batches, draw
 from minisd.app.metadata import KEY, save_png
 from minisd.app.provenance import Provenance
 from minisd.features.distributed import process_group, rank, rank_zero_first, show, sum_over_ranks, world_size
-from minisd.features.prompts import read
 from minisd.io.atomic import save_atomically
 from minisd.io.configs import parse_json
 from minisd.pipeline.checks import resolve_seeds
+from minisd.pipeline.prompting import read_prompts
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
 MANIFEST = "manifest.jsonl"
@@ -41,9 +41,10 @@ def check_jobs(jobs: Sequence[Job], sd: StableDiffusion) -> None:
         try:
             if job.seed is not None:
                 resolve_seeds(job.seed, 1)
-            for text in {job.prompt, job.negative_prompt} - checked:
-                read(text, sd.tokenizer)
-                checked.add(text)
+            prompts = job.prompt, job.negative_prompt, job.settings.num_inference_steps
+            if prompts not in checked:
+                read_prompts(sd, [job.prompt], [job.negative_prompt], job.settings.num_inference_steps)
+                checked.add(prompts)
             if (job.settings, job.source) not in checked:
                 job.check(sd)
         except (ValueError, TypeError, OverflowError) as error:

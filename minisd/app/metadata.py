@@ -41,6 +41,10 @@ NAME = re.compile(r'[^",:{}]{1,80}')  # a key
 QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')
 
 
+# the noise levels of the web UI's schedule type "Automatic"
+AUTOMATIC = {"dpmpp_2m": "karras", "dpmpp_sde": "karras", "dpmpp_2m_sde": "exponential"}
+
+
 @dataclass(frozen=True)
 class Parameters:
     """A parsed `parameters` text. Settings keep their original keys and order."""
@@ -50,19 +54,21 @@ class Parameters:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_sampler(settings: Mapping[str, str]) -> tuple[str, bool] | None:
-    """Return the sampler in the settings as (name, karras), or None if it is not supported.
+def read_sampler(settings: Mapping[str, str]) -> tuple[str, bool, str | None] | None:
+    """Return the sampler in the settings as (name, karras, sigmas), or None if it is not supported.
 
-    "Karras" is a suffix of the sampler or, in newer files, a "Schedule type". Of the other schedule types, "Automatic"
-    is the sampler's default, which is Karras for DPM++ 2M, and "Uniform" is the default spacing of the noise levels.
+    The noise levels are a suffix of the sampler, as in "DPM++ 2M Karras", or, in newer files, a "Schedule type". Of the
+    other schedule types, "Automatic" is the sampler's default in the web UI, and "Uniform" the spacing of timesteps.
     """
     names = {label.lower(): name for name, label in SAMPLER_LABELS.items()} | {"pndm": "pndm"}
     label = settings.get("Sampler", "").strip().lower()
-    schedule = settings.get("Schedule type", "").strip().lower()
-    name = names.get(label.removesuffix(" karras"))
-    if name is None or schedule not in ("", "automatic", "uniform", "karras"):
+    suffix = next((kind for kind in ("karras", "exponential") if label.endswith(f" {kind}")), "")
+    name = names.get(label.removesuffix(suffix).strip())
+    levels = settings.get("Schedule type", "").strip().lower() or suffix
+    levels = AUTOMATIC.get(name or "", "") if levels == "automatic" else levels
+    if name is None or levels not in ("", "uniform", "karras", "exponential", "beta"):
         return None
-    return name, "karras" in (schedule, label.rpartition(" ")[2]) or (schedule, name) == ("automatic", "dpmpp_2m")
+    return name, levels == "karras", levels if levels in ("exponential", "beta") else None
 
 
 def parameters_text(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
@@ -107,7 +113,8 @@ def describe(parameters: Parameters) -> str:
     rows |= parameters.settings
     if "Sampler" in rows:
         sampler = read_sampler(parameters.settings)
-        option = f"--sampler {sampler[0]}{' --karras' if sampler[1] else ''}" if sampler else "not supported"
+        more = "" if sampler is None else " --karras" if sampler[1] else f" --sigmas {sampler[2]}" if sampler[2] else ""
+        option = "not supported" if sampler is None else f"--sampler {sampler[0]}{more}"
         rows["Sampler"] += f"  ({option})"
     width = max(map(len, rows))
     return "\n".join(

@@ -42,6 +42,11 @@ def existing(help: str) -> Any:
     return typer.Option(help=help, exists=True, dir_okay=False)
 
 
+LoraFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the LoRAs that prompts name, as in <lora:name:0.8>.", metavar="FOLDER")
+]
+
+
 @dataclass(frozen=True)
 class RequestOptions:
     """Input and output options of `minisd generate`."""
@@ -100,6 +105,8 @@ class LoadOptions:
         list[Path] | None, typer.Option("--textual-inversion", help="File to load. May be repeated.", metavar="FILE")
     ] = None
 
+    lora_folder: LoraFolder = None
+
     def find_device(self) -> Any:
         """Return the selected device or None. Raises BadParameter if it is not available."""
         from minisd.pipeline.memory import usable_device
@@ -116,7 +123,11 @@ class LoadOptions:
         from minisd.pipeline.stable_diffusion import StableDiffusion
 
         device, dtype = self.find_device(), self.dtype or dtype
-        more: dict[str, Any] = {"variant": self.variant, "prediction_type": self.prediction_type}
+        more: dict[str, Any] = {
+            "variant": self.variant,
+            "prediction_type": self.prediction_type,
+            "lora_folder": self.lora_folder,
+        }
         precision = None if dtype is None else dtype_of(dtype)
         return StableDiffusion.from_pretrained(self.model, device=device, dtype=precision, offload=self.offload, **more)
 

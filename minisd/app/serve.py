@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from minisd.app.options import Device, Precision
+from minisd.app.options import Device, LoraFolder, Precision
 from minisd.features.distributed import log, show
 
 
@@ -22,6 +22,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     device: Device = None,
     dtype: Precision = None,
+    lora_folder: LoraFolder = None,
     browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Draw pictures in the browser, with step-by-step previews and attention maps for each word.
@@ -50,7 +51,7 @@ def serve(
         from minisd.pipeline.stable_diffusion import StableDiffusion
 
         precision = None if dtype is None else dtype_of(dtype)
-        sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision)
+        sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision, lora_folder=lora_folder)
         provenance = Provenance.of(sd, model)
         log(f"{provenance.model} on {sd.device} in {provenance.precision}")
         from minisd.app.web import build, server

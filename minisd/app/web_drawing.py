@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -18,7 +19,8 @@ from minisd.app.jobs import Job, model_side, slug, unknown_words_warning
 from minisd.app.metadata import write_png
 from minisd.app.provenance import Provenance
 from minisd.features.attention_maps import Word, WordMaps, split_words
-from minisd.features.prompts import TOKENS_PER_CHUNK, Chunk, read
+from minisd.features.prompt_syntax import AND, split_loras, texts_by_step
+from minisd.features.prompts import BREAK, TOKENS_PER_CHUNK, Chunk, read
 from minisd.pipeline.checks import resolve_seeds
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
@@ -69,11 +71,16 @@ def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Gener
     values = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": seed, **request.settings}
     job = Job.create(values, sd.defaults, model_side(sd))
     _, height, width = sd.latent_shape(job.settings.height, job.settings.width)
-    chunks = read(job.prompt, sd.tokenizer)
+    texts = texts_by_step(split_loras(job.prompt)[0], job.settings.num_inference_steps)
+    prompt = texts[-1]
+    chunks = read(prompt, sd.tokenizer)
+    # attention is mapped to the words of the last step, unless prompts are composed or change their number of chunks
+    mapped = {len(read(text, sd.tokenizer)) for text in set(texts)} == {len(chunks)} and not AND.search(prompt)
     maps = WordMaps(sd.unet, height, width, rows=(TOKENS_PER_CHUNK + 2) * len(chunks))
     steps = sd.denoise(job.prompt, negative_prompt=job.negative_prompt, seed=seed, **job.arguments)
     while True:
-        with maps.watch():  # one call at a time, since the next one may run in another thread
+        # one call at a time, since the next one may run in another thread
+        with maps.watch() if mapped else nullcontext():
             step = next(steps, None)
         if step is None:
             break
@@ -81,7 +88,7 @@ def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Gener
         yield Preview(sd.preview(step.x0)[0], step.index + 1, num_calls)
     picture = sd.decode(latents)[0]
     # at guidance 0 the image follows the negative prompt alone
-    words = split_words(job.prompt, sd.tokenizer) if job.settings.guidance_scale else []
+    words = split_words(prompt, sd.tokenizer) if mapped and job.settings.guidance_scale else []
     file, name = _png(picture, job, provenance), f"{slug(job.prompt)}-{seed}.png"
     notes, seconds = _notes(sd, job, chunks), time.perf_counter() - started
     yield Result(picture, seed, file, name, notes, words, maps, num_calls, seconds)
@@ -110,7 +117,7 @@ def _notes(sd: StableDiffusion, job: Job, chunks: list[Chunk]) -> list[str]:
     """Return the warnings of `minisd generate`."""
     unknown = unknown_words_warning(sd, [job.prompt, job.negative_prompt])
     notes = [unknown.removeprefix("warning: ")] if unknown else []
-    if len(chunks) > 1:
+    if len(chunks) > 1 + len(BREAK.findall(job.prompt)):
         count = sum(map(len, chunks))
         notes.append(f"the prompt has {count} tokens: it is read in {len(chunks)} chunks of at most {TOKENS_PER_CHUNK}")
     return notes

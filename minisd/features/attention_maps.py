@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from minisd.features.prompts import TOKENS_PER_CHUNK, parse, read
+from minisd.features.prompts import BREAK, TOKENS_PER_CHUNK, parse, read
 from minisd.text_encoder import CausalSelfAttention
 from minisd.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer
 
@@ -117,7 +117,7 @@ def split_words(prompt: str, tokenizer: Tokenizer) -> list[Word]:
     """
     chunks = read(prompt, tokenizer)
     rows = [(TOKENS_PER_CHUNK + 2) * c + 1 + i for c, chunk in enumerate(chunks) for i in range(len(chunk))]
-    tokens = [token for text, _ in parse(prompt) for token in tokenizer.tokenize(text)]
+    tokens = [token for text, _ in parse(prompt) for token in tokenizer.tokenize(BREAK.sub(" ", text))]
     complete = {BOS, EOS, tokenizer.pad_token, *tokenizer.added}
     words, ids, word_rows = [], [], []
     for token, row in zip(tokens, rows, strict=True):

@@ -1,6 +1,7 @@
 """Weighted prompts, and long prompts in chunks of 75 tokens.
 
     a (fox) in the [snow], (red:1.3) leaves        weights: fox 1.1, snow 1/1.1, red 1.3, everything else 1
+    a fox BREAK snow                               a new chunk at BREAK
 
 The syntax is that of AUTOMATIC1111's web UI, but weights are applied differently. Here a token's embedding is
 interpolated or extrapolated from that of the empty prompt; the web UI multiplies embeddings, then restores their mean.
@@ -29,6 +30,7 @@ MAX_DEPTH = 64  # of open brackets: the time to apply their weights grows with i
 MAX_CONTEXT_CHUNKS = 64  # per batch; lcm(7, 8) = 56
 MAX_CHARACTERS, MAX_WORD = 50_000, 2_000  # far beyond 8 chunks; tokenization is quadratic in the length of a word
 
+BREAK = re.compile(r"\s*\bBREAK\b\s*")
 BRACKET = re.compile(r"[()\[\]]")
 NUMBER = r"[+-]?(?:[0-9.]+(?:e[+-]?[0-9]+)?|nan|inf|infinity)"
 # An escaped character, a weight with its closing bracket, a bracket, a run of text, or any other character.
@@ -104,8 +106,9 @@ def read(prompt: str, tokenizer: Tokenizer) -> list[Chunk]:
     for more than 8 chunks.
     """
     chunks: list[Chunk] = [[]]
-    for text, weight in parse(prompt):
-        tokens, i = tokenizer.tokenize(text), 0
+    for part, weight, is_new in _parts(prompt):
+        chunks += [[]] if is_new else []
+        tokens, i = tokenizer.tokenize(part), 0
         while i < len(tokens):
             size = len(tokenizer.added.get(tokens[i], ("",)))
             size = size if size <= TOKENS_PER_CHUNK else 1
@@ -113,12 +116,19 @@ def read(prompt: str, tokenizer: Tokenizer) -> list[Chunk]:
                 chunks.append([])
             chunks[-1] += [(tokenizer.vocabulary[token], weight) for token in tokens[i : i + size]]
             i += size
+    if len(chunks) > 1 and not chunks[-1]:
+        chunks.pop()  # after a final BREAK
     if len(chunks) > MAX_CHUNKS:
         raise ValueError(
             f"the prompt has {sum(map(len, chunks))} tokens, which is {len(chunks)} chunks of {TOKENS_PER_CHUNK}; "
             f"expected at most {MAX_CHUNKS} ({MAX_CHUNKS * TOKENS_PER_CHUNK} tokens): shorten {prompt[:40]!r} …"
         )
     return chunks
+
+
+def _parts(prompt: str) -> list[tuple[str, float, bool]]:
+    """Parse a prompt into (text, weight, whether it follows a BREAK)."""
+    return [(part, weight, i > 0) for text, weight in parse(prompt) for i, part in enumerate(BREAK.split(text))]
 
 
 def rows(chunks: Sequence[Chunk], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
@@ -153,8 +163,8 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, encode: Callabl
         encode: The text encoder, a function from ids (rows, 77) to embeddings (rows, 77, width).
     """
     chunked = [read(prompt, tokenizer) for prompt in prompts]
-    for chunks in chunked:
-        if len(chunks) > 1:
+    for prompt, chunks in zip(prompts, chunked, strict=True):
+        if len(chunks) > 1 + len(BREAK.findall(prompt)):
             notice = f"it is read in {len(chunks)} chunks of at most {TOKENS_PER_CHUNK}"
             warnings.warn(f"the prompt has {sum(map(len, chunks))} tokens: {notice}", stacklevel=3)
     ids, weights = rows([*chain(*chunked), []], tokenizer)
@@ -171,7 +181,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer, encode: Callabl
 
 def find_unknown_words(prompt: str, tokenizer: Tokenizer, embeddings: Tensor) -> list[str]:
     """Return the words of a prompt with an untrained token, whose row of `embeddings` (tokens, width) is all zeros."""
-    text = " ".join(piece for piece, _ in parse(prompt))
+    text = BREAK.sub(" ", " ".join(piece for piece, _ in parse(prompt)))
     for word in tokenizer.added:
         text = re.sub(re.escape(word), " ", text, flags=re.IGNORECASE)
     unknown = []

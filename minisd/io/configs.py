@@ -41,9 +41,10 @@ FIXED: Mapping[type, Mapping[str, tuple[Any, ...]]] = {
         "encoder_hid_dim": (None,), "time_cond_proj_dim": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
     },
     ScheduleConfig: {
-        "trained_betas": (None,), "rescale_betas_zero_snr": (False,), "thresholding": (False,), "clip_sample": (False,),
+        "trained_betas": (None,), "thresholding": (False,), "clip_sample": (False,),
     },
 }  # fmt: skip
+OPTIONAL = ("timestep_spacing", "set_alpha_to_one")
 BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 CHOICES = {
     "hidden_act": ("quick_gelu", "gelu"),
@@ -138,14 +139,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 def check_config(config: Config) -> None:
     """Raise ValueError for values of the wrong type or out of range, and for incompatible sizes."""
     for item in fields(config):
-        _check_value(item.name, getattr(config, item.name), item.default)
+        if getattr(config, item.name) is not None or item.name not in OPTIONAL:
+            _check_value(item.name, getattr(config, item.name), item.default)
     if isinstance(config, TextEncoderConfig):
         _check_divisible("hidden_size", config.hidden_size, "num_attention_heads", config.num_attention_heads)
     elif isinstance(config, ScheduleConfig):
-        if not config.beta_start <= config.beta_end < 1:
-            raise ValueError(
-                f"beta_start={config.beta_start}, beta_end={config.beta_end}; expected 0 < beta_start ≤ beta_end < 1"
-            )
+        _check_schedule(config)
     else:
         for channels in config.block_out_channels:
             _check_divisible("block_out_channels", channels, "norm_num_groups", config.norm_num_groups)
@@ -156,6 +155,15 @@ def check_config(config: Config) -> None:
                 raise ValueError(f"{name} has length {len(getattr(config, name))}; expected {levels}, one per level")
         for channels, heads in zip(config.block_out_channels, config.heads, strict=True):
             _check_divisible("block_out_channels", channels, "attention_head_dim (the number of heads)", heads)
+
+
+def _check_schedule(config: ScheduleConfig) -> None:
+    if not config.beta_start <= config.beta_end < 1:
+        raise ValueError(
+            f"beta_start={config.beta_start}, beta_end={config.beta_end}; expected 0 < beta_start ≤ beta_end < 1"
+        )
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise ValueError("rescale_betas_zero_snr=True with prediction_type='epsilon'; expected 'v_prediction'")
 
 
 def _check_value(name: str, value: Any, default: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,36 +16,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minisd.autoencoder import Autoencoder
-from minisd.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
+from minisd.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
+from minisd.features.more_samplers import Sampler
 from minisd.features.validate import check_path
 from minisd.generate import Model
 from minisd.io.atomic import replaced_folder, save_atomically
 from minisd.io.configs import ConfigT, read_config, read_json, to_dict, write_json
+from minisd.io.schedulers import SCHEDULERS, read_scheduler, scheduler_values
 from minisd.io.tensors import CheckpointError, printable
 from minisd.io.tokenizer_files import write_tokenizer
 from minisd.preview import SD1, Factors
-from minisd.samplers import Sampler
 from minisd.text_encoder import TextEncoder
 from minisd.unet import UNet
 
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
+FAST = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc", "deis")  # samplers for about 25 steps
 PIPELINES = tuple(f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint"))
-# The diffusers class of each sampler, with its settings other than the noise schedule.
-SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
-    "pndm": ("PNDMScheduler", {"set_alpha_to_one": False, "skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {"use_karras_sigmas": False}),
-    "dpmpp_2m": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False},
-    ),
-    "lcm": ("LCMScheduler", {}),
-}
-SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset")
 
 
 @dataclass(frozen=True)
@@ -53,7 +40,8 @@ class Defaults:
     """A model's default sampling settings.
 
     They are read from `minisd.json`. Folders without that file use the sampler of the scheduler configuration with 25
-    steps (DPM++ 2M) or 50 steps, and guidance 7.5; LCM uses 4 steps and no guidance. Single files use the values below.
+    steps (DPM++, UniPC, DEIS) or 50, and guidance 7.5; LCM uses 4 steps and no guidance. Single files use the values
+    below.
 
     Attributes:
         preview: The linear map from latents to RGB, for previews.
@@ -121,14 +109,17 @@ def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
         entry = index.get(part)
         if not isinstance(entry, list) or entry[-1:] != [name]:
             raise CheckpointError(f"{path} has {part}={printable(repr(entry))}; expected a {name}")
+    entry = index.get("scheduler")
+    kind = entry[-1] if isinstance(entry, list) and entry else read_json(scheduler).get("_class_name")
+    schedule, sampler = read_scheduler(scheduler, str(kind))
     config = ModelConfig(
         read_part_config(TextEncoderConfig, folder / "text_encoder/config.json"),
         read_part_config(AutoencoderConfig, folder / "vae/config.json"),
         read_part_config(UNetConfig, folder / "unet/config.json"),
-        read_part_config(ScheduleConfig, scheduler, clip_sample=False),  # as in diffusers' pipeline
+        schedule,
     )
     path = folder / "minisd.json"
-    return config, _read_defaults(path) if path.is_file() else _scheduler_defaults(read_json(scheduler))
+    return config, _read_defaults(path) if path.is_file() else _usual_defaults(sampler)
 
 
 def read_part_config(kind: type[ConfigT], path: Path, **changes: Any) -> ConfigT:
@@ -155,7 +146,8 @@ def _read_defaults(path: Path) -> Defaults:
     values = read_json(path)
     try:
         preview = tuple((float(r), float(g), float(b)) for r, g, b in values.get("preview", SD1))
-        defaults = Defaults(**values | {"sampler": Sampler(**values["sampler"]), "preview": preview})
+        options = {name: value for name, value in values["sampler"].items() if value}  # eta=0 is for ddim only
+        defaults = Defaults(**values | {"sampler": Sampler(**options), "preview": preview})
         steps, guidance = defaults.num_inference_steps, defaults.guidance_scale
         if type(steps) is not int or not 1 <= steps <= 1000 or not math.isfinite(guidance):
             raise ValueError(f"num_inference_steps={steps!r}, guidance_scale={guidance!r}")
@@ -166,13 +158,10 @@ def _read_defaults(path: Path) -> Defaults:
     return defaults
 
 
-def _scheduler_defaults(scheduler: Mapping[str, Any]) -> Defaults:
-    names = {name: sampler for sampler, (name, _) in SCHEDULERS.items()}
-    sampler = names.get(str(scheduler.get("_class_name")), "ddim")
-    if sampler == "lcm":
-        return Defaults(Sampler(sampler), num_inference_steps=4, guidance_scale=1.0)
-    karras = "use_karras_sigmas" in SCHEDULERS[sampler][1] and bool(scheduler.get("use_karras_sigmas"))
-    return Defaults(Sampler(sampler, karras=karras), 25 if sampler == "dpmpp_2m" else 50)
+def _usual_defaults(sampler: Sampler) -> Defaults:
+    if sampler.name == "lcm":
+        return Defaults(sampler, num_inference_steps=4, guidance_scale=1.0)
+    return Defaults(sampler, 25 if sampler.name in FAST else 50)
 
 
 def save(model: Loaded, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -223,7 +212,7 @@ def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
         "text_encoder/config.json": to_dict(config.text_encoder) | clip | ends,
         "vae/config.json": {"_class_name": CLASSES["vae"]} | to_dict(config.autoencoder),
         "unet/config.json": {"_class_name": CLASSES["unet"]} | to_dict(config.unet),
-        "scheduler/scheduler_config.json": _scheduler(config.schedule, sampler),
+        "scheduler/scheduler_config.json": scheduler_values(config.schedule, sampler),
         "minisd.json": asdict(model.defaults),
         "model_index.json": {
             "_class_name": f"StableDiffusion{'Inpaint' if config.unet.in_channels == 9 else ''}Pipeline",
@@ -238,16 +227,6 @@ def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
             "vae": ["diffusers", CLASSES["vae"]],
         },
     }
-
-
-def _scheduler(schedule: ScheduleConfig, sampler: Sampler) -> dict[str, Any]:
-    name, extra = SCHEDULERS[sampler.name]
-    values = to_dict(schedule) | {"use_karras_sigmas": sampler.karras}
-    return (
-        {"_class_name": name, "timestep_spacing": sampler.spacing or schedule.timestep_spacing}
-        | {key: values[key] for key in SCHEDULE_KEYS}
-        | {key: values.get(key, value) for key, value in extra.items()}
-    )
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:

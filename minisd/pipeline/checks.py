@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.features.deepcache import count_up_layers
+from minisd.features.more_samplers import WHOLE_TIMESTEPS
 from minisd.features.pictures import to_brightness, to_rgb
-from minisd.features.prompts import read
 from minisd.features.validate import (
     check_finite_input,
     check_float,
@@ -25,6 +26,7 @@ from minisd.features.validate import (
 from minisd.guidance import Guidance
 from minisd.images import from_pil
 from minisd.pipeline.memory import check_memory
+from minisd.pipeline.prompting import Loras, Texts, read_prompts
 from minisd.pipeline.settings import Settings
 from minisd.samplers import Plan
 
@@ -38,10 +40,17 @@ MAX_GUIDANCE = 1000.0  # far beyond any useful value, but far below overflow
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A validated generation request."""
+    """A validated generation request.
+
+    Attributes:
+        texts: The prompts at each step, with prompt editing and alternation resolved.
+        loras: The LoRAs in the prompts' tags, with their weights, by name.
+    """
 
     prompts: list[str]
     negative_prompts: list[str]
+    texts: list[Texts]
+    loras: Loras
     seeds: list[int]
     settings: Settings
     guidance: Guidance
@@ -80,8 +89,6 @@ def check_request(
     negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
     if len(negatives) != len(prompts):
         raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one, or one per prompt")
-    for text in dict.fromkeys([*prompts, *negatives]):
-        read(text, sd.tokenizer)
     guidance = check_guidance(settings, len(prompts))
     images = None if image is None else check_image(sd, image)
     if images is not None and len(images) not in (1, len(prompts)):
@@ -90,7 +97,8 @@ def check_request(
     mask = check_inpainting(sd, images, mask_image)
     check_feature_reuse(settings.feature_reuse, sd)
     check_int("clip_skip", settings.clip_skip, 1, sd.config.text_encoder.num_hidden_layers)
-    plan, strength = check_plan(sd, settings, images is not None, mask is not None)
+    plan, strength, steps = check_plan(sd, settings, images is not None, mask is not None)
+    texts, loras = read_prompts(sd, prompts, negatives, steps)
     seeds = resolve_seeds(seed, len(prompts))
     if latents is not None:
         check_tensor("latents", latents, len(prompts), *shape)
@@ -99,8 +107,9 @@ def check_request(
         width = sd.config.text_encoder.hidden_size
         check_tensor("prompt_embeds", prompt_embeds, len(prompts), 77 * max(1, rows // 77), width)
     return Request(
-        prompts, negatives, seeds, settings, guidance, plan, shape, strength, images, mask, latents, prompt_embeds
-    )
+        prompts, negatives, texts, loras, seeds, settings, guidance, plan, shape, strength, images, mask, latents,
+        prompt_embeds,
+    )  # fmt: skip
 
 
 def check_guidance(settings: Settings, count: int) -> Guidance:
@@ -208,8 +217,8 @@ def check_feature_reuse(value: Any, sd: StableDiffusion) -> None:
     check_int("feature_reuse", value[1], 1, count_up_layers(sd.unet))
 
 
-def check_plan(sd: StableDiffusion, settings: Settings, has_image: bool, has_mask: bool) -> tuple[Plan, float]:
-    """Check sampler, steps and strength, and return the sampling plan and the strength."""
+def check_plan(sd: StableDiffusion, settings: Settings, has_image: bool, has_mask: bool) -> tuple[Plan, float, int]:
+    """Check sampler, steps and strength; return the sampling plan, the strength, and the number of steps that run."""
     steps = check_int("num_inference_steps", settings.num_inference_steps, 1, sd.config.schedule.num_train_timesteps)
     strength = settings.strength
     if strength is not None and not has_image:
@@ -220,7 +229,12 @@ def check_plan(sd: StableDiffusion, settings: Settings, has_image: bool, has_mas
     running = int(steps * strength) if has_image else steps
     if running < 1:
         raise ValueError(f"{steps} steps at strength {strength} run none; raise either, so that steps · strength ≥ 1")
-    return settings.sampler_object.plan(sd.schedule, steps, start=steps - running), strength
+    sampler = settings.sampler_object
+    if sampler.spacing and "levels" in sampler.options and sampler.name in WHOLE_TIMESTEPS:
+        warnings.warn(
+            f"spacing={sampler.spacing!r} has no effect on {sampler.name} with these noise levels", stacklevel=2
+        )
+    return sampler.plan(sd.schedule, steps, start=steps - running), strength, running
 
 
 def check_margins(left: int, right: int, top: int, bottom: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +13,7 @@ from minisd.features.textual_inversion import add_word
 from minisd.features.validate import check_dtype, check_path
 from minisd.io import checkpoint
 from minisd.io.adapter_files import read_lora, read_textual_inversion
+from minisd.lora import LoRA
 from minisd.pipeline import memory
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class ModelFiles:
     usage: memory.Usage
 
     _compile_options: dict[str, Any] | None = None
+    lora_folder: str | PathLike[str] | None = None  # where LoRAs named in prompts are, as in <lora:name:0.8>
 
     if TYPE_CHECKING:
 
@@ -42,6 +44,7 @@ class ModelFiles:
         dtype: torch.dtype | None = None,
         offload: bool = False,
         tile: bool = False,
+        lora_folder: str | PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
         """Load a model.
@@ -53,6 +56,7 @@ class ModelFiles:
             offload: Whether to keep the modules in CPU memory and move each to the device only while it runs. In
                 float16 this takes 1.7 GB of device memory instead of 2.1 GB, but is slower and not thread-safe.
             tile: Whether to encode and decode images one at a time, and in tiles above 1.5 times the native size.
+            lora_folder: The folder with the LoRAs that prompts name, as in <lora:name:0.8>.
             options: Further arguments for `io.checkpoint.load`, such as `variant`, `prediction_type` or `revision`.
 
         Raises:
@@ -66,7 +70,9 @@ class ModelFiles:
         parts = loaded.tokenizer, loaded.text_encoder, loaded.unet, loaded.autoencoder
         if place.type == "cuda" and not offload:
             memory.move(loaded.unet, place)
-        return cls(loaded.config, *parts, loaded.defaults, offload=place if offload else None, tile=tile)
+        sd = cls(loaded.config, *parts, loaded.defaults, offload=place if offload else None, tile=tile)
+        sd.lora_folder = None if lora_folder is None else check_path("lora_folder", lora_folder)
+        return sd
 
     def save_pretrained(self: StableDiffusion, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Save the model to a folder that minisd, diffusers and transformers can load.
@@ -95,6 +101,32 @@ class ModelFiles:
         with self.usage.changing():
             self.adapters.add(name, read_lora(path, parts), layers_of(parts), weight)
         return name
+
+    def find_loras(self: StableDiffusion, names: Iterable[str]) -> dict[str, LoRA]:
+        """Return the LoRAs that a prompt names: loaded ones, or those in `lora_folder` and its subfolders.
+
+        Raises ValueError if there is no such LoRA or the model is compiled, and CheckpointError if it does not fit.
+        """
+        found = {name: self.adapters.loras[name] for name in names if name in self.adapters.loras}
+        if (found and self.adapters.fused) or (names and self._compile_options is not None):
+            raise ValueError("a prompt can name LoRAs only if the model is not compiled and none of them is fused")
+        for name in names:
+            if name in found:
+                continue
+            if self.lora_folder is None:
+                raise ValueError(
+                    f"the prompt names the LoRA {name!r}; load it, or pass its folder as lora_folder or --lora-folder"
+                )
+            files = [path for path in sorted(check_path("lora_folder", self.lora_folder).rglob("*")) if path.is_file()]
+            paths = {path.stem: path for path in files if path.suffix in (".safetensors", ".pt", ".bin")}
+            if name not in paths:
+                known = ", ".join(paths) or "none"
+                raise ValueError(f"the prompt names the LoRA {name!r}, which is not in {self.lora_folder}: {known}")
+            if paths[name] not in self._folder_loras:
+                parts = {"unet": self.unet, "text_encoder": self.text_encoder}
+                self._folder_loras[paths[name]] = read_lora(paths[name], parts)
+            found[name] = self._folder_loras[paths[name]]
+        return found
 
     def set_adapters(self: StableDiffusion, weights: Mapping[str, float]) -> None:
         """Set the weights of the named LoRAs, and disable all others. Raises ValueError for an unknown name."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 from minisd.features.presets import find_preset
 
 if TYPE_CHECKING:  # the command line reads the settings before it imports torch
+    from minisd.features.more_samplers import Sampler
     from minisd.io.diffusers_folder import Defaults
-    from minisd.samplers import Sampler
 
 # Sampler names in AUTOMATIC1111's web UI.
 SAMPLER_LABELS: Mapping[str, str] = MappingProxyType(
@@ -29,6 +29,10 @@ SAMPLER_LABELS: Mapping[str, str] = MappingProxyType(
         "heun": "Heun",
         "dpmpp_2m": "DPM++ 2M",
         "lcm": "LCM",
+        "dpmpp_2m_sde": "DPM++ 2M SDE",
+        "dpmpp_sde": "DPM++ SDE",
+        "unipc": "UniPC",
+        "deis": "DEIS",
     }
 )
 JSON_KINDS = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
@@ -116,9 +120,19 @@ class Settings:
         png="Timestep spacing",
         choices=("leading", "trailing", "linspace"),
     )
-    karras: bool = setting(bool, "Use Karras noise levels (euler, heun, dpmpp_2m).", False, option="--karras")
-    eta: float = setting(
-        float, "Stochasticity of ddim, 0 to 1. [default: 0]", 0.0, option="--eta", png="Eta", label="Eta"
+    karras: bool = setting(
+        bool, "Use Karras noise levels (not for ddpm, ddim, pndm, euler_a, lcm).", False, option="--karras"
+    )
+    sigmas: str | None = setting(
+        str,
+        "Other noise levels instead, for the same samplers.",
+        None,
+        option="--sigmas",
+        png="Sigmas",
+        choices=("exponential", "beta"),
+    )
+    eta: float | None = setting(
+        float, "Stochasticity of ddim, 0 to 1. [default: 0]", None, option="--eta", png="Eta", label="Eta"
     )
     guidance_rescale: float = setting(
         float,
@@ -190,7 +204,7 @@ class Settings:
     @property
     def sampler_object(self) -> Sampler:
         """The sampler with its options. Raises ValueError if it does not support them."""
-        from minisd.samplers import Sampler
+        from minisd.features.more_samplers import Sampler
 
         if not isinstance(self.karras, bool):
             raise TypeError(f"karras={self.karras!r}; expected True or False")
@@ -217,7 +231,7 @@ class Settings:
 
 
 SETTINGS: Mapping[str, Setting] = MappingProxyType({item.name: item.metadata["setting"] for item in fields(Settings)})
-SAMPLER_PARTS = ("spacing", "karras", "eta")  # the options of a `Sampler`
+SAMPLER_PARTS = ("spacing", "karras", "sigmas", "eta")  # the options of a `Sampler`
 
 
 def _merge(values: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,7 +243,7 @@ def _merge(values: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any
     if sampler is not None and not isinstance(sampler, (str, Sampler)):
         raise TypeError(f"sampler must be a name or a Sampler, got {type(sampler).__name__}")
     if isinstance(sampler, Sampler):
-        parts = {name: getattr(sampler, name) for name in SAMPLER_PARTS}
+        parts = {name: getattr(sampler, name, None) for name in SAMPLER_PARTS}
         changes = parts | changes | {"sampler": sampler.name}
     below = {name: value for name, value in values.items() if sampler is None or name not in SAMPLER_PARTS}
     return below | {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from minisd.editing import KeepUnmasked, latent_mask, masked_image, with_channel
 from minisd.features.adapters import Adapters
 from minisd.features.deepcache import DeepCache
 from minisd.features.fast import speed_up
-from minisd.features.prompts import common_length, encode_prompts, find_unknown_words
+from minisd.features.prompt_syntax import check_single, plain
+from minisd.features.prompts import encode_prompts, find_unknown_words
 from minisd.features.tiling import tiled
 from minisd.features.validate import (
     check_finite,
@@ -34,10 +36,12 @@ from minisd.generate import Model, NoiseSource, Step, gaussian_noise, guided, sa
 from minisd.guidance import Guidance
 from minisd.images import to_pil
 from minisd.io.diffusers_folder import Defaults
+from minisd.lora import LoRA
 from minisd.pipeline import memory
 from minisd.pipeline.checks import Request, check_image, check_request, check_size
 from minisd.pipeline.editing import ImageEditing, ImageInput, Prompt
 from minisd.pipeline.model_files import ModelFiles
+from minisd.pipeline.prompting import denoiser
 from minisd.pipeline.settings import Settings
 from minisd.preview import linear_preview
 from minisd.schedule import Schedule
@@ -50,8 +54,8 @@ class StableDiffusion(ImageEditing, ModelFiles):
     """Pipeline for text-to-image, image-to-image and inpainting.
 
     The modules are plain attributes: tokenizer, text_encoder, unet, autoencoder, schedule. Drawing is stateless and
-    thread-safe without `offload`; only loading and setting adapters modifies the object, and is refused while another
-    thread draws.
+    thread-safe without `offload` and LoRAs in prompts; only loading and setting adapters modifies the object, and is
+    refused while another thread draws.
 
     Args:
         config, tokenizer, text_encoder, unet, autoencoder: The configuration and the modules of the model.
@@ -83,6 +87,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
         speed_up(autoencoder)
         self.schedule = Schedule(config.schedule)
         self.adapters, self.usage = Adapters(), memory.Usage()
+        self._folder_loras = dict[Path, LoRA]()
         self.offload, self.tile = offload, unet.config.sample_size * 3 // 2 if tile else None
         self.downscale = config.autoencoder.downscale  # pixels per latent along each side
 
@@ -150,7 +155,8 @@ class StableDiffusion(ImageEditing, ModelFiles):
         Break out of the loop to stop early. All arguments are validated before any computation.
 
         Args:
-            prompt: One prompt, or one per image, with optional weights in brackets (see `features.prompts`).
+            prompt: One prompt, or one per image, with optional weights in brackets (see `features.prompts`) and the web
+                UI's syntax for prompt editing and LoRAs (see `features.prompt_syntax`).
             image: The image to start from: a PIL image, or a tensor (1 or n, 3, h, w) in [-1, 1]. It is not resized;
                 height and width must be multiples of 8.
             mask_image: An inpainting mask of the same size. Only the white area is repainted.
@@ -190,7 +196,6 @@ class StableDiffusion(ImageEditing, ModelFiles):
 
     @torch.inference_mode()
     def _steps(self, request: Request) -> Iterator[Step]:
-        cond, uncond = self._contexts(request)
         noise = gaussian_noise(request.seeds, request.shape, self.device)
         if request.latents is not None:
             noise = _first(request.latents.float().to(self.device), noise)
@@ -198,7 +203,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
         unet: Callable[..., Tensor] = self.unet
         if request.settings.feature_reuse is not None:
             unet = DeepCache(self.unet, *request.settings.feature_reuse, compile_options=self._compile_options)
-        denoise, after_step = guided(self._checked(unet), cond, uncond, request.guidance), None
+        denoise, after_step = denoiser(self, request, self._checked(unet)), None
         if request.mask is not None and request.image is not None and latents is not None:
             first = noise()
             noise = _first(first, noise)
@@ -214,22 +219,6 @@ class StableDiffusion(ImageEditing, ModelFiles):
             for step in sample(denoise, request.plan, noise, latents, after_step):
                 check_finite(step.latents, "UNet")
                 yield step
-
-    def _contexts(self, request: Request) -> tuple[Tensor, Tensor | None]:
-        """Return the contexts of the prompts and, if guidance needs them, the negative prompts, from one call."""
-        scales, negatives = request.scales, request.negative_prompts
-        is_guided, clip_skip = any(scale not in (0, 1) for scale in scales), request.settings.clip_skip
-        if request.prompt_embeds is None:
-            # at scale 0 the prediction follows the negative prompt alone
-            texts = [p if scale else n for p, n, scale in zip(request.prompts, negatives, scales, strict=True)]
-            contexts = self.encode_text([*texts, *(negatives if is_guided else ())], clip_skip)
-            return contexts[: len(texts)], contexts[len(texts) :] if is_guided else None
-        cond = request.prompt_embeds.to(self.device, self.dtype)
-        if all(scale == 1 for scale in scales):
-            return cond, None
-        cond, uncond = common_length(cond, self.encode_text(negatives, clip_skip))
-        cond = torch.where(cond.new_tensor(scales).view(-1, 1, 1) == 0, uncond, cond)
-        return cond, uncond if is_guided else None
 
     def _checked(self, unet: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Wrap a UNet to raise FloatingPointError for the first prediction that is not finite."""
@@ -250,11 +239,16 @@ class StableDiffusion(ImageEditing, ModelFiles):
         """Encode prompts, with optional weights in brackets, to text embeddings (n, 77·k, width).
 
         Prompts of more than 75 tokens are split into k chunks, encoded separately, with a warning. Shorter embeddings
-        are repeated to a common length. Raises ValueError for invalid weights and overlong prompts.
+        are repeated to a common length. Raises ValueError for invalid weights, overlong prompts, and prompts without a
+        single encoding, such as those with prompt editing.
         """
         texts = check_strings("prompts", prompts)
         check_int("clip_skip", clip_skip, 1, self.config.text_encoder.num_hidden_layers)
+        for text in texts:
+            check_single(text)
+        return self._encode_text(texts, clip_skip)
 
+    def _encode_text(self, texts: Sequence[str], clip_skip: int) -> Tensor:
         def encode(ids: Tensor) -> Tensor:
             with self._on_device(self.text_encoder):
                 return self._check_part(self.text_encoder(ids.to(self.device), clip_skip), "text encoder")
@@ -362,7 +356,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of a prompt with an untrained token, whose embedding is all zeros."""
         (prompt,) = check_strings("prompt", prompt)
-        return find_unknown_words(prompt, self.tokenizer, self.text_encoder.token_embedding.weight)
+        return find_unknown_words(plain(prompt), self.tokenizer, self.text_encoder.token_embedding.weight)
 
 
 def _first(first: Tensor, rest: NoiseSource) -> NoiseSource:

@@ -21,13 +21,13 @@ from tqdm import tqdm
 from minisd.autoencoder import Autoencoder
 from minisd.config import ModelConfig
 from minisd.features.distributed import rank, world_size
+from minisd.features.more_samplers import Sampler
 from minisd.features.validate import check_writable
 from minisd.images import grid
 from minisd.io.atomic import save_atomically
 from minisd.io.configs import to_dict
 from minisd.io.diffusers_folder import Defaults
 from minisd.pipeline.stable_diffusion import StableDiffusion
-from minisd.samplers import Sampler
 from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from minisd import Sampler, StableDiffusion
-from minisd.app.metadata import parse_parameters, read_parameters
+from minisd.app.metadata import parse_parameters, read_parameters, read_texts, save_png
 from minisd.app.provenance import Provenance
 from minisd.app.web_drawing import Request, Result, draw
 
@@ -73,3 +73,13 @@ def test_eta_that_cannot_be_used_is_rejected(run):
     for options in (("--sampler", "ddim", "--eta", "2"), ("--sampler", "euler", "--eta", "0.5")):
         code, files, err = run("generate", "fox", *options)
         assert (code, files) == (2, []) and "eta" in err
+
+
+def test_eta_of_pictures_from_older_versions(run):
+    """They recorded eta=0 for every sampler."""
+    assert run("generate", "fox", "--seed", "7", "--sampler", "euler_a", "-o", "first.png")[0] == 0
+    text, record = read_texts("first.png")
+    assert record is not None and record["eta"] is None
+    save_png(Image.open("first.png"), Path("old.png"), text or "", record=record | {"eta": 0.0})
+    assert run("generate", "--like", "old.png", "-o", "again.png")[0] == 0
+    assert np.array_equal(pixels("again.png"), pixels("first.png"))

@@ -111,6 +111,12 @@ def test_leaving_the_loop_stops_the_work(sd, monkeypatch):
     assert sd.decode(step.x0)[0].size == (64, 64)
 
 
+def test_spacing_that_other_noise_levels_replace_is_named(sd):
+    for name, options in (("dpmpp_2m", {"karras": True}), ("unipc", {"sigmas": "beta"})):
+        with pytest.warns(UserWarning, match=f"spacing='trailing' has no effect on {name}"):
+            sd.denoise("a fox", seed=0, sampler=name, spacing="trailing", **options)
+
+
 def test_image_to_image_runs_a_share_of_the_steps(sd):
     picture = Image.new("RGB", (64, 48), "orange")
     steps = list(sd.denoise("a fox", picture, strength=0.55, num_inference_steps=10, sampler="ddim", seed=0))

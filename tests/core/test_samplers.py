@@ -12,12 +12,14 @@ import torch
 from stand_ins import MU, SHAPE, SPACINGS, gaussian, predict_gaussian, schedule_for, unet
 from torch import Tensor
 
+from minisd import Sampler
 from minisd.config import ScheduleConfig
-from minisd.samplers import SAMPLERS, Plan, Sampler, State
+from minisd.samplers import Plan, State
 from minisd.schedule import Schedule
 
-STEPS = {"pndm": lambda n: n + 1, "heun": lambda n: 2 * n - 1}  # calls for n steps, where not n
-FRESH = ("ddpm", "euler_a", "lcm")
+SAMPLERS = tuple(Sampler.functions)
+STEPS = {"pndm": lambda n: n + 1, **dict.fromkeys(("heun", "dpmpp_sde"), lambda n: 2 * n - 1)}  # calls, where not n
+FRESH = ("ddpm", "euler_a", "lcm", "dpmpp_2m_sde", "dpmpp_sde")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -51,7 +53,7 @@ def error_at_last_call(plan: Plan, c: float) -> float:
     return abs(state.sample.item() - MU - scale * math.hypot(c, plan.sigmas[state.index]))
 
 
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("deis", 2), ("unipc", 3)])
 def test_order_of_convergence(name, order):
     """Twice the steps make the error 2, or 4, times smaller."""
     sampler = Sampler(name, "linspace", karras=True)
@@ -71,7 +73,7 @@ def error_at_199(sampler: Sampler, n: int) -> float:
     return abs(state.sample.item() - MU - scale * math.hypot(0.5, Schedule().sigma_at(199)))
 
 
-@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "heun", "dpmpp_2m", "unipc", "deis"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_single_known_picture(name, spacing):
     """One picture in the world (c = 0): the path is a straight line, and every method follows it exactly."""
@@ -188,9 +190,9 @@ def test_predicted_noise(prediction_type):
 def test_final_sigma_of_ddim_and_pndm():
     to_one = Schedule(replace(ScheduleConfig(), set_alpha_to_one=True))
     for name in SAMPLERS:
-        assert Sampler(name).plan(to_one, 10).sigmas[-1] == 0
+        assert name == "deis" or Sampler(name).plan(to_one, 10).sigmas[-1] == 0
         last = Sampler(name).plan(Schedule(), 10).sigmas[-1]
-        assert last == (pytest.approx(0.0291672, abs=1e-7) if name in ("ddim", "pndm") else 0)
+        assert last == (pytest.approx(0.0291672, abs=1e-7) if name in ("ddim", "pndm", "deis") else 0)
 
 
 def test_lcm_boundary_conditions():
@@ -208,15 +210,19 @@ def test_known_numbers():
     schedule = Schedule()
     for n, first in ((20, 951), (25, 961), (30, 958), (50, 981)):
         for name in ("ddpm", "ddim", "pndm", "euler", "euler_a", "heun"):
-            assert Sampler(name).plan(schedule, n).timesteps[0] == first
-    assert [Sampler("dpmpp_2m").plan(schedule, n).timesteps[0] for n in (20, 25, 30, 50)] == [941, 951, 961, 951]
+            assert Sampler(name, "leading").plan(schedule, n).timesteps[0] == first
+            usual = first if name in ("ddpm", "ddim", "pndm") else 999
+            assert Sampler(name).plan(schedule, n).timesteps[0] == usual
+    plans = [Sampler("dpmpp_2m", "leading").plan(schedule, n) for n in (20, 25, 30, 50)]
+    assert [plan.timesteps[0] for plan in plans] == [941, 951, 961, 951]
     pndm = Sampler("pndm").plan(schedule, 50)
     assert pndm.timesteps[:4] == (981, 961, 961, 941) and pndm.num_calls == 51
     assert Sampler("heun").plan(schedule, 50).num_calls == 99
     ones = torch.ones(1)
-    assert Sampler("euler").plan(schedule, 50).start(ones).sample.item() == pytest.approx(13.1585, abs=1e-4)
-    assert Sampler("euler").plan(schedule, 20).start(ones).sample.item() == pytest.approx(11.0736, abs=1e-4)
-    for spacing in ("trailing", "linspace"):
+    for n, first_level in ((50, 13.1585), (20, 11.0736)):
+        start = Sampler("euler", "leading").plan(schedule, n).start(ones)
+        assert start.sample.item() == pytest.approx(first_level, abs=1e-4)
+    for spacing in ("trailing", "linspace", None):
         assert Sampler("euler", spacing).plan(schedule, 20).start(ones).sample.item() == pytest.approx(14.614641)
 
 
@@ -224,7 +230,7 @@ def test_trailing_timesteps_stay_above_zero():
     """diffusers makes 62 steps of 61, the last at t = −1."""
     for name in set(SAMPLERS) - {"lcm"}:
         plan = Sampler(name, "trailing").plan(Schedule(), 61)
-        assert plan.timesteps[-1] >= 0 and len(set(plan.timesteps)) == 61
+        assert plan.timesteps[-1] >= 0 and len(set(plan.timesteps)) == (121 if name == "dpmpp_sde" else 61)
 
 
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("pndm", 2), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
@@ -245,11 +251,15 @@ def test_order_on_the_models_own_timesteps(name, order):
         {"name": "ddim", "karras": True},
         {"name": "ddim", "eta": 1.5},
         {"name": "euler", "eta": 0.5},
+        {"name": "euler_a", "eta": 0},
+        {"name": "euler", "sigmas": "odd"},
+        {"name": "ddim", "sigmas": "beta"},
+        {"name": "euler", "karras": True, "sigmas": "beta"},
         {"name": "lcm", "spacing": "trailing"},
     ],
 )
 def test_bad_samplers(options):
-    with pytest.raises(ValueError, match="choose one of|expected|must be between|does not support"):
+    with pytest.raises(ValueError, match="choose one|expected|must be between|does not support"):
         Sampler(**options)
 
 
@@ -261,7 +271,7 @@ def test_bad_samplers(options):
         (Sampler("lcm"), 51, 0),
         (Sampler("ddim"), 10, 10),
         (Sampler("ddim"), 10, -1),
-        (Sampler("euler"), 1000, 0),
+        (Sampler("euler", "leading"), 1000, 0),
         (Sampler("dpmpp_2m", "linspace"), 1000, 0),
     ],
 )

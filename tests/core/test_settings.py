@@ -11,7 +11,6 @@ from minisd import Sampler
 from minisd.features.presets import PRESETS
 from minisd.io.diffusers_folder import Defaults
 from minisd.pipeline.settings import SAMPLER_LABELS, SETTINGS, Settings
-from minisd.samplers import SAMPLERS
 
 MODEL = Defaults(Sampler("dpmpp_2m", karras=True), num_inference_steps=20, guidance_scale=4.0)
 
@@ -73,7 +72,9 @@ def test_only_changed_settings_are_listed():
 
 
 def test_every_setting_is_described_and_every_sampler_has_a_label():
-    assert list(SETTINGS) == [item.name for item in fields(Settings)] and list(SAMPLER_LABELS) == list(SAMPLERS)
+    assert list(SETTINGS) == [item.name for item in fields(Settings)] and list(SAMPLER_LABELS) == list(
+        Sampler.functions
+    )
     assert all(setting.help for setting in SETTINGS.values())
     for key in ("option", "png", "label"):
         names = [name for setting in SETTINGS.values() if (name := getattr(setting, key))]

@@ -29,7 +29,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minisd.config import SD15, SD15_INPAINT, SD21, SD21_BASE
+from minisd.config import SD15, SD15_INPAINT, SD21, SD21_BASE, ModelConfig
 from minisd.io.checkpoint import CheckpointError, Defaults, Loaded, describe, load, open_checkpoint, save
 from minisd.io.diffusers_folder import read_index
 from minisd.io.key_names import single_file_sources
@@ -74,6 +74,11 @@ def assert_same_weights(loaded: Loaded, parts: Parts, dtype: torch.dtype = torch
         assert not any(parameter.requires_grad for parameter in ours.parameters())
 
 
+def as_saved(config: ModelConfig) -> ModelConfig:
+    """diffusers saves the default spacing of the class, DDIM, with the rest."""
+    return replace(config, schedule=replace(config.schedule, timestep_spacing="leading"))
+
+
 def same_shape(path: Path) -> Path:
     return path
 
@@ -101,7 +106,7 @@ def with_old_names(path: Path) -> Path:
 @pytest.mark.parametrize("change", [same_shape, with_prefix, with_position_ids, with_pickles, with_old_names])
 def test_folder_layouts(folder, parts, change):
     loaded = load(change(folder))
-    assert loaded.config == SMALL
+    assert loaded.config == as_saved(SMALL)
     assert_same_weights(loaded, parts)
 
 
@@ -277,12 +282,14 @@ def test_prediction_type(folder):
         ("EulerAncestralDiscreteScheduler", {}, "euler_a", 50),
         ("DPMSolverMultistepScheduler", {"timestep_spacing": "trailing"}, "dpmpp_2m", 25),
         ("LCMScheduler", {}, "lcm", 4),
-        ("KDPM2DiscreteScheduler", {}, "ddim", 50),
+        ("UniPCMultistepScheduler", {}, "unipc", 25),
     ],
 )
 def test_defaults_from_scheduler(folder, name, options, sampler, steps):
-    path = folder / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name} | options))
+    path, index = folder / "scheduler/scheduler_config.json", folder / "model_index.json"
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key != "timestep_spacing"}
+    path.write_text(json.dumps(values | {"skip_prk_steps": True} | options))
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", name]}))
     defaults = open_checkpoint(folder).defaults
     assert (defaults.sampler.name, defaults.num_inference_steps, defaults.guidance_scale) == (
         sampler,
@@ -291,7 +298,7 @@ def test_defaults_from_scheduler(folder, name, options, sampler, steps):
     )
     assert defaults.sampler.karras == options.get("use_karras_sigmas", False)
     schedule = open_checkpoint(folder).config.schedule
-    assert schedule.timestep_spacing == options.get("timestep_spacing", "leading")
+    assert schedule.timestep_spacing == options.get("timestep_spacing")
     assert defaults.sampler.spacing is None  # so the schedule's own
 
 
@@ -326,7 +333,7 @@ def test_saved_folder_loads_in_diffusers(tmp_path, config, dtype):
     assert theirs.scheduler.config.use_karras_sigmas
     assert theirs.tokenizer("a photo of a cat")["input_ids"] == [49406, 320, 1125, 539, 320, 2368, 49407]
     again = load(tmp_path / "saved")
-    assert (again.config, again.defaults) == (config, defaults)
+    assert (again.config, again.defaults) == (as_saved(config), defaults)
     with safe_open(tmp_path / "saved/unet/diffusion_pytorch_model.safetensors", "pt") as file:
         assert file.get_slice("conv_in.weight").get_dtype() == {torch.float32: "F32", torch.float16: "F16"}[dtype]
 

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from dataclasses import replace
+from functools import cache
+from itertools import product
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import mpmath
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from stand_ins import MU, SHAPE, SPACINGS, gaussian, schedule_for, unet
 from torch import Tensor
 
+from minisd import Sampler
+from minisd.features.more_samplers import WHOLE_TIMESTEPS
 from minisd.pipeline.stable_diffusion import StableDiffusion
-from minisd.samplers import Plan, Sampler
+from minisd.samplers import Plan
 
 STEPS = (1, 2, 3, 9, 20, 27, 50)
 TOLERANCE = 1e-4
@@ -34,6 +44,12 @@ SD = {
     "beta_schedule": "scaled_linear",
     "steps_offset": 1,
 }
+# diffusers' module imports torchsde, which is used for its noise only; here it is given other noise, `Brownian`
+sys.modules.setdefault("torchsde", ModuleType("torchsde"))
+DPMSolverSDEScheduler: Any = importlib.import_module(
+    "diffusers.schedulers.scheduling_dpmsolver_sde"
+).DPMSolverSDEScheduler
+
 VARIANTS = {
     "ddpm": (Sampler("ddpm"), DDPMScheduler, {"clip_sample": False}),
     "ddim": (Sampler("ddim"), DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
@@ -47,7 +63,19 @@ VARIANTS = {
     "dpmpp_2m": (Sampler("dpmpp_2m"), DPMSolverMultistepScheduler, {}),
     "dpmpp_2m, karras": (Sampler("dpmpp_2m", karras=True), DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "lcm": (Sampler("lcm"), LCMScheduler, {}),
+    "dpmpp_2m_sde": (Sampler("dpmpp_2m_sde"), DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_sde": (Sampler("dpmpp_sde"), DPMSolverSDEScheduler, {}),
+    "unipc": (Sampler("unipc"), UniPCMultistepScheduler, {}),
+    "deis": (Sampler("deis"), DEISMultistepScheduler, {}),
 }
+for _name in ("dpmpp_2m_sde", "dpmpp_sde", "unipc", "deis"):
+    _, _kind, _extra = VARIANTS[_name]
+    VARIANTS[f"{_name}, karras"] = (Sampler(_name, karras=True), _kind, _extra | {"use_karras_sigmas": True})
+for _name in ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc", "deis"):
+    for _levels in ("exponential", "beta"):
+        _, _kind, _extra = VARIANTS[_name]
+        _extra = _extra | {f"use_{_levels}_sigmas": True}
+        VARIANTS[f"{_name}, {_levels}"] = (Sampler(_name, sigmas=_levels), _kind, _extra)
 
 # Where diffusers 0.42 does something else by design, and what its scheduler is told here so that it agrees.
 #
@@ -65,7 +93,49 @@ UNEVEN = {
 #    the noise; diffusers is given the noise that v implies.
 # 3. PNDM in image-to-image: diffusers cuts the list of calls, in which the second timestep stands twice, so
 #    one step is out of place. minisd cuts steps, then repeats the second one left; diffusers is given that.
-# 4. Trailing spacing with n = 61, 103, 121 …: diffusers makes n + 1 steps, the last at t = −1. minisd makes n.
+# 4. DPM-Solver's timesteps are whole numbers. At these numbers of steps, one Karras level is so near the middle of two
+#    of them, or one exponential level so near to one, that diffusers rounds it in float32 to the next; minisd does not.
+TIES = {"karras": (18, 35, 43), "exponential": (17, 33, 49)}
+# 5. Trailing spacing with n = 61, 103, 121 …: diffusers makes n + 1 steps, the last at t = −1. minisd makes n.
+
+
+class Brownian:
+    """Unit increments of a Brownian motion in σ, made from the noise that minisd's calls are given one by one.
+
+    diffusers asks for the increment to the midpoint of a step, then for that of the whole step.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator, self.begun = generator, None
+
+    def __call__(self, begin: Tensor, end: Tensor) -> Tensor:
+        z = torch.randn(SHAPE, generator=self.generator)
+        if self.begun is None:
+            self.begun = (z * (begin - end) ** 0.5, end)
+            return z
+        (increment, middle), self.begun = self.begun, None
+        return (increment + z * (middle - end) ** 0.5) / (begin - end) ** 0.5
+
+
+@cache
+def beta_quantile(p: float, a: float, b: float) -> float:
+    """scipy.stats.beta.ppf, which diffusers calls and the tests do not install."""
+    if p in (0.0, 1.0):
+        return p
+    low, high = mpmath.mpf(0), mpmath.mpf(1)
+    for _ in range(40):
+        middle = (low + high) / 2
+        below = mpmath.betainc(a, b, 0, middle, regularized=True) < p
+        low, high = (middle, high) if below else (low, middle)
+    return float(low)
+
+
+@pytest.fixture(autouse=True)
+def scipy(monkeypatch):
+    stand_in = SimpleNamespace(stats=SimpleNamespace(beta=SimpleNamespace(ppf=beta_quantile)))
+    for _, kind, _ in VARIANTS.values():
+        monkeypatch.setattr(f"{kind.__module__}.is_scipy_available", lambda: True, raising=False)
+        monkeypatch.setattr(f"{kind.__module__}.scipy", stand_in, raising=False)
 
 
 class Gap(int):
@@ -92,6 +162,8 @@ def run_theirs(
     """The same of a diffusers scheduler; gaps: see deviation 1; v_to_noise: see deviation 2."""
     generator, seen = torch.Generator().manual_seed(5), []
     extra = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
+    if isinstance(scheduler, DPMSolverSDEScheduler):
+        scheduler.noise_sampler = Brownian(generator)
     for i, t in enumerate(calls):
         seen.append(scheduler.scale_model_input(x, t))
         prediction = unet(seen[-1], float(t))
@@ -104,9 +176,10 @@ def run_theirs(
     return [*seen, x]
 
 
-def theirs_for(variant: str, spacing: str, prediction_type: str, n: int) -> Any:
+def theirs_for(variant: str, spacing: str | None, prediction_type: str, n: int, **more: Any) -> Any:
     _, kind, extra = VARIANTS[variant]
-    scheduler: Any = kind(**SD | extra, timestep_spacing=spacing, prediction_type=prediction_type)
+    named = {} if spacing is None else {"timestep_spacing": spacing}
+    scheduler: Any = kind(**SD | extra | named | more, prediction_type=prediction_type)
     scheduler.set_timesteps(n)
     return scheduler
 
@@ -124,9 +197,14 @@ def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "spacing", "prediction_type"),
+    [
+        (variant, spacing, prediction_type)
+        for variant, spacing, prediction_type in product(VARIANTS, SPACINGS, ("epsilon", "v_prediction"))
+        if not variant.endswith(("exponential", "beta")) or (spacing, prediction_type) == ("leading", "epsilon")
+    ],
+)
 def test_every_call(variant, spacing, prediction_type):
     sampler, worst = VARIANTS[variant][0], 0.0
     pndm = sampler.name == "pndm"
@@ -139,9 +217,45 @@ def test_every_call(variant, spacing, prediction_type):
         assert plan.timesteps == pytest.approx([float(t) for t in calls], rel=1e-4, abs=1e-4)
         gaps = true_gaps(plan.timesteps, pndm) if (variant, spacing, n) in UNEVEN else None
         noise = gaussian(0) * scheduler.init_noise_sigma
-        worst = max(worst, difference(ours, run_theirs(scheduler, calls, noise, gaps, sampler.eta, v_to_noise)))
+        worst = max(worst, difference(ours, run_theirs(scheduler, calls, noise, gaps, sampler.eta or 0, v_to_noise)))
     print(f"{variant}, {spacing}, {prediction_type}: worst {worst:.1e} of the latents' scale")
     assert worst <= TOLERANCE
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if not variant.endswith("beta")])
+def test_every_number_of_steps_with_the_spacing_of_the_class(variant):
+    """A file that names no spacing, as published for Stable Diffusion 1 and 2: each class of diffusers has its own."""
+    sampler, worst = VARIANTS[variant][0], 0.0
+    for n in range(1, 51):
+        plan = sampler.plan(schedule_for(spacing=None), n)
+        scheduler = theirs_for(variant, None, "epsilon", n)
+        calls = list(scheduler.timesteps)
+        tie = sampler.name in WHOLE_TIMESTEPS and n in TIES.get(variant.partition(", ")[2], ())
+        assert plan.timesteps == pytest.approx([float(t) for t in calls], rel=1e-4, abs=1 if tie else 1e-4)
+        calls = list(plan.timesteps) if tie else calls
+        theirs = run_theirs(scheduler, calls, gaussian(0) * scheduler.init_noise_sigma, eta=sampler.eta or 0)
+        worst = max(worst, difference(run_ours(plan), theirs))
+    print(f"{variant}: worst {worst:.1e} of the latents' scale")
+    assert worst <= TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["ddpm", "ddim", "euler", "euler_a", "dpmpp_2m", "lcm", "dpmpp_2m_sde", "unipc"])
+def test_zero_terminal_snr(variant):
+    """The classes of diffusers that can rescale betas. In some of them ᾱ ends at 0: they are told minisd's 2⁻²⁴."""
+    sampler, worst = VARIANTS[variant][0], 0.0
+    schedule = schedule_for("v_prediction", "trailing", rescale_betas_zero_snr=True)
+    for n in STEPS:
+        plan = sampler.plan(schedule, n)
+        scheduler = theirs_for(variant, "trailing", "v_prediction", n, rescale_betas_zero_snr=True)
+        assert scheduler.alphas_cumprod[-1] <= 2**-24 and scheduler.alphas_cumprod[-2] > 1e-7
+        scheduler.alphas_cumprod[-1] = 2**-24
+        assert schedule.alphas_cumprod == pytest.approx(scheduler.alphas_cumprod.numpy(), rel=1e-4, abs=1e-9)
+        calls, noise = list(scheduler.timesteps), gaussian(0) * scheduler.init_noise_sigma
+        gaps = true_gaps(plan.timesteps, False) if (variant, "trailing", n) in UNEVEN else None
+        worst = max(worst, difference(run_ours(plan), run_theirs(scheduler, calls, noise, gaps)))
+    print(f"{variant}: worst {worst:.1e} of the latents' scale")
+    # diffusers' Euler subtracts float32 numbers of the size of the first σ, 4096
+    assert worst <= (4096 * 2**-23 if variant in ("euler", "euler_a") else TOLERANCE)
 
 
 @pytest.mark.parametrize(("variant", "spacing", "n"), sorted(UNEVEN))
@@ -149,12 +263,12 @@ def test_listed_deviations_are_there(variant, spacing, n):
     """Deviation 1 is real: left alone, diffusers gives something else. So the list cannot grow stale."""
     sampler = VARIANTS[variant][0]
     scheduler = theirs_for(variant, spacing, "epsilon", n)
-    theirs = run_theirs(scheduler, list(scheduler.timesteps), gaussian(0), eta=sampler.eta)
+    theirs = run_theirs(scheduler, list(scheduler.timesteps), gaussian(0), eta=sampler.eta or 0)
     assert difference(run_ours(sampler.plan(schedule_for(spacing=spacing), n)), theirs) > 3 * TOLERANCE
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if not variant.endswith(("exponential", "beta"))])
 def test_image_to_image(variant, spacing):
     sampler, latents, n, skipped = VARIANTS[variant][0], gaussian(1), 20, 13
     plan = sampler.plan(schedule_for(spacing=spacing), n, start=skipped)
@@ -170,7 +284,7 @@ def test_image_to_image(variant, spacing):
     x = scheduler.add_noise(latents, gaussian(0), torch.as_tensor(calls[:1]))
     gaps = true_gaps(plan.timesteps, sampler.name == "pndm") if (variant, spacing, n) in UNEVEN else None
     assert plan.timesteps == pytest.approx([float(t) for t in calls], rel=1e-4)
-    theirs = run_theirs(scheduler, calls, x, gaps, sampler.eta)
+    theirs = run_theirs(scheduler, calls, x, gaps, sampler.eta or 0)
     assert difference(run_ours(plan, latents), theirs) <= TOLERANCE
 
 
