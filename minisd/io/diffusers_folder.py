@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
+from minisd.features.tiny_autoencoder import TinyAutoencoderConfig
 from minisd.features.validate import check_path
 from minisd.generate import Model
 from minisd.io.atomic import replaced_folder, save_atomically
@@ -30,6 +31,10 @@ from minisd.unet import UNet
 
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
+AUTOENCODERS: Mapping[str, type[AutoencoderConfig]] = {
+    "AutoencoderKL": AutoencoderConfig,
+    "AutoencoderTiny": TinyAutoencoderConfig,
+}
 PIPELINES = tuple(f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint"))
 # The diffusers class of each sampler, with its settings other than the noise schedule.
 SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -119,11 +124,12 @@ def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
         raise CheckpointError(f"{folder} is a {printable(str(kind))}; expected a {' or '.join(PIPELINES)}")
     for part, name in CLASSES.items():
         entry = index.get(part)
-        if not isinstance(entry, list) or entry[-1:] != [name]:
-            raise CheckpointError(f"{path} has {part}={printable(repr(entry))}; expected a {name}")
+        names = [*AUTOENCODERS] if part == "vae" else [name]
+        if not isinstance(entry, list) or not entry or entry[-1] not in names:
+            raise CheckpointError(f"{path} has {part}={printable(repr(entry))}; expected a {' or '.join(names)}")
     config = ModelConfig(
         read_part_config(TextEncoderConfig, folder / "text_encoder/config.json"),
-        read_part_config(AutoencoderConfig, folder / "vae/config.json"),
+        read_autoencoder_config(folder / "vae/config.json"),
         read_part_config(UNetConfig, folder / "unet/config.json"),
         read_part_config(ScheduleConfig, scheduler, clip_sample=False),  # as in diffusers' pipeline
     )
@@ -138,6 +144,14 @@ def read_part_config(kind: type[ConfigT], path: Path, **changes: Any) -> ConfigT
         return read_config(kind, values | changes)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} describes an unsupported model: {error}") from error
+
+
+def read_autoencoder_config(path: Path) -> AutoencoderConfig:
+    """Read the config.json of an AutoencoderKL or AutoencoderTiny. Raises CheckpointError for another class."""
+    name = read_json(path).get("_class_name", "AutoencoderKL")
+    if not isinstance(name, str) or name not in AUTOENCODERS:
+        raise CheckpointError(f"{path} is a {printable(str(name))}; expected an {' or '.join(AUTOENCODERS)}")
+    return read_part_config(AUTOENCODERS[name], path)
 
 
 def _suggestion(folder: Path) -> str:
@@ -216,12 +230,14 @@ def _files_in(folder: Path) -> set[Path]:
 def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
     """Return the content of a model's JSON files, by path."""
     config, sampler = model.config, model.defaults.sampler
+    text_encoder = replace(config.text_encoder, vocab_size=len(model.tokenizer.vocabulary))
+    vae = next(name for name, kind in AUTOENCODERS.items() if type(config.autoencoder) is kind)
     # without "dtype", diffusers would load float16 files as float16 for this module but as float32 for others
     clip = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
     ends = {"bos_token_id": model.tokenizer.bos_token_id, "eos_token_id": model.tokenizer.eos_token_id}
     return {
-        "text_encoder/config.json": to_dict(config.text_encoder) | clip | ends,
-        "vae/config.json": {"_class_name": CLASSES["vae"]} | to_dict(config.autoencoder),
+        "text_encoder/config.json": to_dict(text_encoder) | clip | ends,
+        "vae/config.json": {"_class_name": vae} | to_dict(config.autoencoder),
         "unet/config.json": {"_class_name": CLASSES["unet"]} | to_dict(config.unet),
         "scheduler/scheduler_config.json": _scheduler(config.schedule, sampler),
         "minisd.json": asdict(model.defaults),
@@ -235,7 +251,7 @@ def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
             "text_encoder": ["transformers", CLASSES["text_encoder"]],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", CLASSES["unet"]],
-            "vae": ["diffusers", CLASSES["vae"]],
+            "vae": ["diffusers", vae],
         },
     }
 
