@@ -165,7 +165,7 @@ def read_texts(path: str | os.PathLike[str]) -> Texts:
         comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
         # ComfyUI's WebP files have their JSON behind a name in the tags for the camera
         tags = (ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.ImageDescription)
-        texts |= {tag: exif.get(tag) for tag in tags}
+        texts |= {tag.name: exif.get(tag) for tag in tags}
     text, record = texts.pop(KEY, None), texts.pop(RECORD_KEY, None)
     if not isinstance(text, str):
         text = _decode_comment(comment) if isinstance(comment, bytes) else comment
@@ -228,20 +228,12 @@ def _decode_comment(raw: bytes) -> str:
         # the settings are ASCII, so the positions of zero bytes reveal the byte order; UTF-8 has no zero bytes
         order = "utf-16-be" if body[::2].count(0) >= body[1::2].count(0) else "utf-16-le"
         marked = body[:2] in (b"\xff\xfe", b"\xfe\xff")
-        if 0 not in body.rstrip(b"\0") and not marked and _is_utf8(body):
+        if 0 not in body.rstrip(b"\0") and not marked and body.decode(errors="ignore").encode() == body:
             order = "utf-8-sig"
         text = body.decode("utf-16" if marked else order, "replace")
     else:
         text = (body if kind in (b"ASCII\0\0\0", bytes(8)) else raw).decode("utf-8", "replace")
     return text.strip("\0 ")
-
-
-def _is_utf8(raw: bytes) -> bool:
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def save_png(

@@ -106,7 +106,7 @@ def missing(names: Mapping[str, object]) -> str:
     return next((name for name in wanted if name not in names), "")
 
 
-def _matrix(left: Tensor | None, right: Tensor | None, core: Tensor | None, transposed: bool = True) -> Tensor:
+def _matrix(left: Tensor | None, right: Tensor | None, core: Tensor | None, *, transposed: bool = True) -> Tensor:
     """Return left · right or, with the core tensor (r, r, k, k) of a convolution, its products with both.
 
     With a core, the left factor is (r, out) if `transposed`, else (out, r).

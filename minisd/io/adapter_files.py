@@ -101,10 +101,11 @@ def _update(layer: Layer, factors: dict[str, Tensor], settings: Mapping[str, Any
 def read_bundled_words(path: str | PathLike[str]) -> dict[str, Tensor]:
     """Return the textual inversions bundled with a LoRA, float32 (n, width) by their words."""
     path = _file_in(check_path("path", path), LORA_FILES)
-    words = {key: match[1] for key in tensors.read_header(path) if (match := WORD_KEY.fullmatch(key))}
-    header = {key: info for key, info in tensors.read_header(path).items() if key in words} if words else {}
-    found = dict(tensors.read_tensors(path, header, "cpu", torch.float32)) if words else {}
-    return {words[key]: vectors.reshape(-1, vectors.shape[-1]) for key, vectors in found.items() if vectors.dim()}
+    header = {key: info for key, info in tensors.read_header(path).items() if WORD_KEY.fullmatch(key)}
+    words = {}
+    for key, vectors in tensors.read_tensors(path, header, "cpu", torch.float32) if header else ():
+        words[WORD_KEY.sub(r"\1", key)] = vectors.reshape(-1, vectors.shape[-1] if vectors.dim() else 1)
+    return words
 
 
 def save_lora(lora: LoRA, path: Path) -> None:

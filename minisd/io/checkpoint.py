@@ -271,7 +271,7 @@ def _stored_prediction(path: Path, header: Mapping[str, TensorInfo]) -> str | No
         return "v_prediction"
     stated, beside = read_metadata(path).get("modelspec.prediction_type"), path.with_suffix(".yaml")
     if beside.is_file():
-        text = beside.read_text(encoding="utf-8-sig", errors="replace")
+        text = re.sub("#.*", "", beside.read_text(encoding="utf-8-sig", errors="replace"))
         found = PARAMETERIZATION.search(text)
         stated, path = (found[1] if found else "eps" if "LatentDiffusion" in text else stated), beside
     if stated is None or stated.lower() in PREDICTIONS:

@@ -202,6 +202,8 @@ def save(model: Loaded, folder: str | os.PathLike[str], dtype: torch.dtype | Non
     Raises:
         FileExistsError: If the folder contains anything else.
     """
+    if not getattr(model.config.autoencoder, "has_encoder", True):
+        raise ValueError("the autoencoder has only a decoder, and a model needs both; load taesd_encoder with it")
     target = check_path("folder", folder).resolve()
     existing = _files_in(target) if target.is_dir() else set()
     if target.exists() and (not target.is_dir() or (existing and Path("model_index.json") not in existing)):

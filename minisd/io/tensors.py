@@ -208,7 +208,7 @@ def _unpickle(path: Path) -> Any:
         return storage
 
     try:
-        inert = [(ParameterDict if name.endswith(".ParameterDict") else _Inert, name) for name in INERT]
+        inert: list[Any] = [(ParameterDict if name.endswith(".ParameterDict") else _Inert, name) for name in INERT]
         misnamed = path.suffix == ".safetensors"  # a path of this name is not given to torch's unpickler
         with path.open("rb") as file, torch.serialization.safe_globals(inert):
             source = file if misnamed else path

@@ -71,11 +71,11 @@ class ImageEditing:
         Returns:
             A PIL image for a single prompt and image, otherwise a list.
         """
-        originals = [to_rgb(each) for each in as_list("image", image)]
+        originals, masks = [to_rgb(each) for each in as_list("image", image)], as_list("mask_image", mask_image)
         several = _is_batch(prompt, image, mask_image)
         if several and options.get("padding_mask_crop") is not None:
-            return self._inpaint_each(prompt, originals, mask_image, strength, progress, options)
-        request = self._request(prompt, originals, mask_image, strength=strength, **options)
+            return self._inpaint_each(prompt, originals, masks, strength, progress, options)
+        request = self._request(prompt, originals, masks, strength=strength, **options)
         drawn, mask, area = self._draw(request, progress), request.mask, request.area
         results = []
         for i, picture in enumerate(drawn):
@@ -91,14 +91,14 @@ class ImageEditing:
         self: StableDiffusion,
         prompt: Prompt,
         images: Sequence[Image.Image],
-        masks: Any,
+        masks: Sequence[Any],
         strength: float,
         progress: bool | None,
         options: dict[str, Any],
     ) -> list[Image.Image]:
         """Inpaint one image after the other, since their masked areas can have several sizes."""
         rows: dict[str, list[Any]] = {"prompt": check_strings("prompt", prompt), "image": list(images)}
-        rows |= {"mask_image": as_list("mask_image", masks)}
+        rows |= {"mask_image": list(masks)}
         rows |= {"negative_prompt": check_strings("negative_prompt", options.get("negative_prompt", ""))}
         count = max(map(len, rows.values()))
         for name, values in rows.items():

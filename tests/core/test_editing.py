@@ -229,5 +229,7 @@ def test_areas_of_several_images(sd, picture, mask):
     ],
 )  # fmt: skip
 def test_batches_and_areas_that_cannot_be_drawn(sd, picture, mask, call, message):
+    with pytest.raises(TypeError, match="the mask must be a PIL image"):
+        sd.inpaint("a", picture, None)
     with pytest.raises(ValueError, match=message):
         call(sd, picture, mask)

@@ -202,6 +202,8 @@ def test_taesd_of_which_a_part_is_missing(folder, tmp_path, taesd):
     assert sd("a fox", seed=1, num_inference_steps=1).size == (64, 64)
     with pytest.raises(ValueError, match="only a decoder; put taesd_encoder beside it"):
         sd.image_to_image("a fox", Image.new("RGB", (64, 64)), seed=1)
+    with pytest.raises(ValueError, match="only a decoder, and a model needs both"):
+        sd.save_pretrained(tmp_path / "saved")
     encoder = write(tmp_path / "elsewhere" / "taesd_encoder.safetensors", original(taesd, "encoder"))
     with pytest.raises(CheckpointError, match="put its decoder, taesd_decoder, into the same folder"):
         load(folder, vae=encoder)
@@ -278,7 +280,7 @@ YAMLS = {
     "byte-order mark": "\ufeff" + TRAINING + "    parameterization: v\n",
     "eps": TRAINING + "    parameterization: eps\n",
     "nothing": TRAINING + "    linear_start: 0.00085\n",
-    "commented out": TRAINING + '    # parameterization: "v"\n    linear_start: 0.00085\n',
+    "commented out": TRAINING + '    # eps, parameterization: "v"\n    linear_start: 0.00085\n',
     "x0": TRAINING + '    parameterization: "x0"\n',
     "not a model": "a: 1\n",
 }
