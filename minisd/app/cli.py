@@ -21,12 +21,14 @@ import typer
 from minisd import __version__
 from minisd.app.options import (
     MAX_IMAGES,
+    PICTURES,
     LoadOptions,
     Output,
     Overwrite,
     Prediction,
     RequestOptions,
     SettingsOptions,
+    Vae,
     Variant,
     option_groups,
 )
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
 JOB_KEYS = ("prompt", "negative_prompt", "seed", "images", "outpaint")  # record keys other than settings
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 app = typer.Typer(
     name="minisd",
@@ -103,6 +104,7 @@ def generate(context: typer.Context, request: RequestOptions, changes: SettingsO
       minisd generate "a castle at night" --seed 7 --preset fast --output castle.png
       minisd generate "a red car" --images 9 --grid --steps 30 --sampler euler
       minisd generate "a snowman" --image photo.jpg --mask mask.png --strength 0.6
+      minisd generate "a watercolor" --image photos/ --strength 0.5 --output out/
       minisd generate "a fox" --model stable-diffusion-v1-5/stable-diffusion-v1-5
       minisd generate --like castle.png --steps 50
       minisd generate --prompts prompts.txt --output out/
@@ -128,10 +130,11 @@ def _read_image(path: Path, request: RequestOptions, values: Mapping[str, Any], 
     """Read the settings of the --like image, except those overridden by options."""
     from minisd.app.from_image import settings_from_image
 
-    known = {**find_preset(request.preset).settings, **values} | ({"image": request.image} if request.image else {})
+    known = {**find_preset(request.preset).settings, **values}
+    known |= {name: path for name, path in (("image", request.image), ("mask", request.mask)) if path}
     known |= {"lora_folder": loading.lora_folder} if loading.lora_folder else {}
     like = settings_from_image(path, known)
-    like.check_options(request.image, request.mask, loading.model, loading.lora or [])
+    like.check_options(request.image, request.mask, loading)
     return like
 
 
@@ -143,7 +146,7 @@ def _draw(
     prompts: Sequence[Prompt],
 ) -> None:
     """Load the model, and draw one job or one per prompt of a file."""
-    from minisd.app.jobs import Job, Source, Target, draw_images, model_side
+    from minisd.app.jobs import Job, Source, Target, draw_folder, draw_images, folder_sources, model_side
     from minisd.app.manifest import draw_missing
     from minisd.app.prompts_file import plan_jobs
     from minisd.app.provenance import Provenance
@@ -152,13 +155,17 @@ def _draw(
     images, batch = values.get("images") or 1, request.batch or 4
     same_images = like is not None and request.images is None and request.image is None
     grid = request.grid or (same_images and images > 1)
-    source = Source.read(request.image, request.mask, values.get("outpaint"), values.get("strength"))
-    output = f"{request.output}/" if prompts else request.output
+    inputs = request.image, request.mask, values.get("outpaint"), values.get("strength")
+    in_folder = request.image is not None and request.image.is_dir()
+    sources = folder_sources(*inputs) if in_folder else [Source.read(*inputs)]
+    source = sources[0]
+    output = f"{request.output}/" if prompts or in_folder else request.output
     target = Target.parse(output, values.get("prompt", ""), images > 1 and not grid, request.overwrite)
     log = _ignore if request.quiet or rank() else distributed.log
     started = time.perf_counter()
-    sd = loading.load() if like is None else loading.load(like.record.get("precision"), like.lora_weights)
-    provenance = Provenance.of(sd, loading.model)
+    precision, weights = (None, None) if like is None else (like.record.get("precision"), like.lora_weights)
+    sd = loading.load(precision, weights, log)
+    provenance = Provenance.of(sd, loading.model, loading.vae)
     seconds = time.perf_counter() - started
     log(f"{loading.model or 'tiny'} on {sd.device} in {provenance.precision}, loaded in {seconds:.1f} s")
     defaults: Defaults | Settings = sd.defaults
@@ -170,6 +177,10 @@ def _draw(
     if prompts:
         jobs = plan_jobs(prompts, values, batch, defaults, model_side(sd), source)
         draw_missing(sd, jobs, target.folder, overwrite=request.overwrite, **common)
+        return
+    if in_folder:
+        made = [Job.create(values, defaults, model_side(sd), each) for each in sources]
+        draw_folder(sd, made, target.folder, overwrite=request.overwrite, **common)
         return
     job = Job.create(values, defaults, model_side(sd), source)
     if like is not None and same_images and request.batch is None:  # rounding depends on the batch size
@@ -218,13 +229,14 @@ def interpolate(
     job = Job.create(values, sd.defaults, model_side(sd))
     pictures = sd.interpolate((start, end), seeds, count, **job.arguments)
     job = replace(job, images=count, interpolation=seeds)
-    target.save(grid(pictures, columns=count), job, Provenance.of(sd, loading.model))
+    target.save(grid(pictures, columns=count), job, Provenance.of(sd, loading.model, loading.vae))
 
 
 @app.command()
 def info(
     source: Annotated[str, typer.Argument(metavar="MODEL|PICTURE", help="Hub id, folder or file.")] = "tiny",
     variant: Variant = None,
+    vae: Vae = None,
     prediction: Prediction = None,
     raw: Annotated[bool, typer.Option("--raw", help="Print a picture's raw metadata text.")] = False,
 ) -> None:
@@ -240,13 +252,13 @@ def info(
     if not source.lower().endswith(PICTURES):
         from minisd.io.checkpoint import open_checkpoint
 
-        show(open_checkpoint(source, variant=variant, prediction_type=prediction).describe())
+        show(open_checkpoint(source, variant=variant, vae=vae, prediction_type=prediction).describe())
         return
-    from minisd.app.metadata import describe, parse_parameters, read_parameters
+    from minisd.app.metadata import describe, no_metadata, parse_parameters, read_texts
 
-    text = read_parameters(source)
+    text, _, program = read_texts(source)
     if text is None:
-        raise OSError(f"{source} has no generation metadata; expected a `parameters` text, as in PNGs drawn by minisd")
+        raise no_metadata(source, program)
     show(text if raw else describe(parse_parameters(text)))
 
 
@@ -255,6 +267,10 @@ def _check_modes(context: typer.Context, request: RequestOptions) -> None:
     prompts, output = request.prompts, request.output
     if request.prompt is None and prompts is None and request.like is None:
         raise typer.BadParameter("Missing argument 'PROMPT'; pass a prompt, --prompts or --like", context)
+    if request.image is not None and request.image.is_dir():
+        _check_folder_mode(context, request)
+    elif request.mask is not None and request.mask.is_dir():
+        raise typer.BadParameter("--mask is a folder, but --image is not; pass a folder of pictures too", context)
     if prompts is None and world_size() > 1:
         raise typer.BadParameter("several processes require --prompts; for one prompt use a single process", context)
     if prompts is None:
@@ -264,6 +280,19 @@ def _check_modes(context: typer.Context, request: RequestOptions) -> None:
             raise typer.BadParameter(f"--prompts cannot be combined with {name}; omit one of them", context)
     if output is None or (output.lower().endswith(".png") and not Path(output).is_dir()):
         raise typer.BadParameter("--prompts requires a folder for its pictures, such as --output out/", context)
+
+
+def _check_folder_mode(context: typer.Context, request: RequestOptions) -> None:
+    """Raise BadParameter for options of `generate` that do not work with a folder of input pictures."""
+    for name in ("prompts", "like", "grid", "images"):
+        if getattr(request, name):
+            raise typer.BadParameter(
+                f"--image with a folder cannot be combined with --{name}; omit one of them", context
+            )
+    if request.output is None or (request.output.lower().endswith(".png") and not Path(request.output).is_dir()):
+        raise typer.BadParameter(
+            "--image with a folder requires a folder for its pictures, such as --output out/", context
+        )
 
 
 def _explain(error: Exception) -> tuple[int, str]:

@@ -14,8 +14,18 @@ from typing import Any
 
 import typer
 
-from minisd.app.metadata import Parameters, parse_parameters, read_sampler, read_texts
-from minisd.app.provenance import PNG_NAMES, USUAL, Provenance, file_hash, split_lora
+from minisd.app.metadata import Parameters, no_metadata, parse_parameters, read_sampler, read_texts
+from minisd.app.options import LoadOptions
+from minisd.app.provenance import (
+    PNG_NAMES,
+    USUAL,
+    Provenance,
+    file_hash,
+    format_weight,
+    parse_weight,
+    split_lora,
+)
+from minisd.features.adapters import Weight, default_name
 from minisd.features.more_samplers import Sampler
 from minisd.pipeline.settings import SAMPLER_LABELS, SAMPLER_PARTS, SETTINGS, Setting, Settings
 
@@ -26,8 +36,8 @@ BATCH = {"batch_size": "Batch size", "batch_pos": "Batch pos", "images": "Images
 SOURCE = {"image": "Image", "image_hash": "Image hash", "mask": "Mask", "mask_hash": "Mask hash"}
 # keys in `parameters` that are read here or do not affect the pixels
 KNOWN = {setting.png for setting in TEXTS.values()} | {*PNG_NAMES.values(), *BATCH.values(), *SOURCE.values()}
-KNOWN |= {"Size", "Outpaint", "Schedule type", "Interpolation", "Version"}
-KNOWN |= {"Model hash", "Lora hashes", "TI hashes", "Hashes", "Size-1", "Size-2"}
+KNOWN |= {"Size", "Outpaint", "Schedule type", "Interpolation", "Version", "Inpaint area", "Template"}
+KNOWN |= {"Negative Template", "Model hash", "VAE hash", "Lora hashes", "TI hashes", "Hashes", "Size-1", "Size-2"}
 
 
 @dataclass(frozen=True)
@@ -56,21 +66,31 @@ class ImageSettings:
         return (size, position) if 0 <= position < size < 10_000 else (1, 0)
 
     @property
-    def lora_weights(self) -> dict[str, float]:
+    def lora_weights(self) -> dict[str, Weight]:
         """The weight of each LoRA, by name."""
         pairs = [text.rpartition(" ") for text in self.record.get("loras", "").split(", ") if text]
-        return {name or weight: _float(weight) if name else 1.0 for name, _, weight in pairs}
+        return {name or weight: parse_weight(weight) if name else 1.0 for name, _, weight in pairs}
 
-    def check_options(self, image: Path | None, mask: Path | None, model: str | None, loras: Sequence[str]) -> None:
+    def check_options(self, image: Path | None, mask: Path | None, loading: LoadOptions) -> None:
         """Raise BadParameter if a required model, LoRA or input image is missing; warn if an input file differs."""
-        record, path = self.record, self.path
-        if model is None and not (self.ours and record["model"] == "tiny"):
+        record, path, loras = self.record, self.path, loading.lora or []
+        if (vae := record.get("vae")) and loading.vae is None:
+            if self.ours:
+                raise typer.BadParameter(f"{path} was drawn with the autoencoder {vae}; pass it with --vae")
+            warn(
+                f"{path} was drawn with the autoencoder {vae}, not the model's own; if you have it, pass it with --vae"
+            )
+        if loading.model is None and not (self.ours and record["model"] == "tiny"):
             raise typer.BadParameter(f"{path} was drawn with the model {record['model']}; specify one with --model")
-        names = {Path(split_lora(argument)[0]).stem for argument in loras}
+        names: list[str] = []
+        for argument in loras:
+            names.append(default_name(Path(split_lora(argument)[0]), names))
         for name, weight in self.lora_weights.items():
             if name not in names:
                 advice = f"--lora {name}.safetensors" + ("" if self.ours else " or a prompt without it")
-                raise typer.BadParameter(f"{path} was drawn with the LoRA {name!r} at {weight:g}; pass {advice}")
+                raise typer.BadParameter(
+                    f"{path} was drawn with the LoRA {name!r} at {format_weight(weight)}; pass {advice}"
+                )
         for option, file in (("image", image), ("mask", mask)):
             if record.get(option) and file is None:
                 raise typer.BadParameter(
@@ -111,10 +131,10 @@ def settings_from_image(path: Path, given: Mapping[str, Any]) -> ImageSettings:
 
     Raises OSError for an image without metadata, and BadParameter for a setting that is missing or unsupported.
     """
-    text, record = read_texts(path)
+    text, record, program = read_texts(path)
     record = None if record is None else _check_record(record)
     if record is None and text is None:
-        raise OSError(f"{path} has no generation metadata; use a prompt and options instead of --like")
+        raise no_metadata(path, program)
     if record is None:
         parameters = parse_parameters(text or "")
         ours = parameters.settings.get("Version", "").startswith("minisd ")
@@ -133,7 +153,7 @@ def _check_record(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """Validate the types in a PNG's record. Returns None if it is invalid."""
     kinds = {name: Setting(str) for name in ("prompt", "negative_prompt", "version", *SOURCE, *PNG_NAMES)}
     kinds |= {name: Setting(int) for name in BATCH} | TEXTS
-    optional = {*SETTINGS, *SOURCE, "images"} - REQUIRED
+    optional = {*SETTINGS, *SOURCE, "images", "vae"} - REQUIRED
     checked: dict[str, Any] = {"interpolation": True} if "interpolation" in record else {}
     try:
         for name, kind in kinds.items():
@@ -161,13 +181,16 @@ def _record_from_parameters(path: Path, parameters: Parameters, ours: bool, give
         record |= {name: int(texts[png]) for name, png in BATCH.items() if texts.get(png, "").isdecimal()}
     else:
         model = texts.get("Model", texts.get("Model hash", "(unknown)"))
-        record |= {"model": model, "words": _words(texts)}
+        vae = texts.get("VAE", "")
+        record |= {"model": model, "words": _words(texts), "vae": "" if vae in ("None", "Automatic") else vae}
         if "prompt" not in given:  # prompts may contain LoRA tags, which a folder of LoRAs makes valid
             record |= _read_tags(parameters.prompt, "lora_folder" in given)
         redrawn = "Denoising strength" in texts and not any(name.startswith("Hires") for name in texts)
         record |= {"image": "(unknown)"} if redrawn else {}
+        record |= {"mask": "(unknown)"} if {"Mask blur", "Inpaint area"} & texts.keys() else {}
     skipped = {"sampler", *given, *(SAMPLER_PARTS if "sampler" in given else ())}
     skipped |= set() if "image" in given else {"strength"}
+    skipped |= set() if "mask" in given else {"mask_blur", "padding_mask_crop"}
     for name, kind in TEXTS.items():
         if kind.png and name not in skipped and (kind.png in texts or name in REQUIRED):
             record[name] = _read(path, texts, kind)

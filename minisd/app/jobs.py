@@ -18,15 +18,17 @@ from PIL import Image
 
 from minisd import __version__
 from minisd.app.metadata import parameters_text, save_png
+from minisd.app.options import PICTURES
 from minisd.app.provenance import Provenance, file_hash
 from minisd.editing import extend_canvas
 from minisd.features.distributed import show
+from minisd.features.pictures import to_rgb
 from minisd.features.prompt_syntax import TAG, plain
 from minisd.features.prompts import parse
 from minisd.features.validate import check_path, check_writable
 from minisd.images import grid as lay_out
 from minisd.io.diffusers_folder import Defaults
-from minisd.io.pictures import read_picture
+from minisd.io.pictures import opened_picture, read_picture
 from minisd.pipeline.checks import check_margins, resolve_seeds
 from minisd.pipeline.settings import SETTINGS, Settings, format_number
 from minisd.pipeline.stable_diffusion import StableDiffusion
@@ -66,9 +68,16 @@ class Source:
         return 1.0 if self.mask or self.outpaint else 0.8
 
     def open(self, sd: StableDiffusion, settings: Settings) -> tuple[Image.Image | None, Image.Image | None]:
-        """Load the image and its mask, scaled and cropped to the size in the settings, then extended."""
+        """Load the image and its mask, scaled and cropped to the size in the settings, then extended.
+
+        If only the masked area is drawn, the image keeps its size.
+        """
         if self.image is None:
             return None, None
+        if settings.padding_mask_crop is not None:
+            with opened_picture(self.image) as opened:
+                start = to_rgb(opened)
+            return start, None if self.mask is None else read_picture(self.mask, *start.size)
         _, height, width = sd.latent_shape(settings.height, settings.width)
         factor = sd.autoencoder.config.downscale
         start = read_picture(self.image, factor * width, factor * height)
@@ -127,6 +136,8 @@ class Job:
         arguments = self.settings.arguments()
         if self.source.image is None:
             return arguments
+        if self.settings.padding_mask_crop is not None:
+            return arguments | {"strength": self.strength}
         without_size = {name: value for name, value in arguments.items() if name not in ("width", "height")}
         return without_size | {"strength": self.strength}
 
@@ -203,6 +214,27 @@ class Target:
         name = f"{self.stem}-{job.seed}.png" if self.seeded else f"{self.stem}.png"
         text, record = job.parameters(provenance), job.record(provenance)
         show(save_png(picture, self.folder / name, text, self.overwrite, record))
+
+
+def folder_sources(
+    image: Path, mask: Path | None, outpaint: tuple[int, int, int, int] | None, strength: float | None
+) -> list[Source]:
+    """Return a source for each picture of a folder, with the mask of the same stem if `mask` is a folder.
+
+    Raises BadParameter if the folder has no pictures, or a mask is missing.
+    """
+    pictures = sorted(path for path in image.iterdir() if path.suffix.lower() in PICTURES)
+    if not pictures:
+        raise typer.BadParameter(f"--image {image} is a folder without pictures; expected {', '.join(PICTURES)} files")
+    sources = []
+    for picture in pictures:
+        own = mask
+        if mask is not None and mask.is_dir():
+            own = next((path for path in sorted(mask.iterdir()) if path.stem == picture.stem), None)
+            if own is None:
+                raise typer.BadParameter(f"--mask {mask} has no mask for {picture.name}; expected {picture.stem}.png")
+        sources.append(Source.read(picture, own, outpaint, strength))
+    return sources
 
 
 def _to_json(value: Any) -> Any:
@@ -301,6 +333,28 @@ def draw_images(
         first_job = replace(job, seed=numbers[0], images=images, batch=(size, 0))
         target.save(lay_out(pictures), first_job, provenance)
     log(f"drawn in {time.perf_counter() - started:.1f} s")
+
+
+def draw_folder(
+    sd: StableDiffusion,
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    overwrite: bool,
+    provenance: Provenance,
+    quiet: bool,
+    log: Callable[[str], None],
+) -> None:
+    """Draw one job per input picture, named after it, with consecutive seeds. All are checked before the first."""
+    numbers = resolve_seeds(jobs[0].seed, len(jobs))
+    jobs = [replace(job, seed=number) for job, number in zip(jobs, numbers, strict=True)]
+    for job in jobs:
+        job.check(sd)
+    log(f"{len(jobs)} pictures, seed {numbers[0]} to {numbers[-1]}, {describe(jobs[0].settings)}")
+    for job in jobs:
+        assert job.source.image is not None
+        picture = draw(sd, [job], False if quiet else None)[0]
+        Target(folder, job.source.image.stem, False, overwrite).save(picture, job, provenance)
 
 
 def describe(settings: Settings) -> str:

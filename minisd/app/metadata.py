@@ -6,8 +6,8 @@ The `parameters` text is the format of AUTOMATIC1111's web UI and others:
     Negative prompt: blurry
     Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 4, Seed: 7, Size: 128x128, Model: tiny, Version: minisd 0.1.0
 
-PNG files store it in a text chunk, JPEG and WebP files in the EXIF UserComment. The `minisd` text chunk of a PNG is a
-complete and exact record in JSON (see `Job.record`), with a format version.
+PNG files store it in a text chunk, JPEG and WebP files in the EXIF UserComment, GIF files in the comment. The `minisd`
+text chunk of a PNG is a complete and exact record in JSON (see `Job.record`), with a format version.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
@@ -39,6 +39,17 @@ NEGATIVE = "Negative prompt:"
 EXACT = ("Exact prompt", "Exact negative prompt")
 NAME = re.compile(r'[^",:{}]{1,80}')  # a key
 QUOTED = re.compile(r'"(?:\\.|[^"\\])*"')
+STEPS = re.compile(r"Steps: *\d+ *(,|$)")
+TEMPLATES = ("Template:", "Negative Template:")  # the prompts before wildcards were filled in, below the settings
+USUAL_KEYS = {"Steps", "Sampler", "CFG scale", "Seed", "Size", "Model", "Model hash"}
+# Keys of the JSON that other programs write, and of the text chunks they write it to.
+PROGRAMS = {
+    "ComfyUI": {"class_type", "nodes", "last_node_id"},
+    "InvokeAI": {"positive_prompt", "generation_mode", "model_weights", "invokeai_metadata", "sd-metadata", "Dream"},
+    "NovelAI": {"uc", "request_type", "signed_hash"},
+    "Fooocus": {"adm_guidance", "refiner_switch", "fooocus_scheme"},
+    "SwarmUI": {"sui_image_params"},
+}
 
 
 # the noise levels of the web UI's schedule type "Automatic"
@@ -94,15 +105,29 @@ def parameters_text(prompt: str, negative_prompt: str, settings: Mapping[str, ob
 
 
 def parse_parameters(text: str) -> Parameters:
-    """Parse a `parameters` text. Without a final settings line, the whole text is the prompt."""
-    *lines, last = re.split(r"\r?\n", text.strip())
-    settings = _parse_settings(last) if re.match(r"Steps: *\d+ *(,|$)", last) else {}
-    if not settings:
-        lines = [*lines, last]
+    """Parse a `parameters` text. Without a settings line at its end, the whole text is the prompt.
+
+    A settings line begins with Steps or has at least three settings, two of them usual ones. Only templates may follow.
+    """
+    lines, templates = re.split(r"\r?\n", text.strip()), list[str]()
+    if not _is_settings(lines[-1]):
+        starts = [i for i, line in enumerate(lines) if line.startswith(TEMPLATES) and i and _is_settings(lines[i - 1])]
+        lines, templates = (lines[: starts[0]], lines[starts[0] :]) if starts else (lines, templates)
+    settings = _parse_settings(lines.pop().rstrip(", ")) if _is_settings(lines[-1]) else {}
     at = next((i for i, line in enumerate(lines) if line.startswith(NEGATIVE)), len(lines))
     prompt, negative = "\n".join(lines[:at]), "\n".join(lines[at:]).removeprefix(NEGATIVE)
     prompt, negative = settings.pop(EXACT[0], prompt), settings.pop(EXACT[1], negative)
+    for name in reversed(TEMPLATES):
+        at = next((i for i, line in enumerate(templates) if line.startswith(name)), len(templates))
+        if rest := "\n".join(templates[at:]).removeprefix(name).strip():
+            settings[name.removesuffix(":")] = rest
+        templates = templates[:at]
     return Parameters(prompt.strip(), negative.strip(), settings)
+
+
+def _is_settings(line: str) -> bool:
+    names = re.findall(r"(?:^|,)\s*(\w[^:,]{0,80}):", line)
+    return bool(STEPS.match(line)) or (len(names) >= 3 and len(USUAL_KEYS & {*names}) >= 2)
 
 
 def describe(parameters: Parameters) -> str:
@@ -125,25 +150,75 @@ def describe(parameters: Parameters) -> str:
 
 def read_parameters(path: str | os.PathLike[str]) -> str | None:
     """Return the `parameters` of an image file, or None. Raises OSError if the file is invalid or too large."""
-    return read_texts(path)[0]
+    return read_texts(path).parameters
 
 
-def read_texts(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any] | None]:
-    """Return the `parameters` and the record of an image file, each None if missing.
+class Texts(NamedTuple):
+    """The `parameters` and the record of an image file, each None if missing, and the program if it writes JSON."""
 
-    A corrupted record or one of another format version is treated as missing. Raises OSError if the file is not an
-    image, or a text is too large.
+    parameters: str | None
+    record: dict[str, Any] | None
+    program: str = ""
+
+
+def read_texts(path: str | os.PathLike[str]) -> Texts:
+    """Return the generation metadata of an image file.
+
+    A corrupted record or one of another format version is treated as missing, and so are texts in JSON, such as a
+    ComfyUI workflow, which are not prompts. Raises OSError if the file is not an image, or a text is too large.
     """
     with opened_picture(path) as picture:
         picture.load()  # a text chunk may also follow the pixels
-        text, record = picture.info.get(KEY), picture.info.get(RECORD_KEY)
-        if not isinstance(text, str):
-            comment = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-            text = _decode_comment(comment) if isinstance(comment, bytes) else comment
+        texts, exif = {name: value for name, value in picture.info.items() if name != "exif"}, picture.getexif()
+        comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+        # ComfyUI's WebP files have their JSON behind a name in the tags for the camera
+        tags = (ExifTags.Base.Make, ExifTags.Base.Model, ExifTags.Base.ImageDescription)
+        texts |= {tag.name: exif.get(tag) for tag in tags}
+    text, record = texts.pop(KEY, None), texts.pop(RECORD_KEY, None)
+    if not isinstance(text, str):
+        text = _decode_comment(comment) if isinstance(comment, bytes) else comment
+    if text is None and isinstance(comment := texts.get("comment"), bytes):  # also written by other software
+        text = comment.decode("utf-8", "replace")
+        text = text if parse_parameters(text[:MAX_TEXT]).settings else None
     for value in (text, record):
         if isinstance(value, str) and len(value) > MAX_TEXT:
             raise OSError(f"a text in {path} has {len(value):,} characters; expected at most {MAX_TEXT:,}")
-    return text if isinstance(text, str) and text.strip() else None, _parse_record(record)
+    program = _other_program({KEY: text, **texts})
+    text = None if _parse_object(text) else text
+    return Texts(text if isinstance(text, str) and text.strip() else None, _parse_record(record), program)
+
+
+def no_metadata(path: str | os.PathLike[str], program: str) -> OSError:
+    """Return the error for an image without `parameters`, which names the program that wrote something else."""
+    found = f"has the JSON of {program}, which is not read" if program else "has no generation metadata"
+    return OSError(
+        f"{path} {found}; expected a `parameters` text, as in images drawn by minisd or AUTOMATIC1111's web UI"
+    )
+
+
+def _other_program(texts: Mapping[Any, Any]) -> str:
+    """Return the program that wrote the texts, if it is one of those that write JSON, or ""."""
+    found = ""
+    for name, text in texts.items():
+        content = _parse_object(text)
+        keys = {str(name), *content, *(key for value in content.values() if isinstance(value, dict) for key in value)}
+        for program, known in PROGRAMS.items():
+            if known & keys:
+                return program
+        found = found or ("another program" if content else "")
+    return found
+
+
+def _parse_object(text: Any) -> dict[str, Any]:
+    """Parse a text as a JSON object, ignoring a name before it as in "Workflow: {…}"; empty if it is none."""
+    match = re.match(r"\s*(?:[Ww]orkflow|[Pp]rompt)?:?\s*(?=\{)", text) if isinstance(text, str) else None
+    if not match or len(text) > MAX_TEXT:
+        return {}
+    try:
+        content = json.loads(text[match.end() :].rstrip("\0 \n"))
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _parse_record(text: Any) -> dict[str, Any] | None:
@@ -158,9 +233,11 @@ def _decode_comment(raw: bytes) -> str:
     """Decode an EXIF UserComment: an 8-byte encoding name, then the text (EXIF 2.3, section 4.6.5)."""
     kind, body = raw[:8], raw[8:]
     if kind == b"UNICODE\0":
-        # the settings are ASCII, so the positions of zero bytes reveal the byte order
+        # the settings are ASCII, so the positions of zero bytes reveal the byte order; UTF-8 has no zero bytes
         order = "utf-16-be" if body[::2].count(0) >= body[1::2].count(0) else "utf-16-le"
         marked = body[:2] in (b"\xff\xfe", b"\xfe\xff")
+        if 0 not in body.rstrip(b"\0") and not marked and body.decode(errors="ignore").encode() == body:
+            order = "utf-8-sig"
         text = body.decode("utf-16" if marked else order, "replace")
     else:
         text = (body if kind in (b"ASCII\0\0\0", bytes(8)) else raw).decode("utf-8", "replace")

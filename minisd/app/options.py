@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from minisd.app.provenance import split_lora
+from minisd.features import distributed
 from minisd.features.distributed import local_device
 from minisd.features.presets import PRESETS
 from minisd.pipeline.settings import SETTINGS, Setting
 
 if TYPE_CHECKING:
+    from minisd.features.adapters import Weight
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
 MAX_IMAGES = 1_000_000
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 Model = Annotated[str | None, typer.Option(help="Hub id, folder, .safetensors or .ckpt. [default: tiny]")]
 Variant = Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")]
@@ -27,6 +30,7 @@ Prediction = Annotated[
     Literal["epsilon", "v_prediction", "sample"] | None,
     typer.Option("--prediction-type", help="Prediction type, required for SD 2 single files."),
 ]
+Vae = Annotated[str | None, typer.Option(help="Autoencoder to use instead of the model's: hub id, folder or file.")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. [default: the first available]")]
 Precision = Annotated[
     Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="[default: float16 on cuda, else float32]")
@@ -37,9 +41,9 @@ Output = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files instead of numbering them.")]
 
 
-def existing(help: str) -> Any:
-    """Define an option for the path of an existing file."""
-    return typer.Option(help=help, exists=True, dir_okay=False)
+def existing(help: str, folder: bool = False) -> Any:
+    """Define an option for the path of an existing file or, if `folder`, a folder."""
+    return typer.Option(help=help, exists=True, dir_okay=folder)
 
 
 LoraFolder = Annotated[
@@ -60,8 +64,12 @@ class RequestOptions:
     ] = None
     prompts: Annotated[Path | None, existing("Draw one picture per line of a .txt or .jsonl file.")] = None
     like: Annotated[Path | None, existing("Redraw this picture from its metadata; other options override it.")] = None
-    image: Annotated[Path | None, existing("Picture to start from, scaled and cropped to fit.")] = None
-    mask: Annotated[Path | None, existing("Inpainting mask for --image; white areas are repainted.")] = None
+    image: Annotated[Path | None, existing("Picture to start from, scaled and cropped to fit, or a folder.", True)] = (
+        None
+    )
+    mask: Annotated[
+        Path | None, existing("Inpainting mask for --image, or a folder of them; white areas are repainted.", True)
+    ] = None
     outpaint: Annotated[
         tuple[int, int, int, int] | None,
         typer.Option(help="Extend --image by pixels on the left, right, top and bottom.", metavar="L R T B"),
@@ -91,6 +99,7 @@ class LoadOptions:
 
     model: Model = None
     variant: Variant = None
+    vae: Vae = None
     prediction_type: Prediction = None
     device: Device = None
     dtype: Precision = None
@@ -99,10 +108,19 @@ class LoadOptions:
     ] = False
     lora: Annotated[
         list[str] | None,
-        typer.Option(help="LoRA to load, with an optional weight. May be repeated.", metavar="FILE[:WEIGHT]"),
+        typer.Option(
+            help="LoRA, LoHa, LoKr or DoRA to load, with an optional weight, or with one for the text encoder and one "
+            "for the UNet. May be repeated.",
+            metavar="FILE[:WEIGHT|:TEXT:UNET]",
+        ),
     ] = None
     inversion: Annotated[
-        list[Path] | None, typer.Option("--textual-inversion", help="File to load. May be repeated.", metavar="FILE")
+        list[str] | None,
+        typer.Option(
+            "--textual-inversion",
+            help="Textual inversion to load, with an optional word to use for it. May be repeated.",
+            metavar="FILE[:WORD]",
+        ),
     ] = None
 
     lora_folder: LoraFolder = None
@@ -123,23 +141,34 @@ class LoadOptions:
         from minisd.pipeline.stable_diffusion import StableDiffusion
 
         device, dtype = self.find_device(), self.dtype or dtype
-        more: dict[str, Any] = {
-            "variant": self.variant,
-            "prediction_type": self.prediction_type,
-            "lora_folder": self.lora_folder,
-        }
+        names = ("variant", "vae", "prediction_type", "lora_folder")
+        more: dict[str, Any] = {name: getattr(self, name) for name in names}
         precision = None if dtype is None else dtype_of(dtype)
         return StableDiffusion.from_pretrained(self.model, device=device, dtype=precision, offload=self.offload, **more)
 
-    def load(self, dtype: str | None = None, lora_weights: Mapping[str, float] | None = None) -> StableDiffusion:
-        """Load the model with LoRAs and textual inversions. The arguments are defaults for missing options."""
+    def load(
+        self,
+        dtype: str | None = None,
+        lora_weights: Mapping[str, Weight] | None = None,
+        log: Callable[[str], None] = distributed.log,
+    ) -> StableDiffusion:
+        """Load the model with LoRAs and textual inversions, and log the new words.
+
+        The first two arguments are defaults for missing options.
+        """
+        from minisd.features.adapters import default_name
+
         sd = self.load_model(dtype)
         for argument in self.lora or []:
             file, weight = split_lora(argument)
-            usual = (lora_weights or {}).get(Path(file).stem, 1.0)
-            sd.load_lora(file, weight=usual if weight is None else weight)
-        for path in self.inversion or []:
-            sd.load_textual_inversion(path)
+            name, before = default_name(Path(file), sd.adapters.loras), set(sd.tokenizer.added)
+            sd.load_lora(file, weight=(lora_weights or {}).get(name, 1.0) if weight is None else weight)
+            if words := [word for word in sd.tokenizer.added if word not in before]:
+                log(f"{file}: the words for it are {', '.join(words)}")
+        for argument in self.inversion or []:
+            head, _, word = ("", "", "") if Path(argument).exists() else argument.rpartition(":")
+            taken = sd.load_textual_inversion(head or argument, word or None)
+            log(f"{head or argument}: the word for it is {taken}")
         return sd
 
 

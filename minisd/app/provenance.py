@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from minisd.pipeline.settings import format_number
 
 if TYPE_CHECKING:
+    from minisd.features.adapters import Weight
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
 
@@ -31,6 +33,7 @@ class Provenance:
         weights: A fingerprint of all loaded weights.
         loras: The names and weights of the LoRAs: "style 0.8, other 1".
         words: The words of textual inversions: "<unicorn>, <cat>".
+        vae: The name of the autoencoder, if it is not the model's own.
     """
 
     model: str = fact("Model")
@@ -40,27 +43,30 @@ class Provenance:
     weights: str = fact("Weights")
     loras: str = field(default="", metadata={"png": "LoRA", "usual": ""})
     words: str = field(default="", metadata={"png": "Textual inversion", "usual": ""})
+    vae: str = field(default="", metadata={"png": "VAE", "usual": ""})
 
     @classmethod
-    def of(cls, sd: StableDiffusion, model: str | None) -> Provenance:
-        """Return the provenance for a loaded model, where `model` is the source it was loaded from."""
+    def of(cls, sd: StableDiffusion, model: str | None, vae: str | None = None) -> Provenance:
+        """Return the provenance for a loaded model, where `model` and `vae` are the sources it was loaded from."""
         return cls(
             model=display_name(model),
             precision=str(sd.dtype).removeprefix("torch."),
             device=sd.device.type,
             prediction=sd.schedule.config.prediction_type,
             weights=fingerprint(sd),
-            loras=", ".join(f"{name} {format_number(weight)}" for name, weight in sd.adapters.weights.items()),
+            loras=", ".join(f"{name} {format_weight(weight)}" for name, weight in sd.adapters.weights.items()),
             words=", ".join(sd.tokenizer.added),
+            vae=display_name(vae) if vae else "",
         )
 
     def texts(self) -> dict[str, str]:
         """Return the values that are not the usual ones, by their keys in a PNG's `parameters`."""
-        order = ("model", "weights", "prediction", "precision", "device", "loras", "words")
+        order = ("model", "weights", "prediction", "precision", "device", "loras", "words", "vae")
         values = {name: getattr(self, name) for name in order}
         return {PNG_NAMES[name]: value for name, value in values.items() if value != USUAL[name]}
 
 
+WEIGHT = re.compile(r"-?\d*\.?\d+(?::-?\d*\.?\d+)?")
 PNG_NAMES = {item.name: item.metadata["png"] for item in fields(Provenance)}
 USUAL = {item.name: item.metadata["usual"] for item in fields(Provenance)}
 
@@ -70,10 +76,25 @@ def display_name(model: str | None) -> str:
     return Path(model).stem if model and Path(model).exists() else model or "tiny"
 
 
-def split_lora(argument: str) -> tuple[str, float | None]:
-    """Split FILE or FILE:WEIGHT, as passed to --lora, into the file and the weight or None."""
-    match = None if Path(argument).exists() else re.fullmatch(r"(.+):(-?\d*\.?\d+)", argument)
-    return (match[1], float(match[2])) if match else (argument, None)
+def split_lora(argument: str) -> tuple[str, Weight | None]:
+    """Split FILE, FILE:WEIGHT or FILE:TEXT:UNET, as passed to --lora, into the file and the weight or None."""
+    match = None if Path(argument).exists() else re.fullmatch(rf"(.+?):({WEIGHT.pattern})", argument)
+    return (match[1], parse_weight(match[2])) if match else (argument, None)
+
+
+def parse_weight(text: str) -> Weight:
+    """Parse a LoRA's weight or, as in the web UI's tags, those of the text encoder and the UNet: "0.8" or "0.5:0.8"."""
+    if not WEIGHT.fullmatch(text):
+        return 1.0
+    first, *second = map(float, text.split(":"))
+    return {"text_encoder": first, "unet": second[0]} if second else first
+
+
+def format_weight(weight: Weight) -> str:
+    """Format a LoRA's weight; `parse_weight` is the inverse."""
+    if not isinstance(weight, Mapping):
+        return format_number(weight)
+    return ":".join(format_number(weight.get(part, 1.0)) for part in ("text_encoder", "unet"))
 
 
 def file_hash(path: Path) -> str:
@@ -105,7 +126,8 @@ def fingerprint(sd: StableDiffusion) -> str:
     for name, lora in sd.adapters.loras.items():
         for layer, update in lora.items():
             digest.update(f"{name} {layer} {update.scale}".encode())
-            tensors |= {f"{name} {layer} A": update.lora_A.detach(), f"{name} {layer} B": update.lora_B.detach()}
+            for factor, value in update.named_parameters():
+                tensors[f"{name} {layer} {factor.removeprefix('lora_')}"] = value.detach()
     for name, tensor in sorted(tensors.items()):
         flat = tensor.reshape(-1)
         ends = torch.cat([flat[:8], flat[-8:]]).float().cpu()

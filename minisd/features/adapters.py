@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,12 +13,15 @@ from torch.utils.hooks import RemovableHandle
 from minisd.features.validate import check_float
 from minisd.lora import Layer, LoRA, LowRank
 
+Weight = float | Mapping[str, float]  # one weight for all layers, or one per part
+
 
 class Adapters:
     """The LoRAs loaded into one model, either attached (computed in every call) or fused into the weights."""
 
     def __init__(self) -> None:
         self.loras: dict[str, LoRA] = {}
+        self._parts: dict[str, dict[str, LoRA]] = {}  # the layers of each part, with the weight there
         self._layers: dict[str, dict[str, Layer]] = {}
         self._handles: list[RemovableHandle] = []
         self._originals: list[tuple[Layer, Tensor]] = []
@@ -27,18 +32,25 @@ class Adapters:
         return bool(self._originals)
 
     @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each LoRA, by name."""
-        return {name: lora.weight for name, lora in self.loras.items()}
+    def weights(self) -> dict[str, Weight]:
+        """The weight of each LoRA, by name: one number or, where they differ, one per part."""
+        weights = {name: {part: each.weight for part, each in parts.items()} for name, parts in self._parts.items()}
+        return {name: each if len({*each.values()}) > 1 else [*each.values()][0] for name, each in weights.items()}
 
-    def add(self, name: str, lora: LoRA, layers: Mapping[str, Layer], weight: float = 1.0) -> None:
+    @property
+    def active(self) -> list[str]:
+        """The names of the LoRAs that are not turned off."""
+        return [name for name, parts in self._parts.items() if any(each.weight for each in parts.values())]
+
+    def add(self, name: str, lora: LoRA, layers: Mapping[str, Layer], weight: Weight = 1.0) -> None:
         """Attach a LoRA, in addition to those already loaded.
 
         Args:
             name: A unique name for the LoRA.
             lora: The low-rank updates.
             layers: The model's layers by name, as returned by `layers_of`. May include layers without an update.
-            weight: The factor to scale the updates by.
+            weight: The factor to scale the updates by, or one per part, such as {"unet": 0.8, "text_encoder": 0.5},
+                where a part that is left out has 1.
 
         Raises:
             TypeError: If the name is not a non-empty string or the weight is not a number.
@@ -49,13 +61,18 @@ class Adapters:
         if name in self.loras:
             raise ValueError(f"a LoRA named {name!r} is already loaded; choose another name, or unload it first")
         self._check_not_fused()
-        lora.weight = _check_weight(name, weight)
+        parts = sorted({each.partition(".")[0] for each in layers})
+        weights = _check_weight(name, weight, parts)
         self._layers[name] = {each: layers[each] for each in lora.names}
         self.loras[name] = lora
-        self._handles += lora.attach(self._layers[name])
+        self._parts[name] = {
+            part: LoRA({each: update for each, update in lora.items() if each.startswith(f"{part}.")}, weights[part])
+            for part in parts
+        }
+        self._attach(name)
 
-    def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Set the weights of the named LoRAs, and those of all others to 0.
+    def set_weights(self, weights: Mapping[str, Weight]) -> None:
+        """Set the weights of the named LoRAs, each a number or one per part, and those of all others to 0.
 
         Raises:
             TypeError: If `weights` is not a mapping from names to numbers.
@@ -65,9 +82,24 @@ class Adapters:
             raise TypeError(f"weights={weights!r:.80}; expected a mapping of names to weights, such as {{'style': 1}}")
         self._check_loaded(*weights)
         self._check_not_fused()
-        weights = {name: _check_weight(name, weight) for name, weight in weights.items()}
-        for name, lora in self.loras.items():
-            lora.weight = weights.get(name, 0.0)
+        new = {name: _check_weight(name, weights.get(name, 0.0), parts) for name, parts in self._parts.items()}
+        for name, parts in self._parts.items():
+            for part, lora in parts.items():
+                lora.weight = new[name][part]
+
+    @contextmanager
+    def weighted(self, weights: Mapping[str, Weight]) -> Iterator[None]:
+        """Give the named LoRAs, which are loaded, other weights while in the context; all others keep theirs."""
+        new = {name: _check_weight(name, weight, self._parts[name]) for name, weight in weights.items()}
+        old = [(lora, lora.weight) for name in new for lora in self._parts[name].values()]
+        try:
+            for name, parts in new.items():
+                for part, weight in parts.items():
+                    self._parts[name][part].weight = weight
+            yield
+        finally:
+            for lora, weight in old:
+                lora.weight = weight
 
     def fuse(self) -> None:
         """Replace each layer's weight by W' = W + Σ wᵢ ΔWᵢ. Raises ValueError if no LoRA is loaded."""
@@ -75,9 +107,10 @@ class Adapters:
         if not self.loras:
             raise ValueError("no LoRA is loaded; load one before fusing")
         updates: dict[Layer, list[tuple[float, LowRank]]] = {}
-        for adapter, lora in self.loras.items():
-            for name, update in lora.items():
-                updates.setdefault(self._layers[adapter][name], []).append((lora.weight, update))
+        for adapter, parts in self._parts.items():
+            for lora in parts.values():
+                for name, update in lora.items():
+                    updates.setdefault(self._layers[adapter][name], []).append((lora.weight, update))
         fused = []
         for layer, weighted in updates.items():
             # W' = W + Σ wᵢ (αᵢ/rᵢ) Bᵢ Aᵢ
@@ -95,7 +128,7 @@ class Adapters:
         for layer, parameter in self._originals:
             layer.weight = parameter
         self._originals = []
-        self._attach()
+        self._attach(*self.loras)
 
     def unload(self, name: str | None = None) -> None:
         """Remove one LoRA, or all of them, fused or not. Raises ValueError for an unknown name."""
@@ -104,14 +137,15 @@ class Adapters:
             self.unfuse()
         self._detach()
         for each in [name] if name is not None else list(self.loras):
-            del self.loras[each], self._layers[each]
-        self._attach()
+            del self.loras[each], self._layers[each], self._parts[each]
+        self._attach(*self.loras)
         if fused and self.loras:
             self.fuse()
 
-    def _attach(self) -> None:
-        for name, lora in self.loras.items():
-            self._handles += lora.attach(self._layers[name])
+    def _attach(self, *names: str) -> None:
+        for name in names:
+            for lora in self._parts[name].values():
+                self._handles += lora.attach(self._layers[name])
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -137,5 +171,17 @@ def layers_of(parts: Mapping[str, nn.Module]) -> dict[str, Layer]:
     }
 
 
-def _check_weight(name: str, weight: Any) -> float:
-    return check_float(f"weight of {name!r:.80}", weight, hint=", such as 1.0")
+def default_name(path: Path, taken: Collection[str]) -> str:
+    """Return the name of a LoRA: the file's stem or, if that is taken, folder/stem."""
+    return path.stem if path.stem not in taken else f"{path.resolve().parent.name}/{path.stem}"
+
+
+def _check_weight(name: str, weight: Any, parts: Collection[str]) -> dict[str, float]:
+    """Return the weight of each part."""
+    weights = weight if isinstance(weight, Mapping) else dict.fromkeys(parts, weight)
+    if unknown := [part for part in weights if part not in parts]:
+        raise ValueError(f"weight of {name!r:.80} for {unknown[0]!r:.80}; expected parts of {', '.join(parts)}")
+    checked = {
+        part: check_float(f"weight of {name!r:.80}", each, hint=", such as 1.0") for part, each in weights.items()
+    }
+    return {part: checked.get(part, 1.0) for part in parts}

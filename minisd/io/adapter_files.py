@@ -1,4 +1,4 @@
-"""Adapter files: LoRA in diffusers, peft and kohya formats; textual inversion in diffusers and web UI formats."""
+"""Files of adapters in diffusers, peft, kohya and LyCORIS formats, and of textual inversions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minisd.features import adapter_kinds
+from minisd.features.adapter_kinds import FactoredUpdate
 from minisd.features.adapters import layers_of
 from minisd.features.validate import check_float, check_path
 from minisd.io import tensors
@@ -24,17 +26,31 @@ from minisd.lora import Layer, LoRA, LowRank
 
 LORA_FILES = ("pytorch_lora_weights", "adapter_model")
 INVERSION_FILES = ("learned_embeds",)
-# A layer name, then the factor A (down) or B (up) in one of four spellings, or alpha.
-KEY = re.compile(r"(?P<layer>.+?)(?:(?:\.lora_|[._]lora(?:_linear_layer)?\.)(?P<factor>A|B|down|up)\.weight|\.alpha)")
-FACTORS = {"A": "A", "down": "A", "B": "B", "up": "B", None: "alpha"}
+# A layer name, then a factor: A (down) or B (up) of a LoRA in one of four spellings, those of LoHa and LoKr, or alpha.
+KEY = re.compile(
+    r"(?P<layer>.+?)(?:(?:\.lora_|[._]lora(?:_linear_layer)?\.)(?P<lora>A|B|down|up|mid)\.weight"
+    r"|\.(?P<other>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|dora_scale|alpha)"
+    r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
+)
+FACTORS = {"down": "A", "up": "B"}
+WORD_KEY = re.compile(r"bundle_emb\.(.+?)\.(?:string_to_param\..*|emb_params)")
+# Other kinds of adapters, by the ends of their keys.
+OTHER_ADAPTERS = (
+    (r"\.oft_.*|\.boft_.*|\.oft_diag", "OFT"),
+    (r"\.ia3_l(\..*)?|\.on_input", "(IA)³"),
+    (r"\.(a1|a2|b1|b2|bm1|bm2)\.weight", "GLoRA"),
+    (r"\.diff(_b)?|\.(w|b)_norm|\.set_weight", "a full difference of weights"),
+    (r"\.vera_lambda_[bd].*", "VeRA"),
+    (r"hypernetwork\..*|\.?linear\.\d+\.weight", "a hypernetwork"),
+)
 PREFIXES = {"unet": ("unet_", "lora_unet_"), "text_encoder": ("text_encoder_", "lora_te_")}
 OLD_NAMES = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out", "to_out_0": "to_out"}
 
-Keys = dict[str, str]  # maps "A", "B" and "alpha" to the keys of a file
+Keys = dict[str, str]  # maps factors, "alpha" and "magnitude" (or "dora_scale") to the keys of a file
 
 
 def read_lora(path: str | PathLike[str], parts: Mapping[str, nn.Module]) -> LoRA:
-    """Load a LoRA for a model, with the devices and dtypes of the model's layers.
+    """Load a LoRA, LoHa, LoKr or DoRA for a model, with the devices and dtypes of the model's layers.
 
     α is read from the file or from the peft configuration, and defaults to r.
 
@@ -48,20 +64,47 @@ def read_lora(path: str | PathLike[str], parts: Mapping[str, nn.Module]) -> LoRA
     """
     path = _file_in(check_path("path", path), LORA_FILES)
     header, layers = tensors.read_header(path), layers_of(parts)
+    header = {key: info for key, info in header.items() if not WORD_KEY.fullmatch(key)}
     keys = _keys_of_layers(path, header, layers)
     weights, settings = dict(tensors.read_tensors(path, header, "cpu", torch.float32)), _peft_settings(path)
     updates = {}
     for name, found in keys.items():
-        a, b = weights[found["A"]], weights[found["B"]]
+        factors = {factor: weights[key] for factor, key in found.items()}
         try:
-            alpha = float(weights[found["alpha"]]) if "alpha" in found else _peft_alpha(settings, name, len(a))
-            check_float("alpha", alpha)
+            updates[name] = _update(layers[name], factors, settings, name)
         except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
             raise CheckpointError(f"{path} has no valid alpha for {name} ({error}); download it again") from error
-        updates[name] = update = LowRank(layers[name], len(a), alpha)
-        update.lora_A = nn.Parameter(a.reshape(update.lora_A.shape).to(layers[name].weight))
-        update.lora_B = nn.Parameter(b.reshape(update.lora_B.shape).to(layers[name].weight))
     return LoRA(updates).eval().requires_grad_(False)
+
+
+def _update(layer: Layer, factors: dict[str, Tensor], settings: Mapping[str, Any], name: str) -> LowRank:
+    """Build the update of one layer, with its dtype. Raises ValueError and others for an invalid α."""
+    alpha, magnitude = factors.pop("alpha", None), factors.pop("magnitude", None)
+    norms, r = factors.pop("dora_scale", magnitude), adapter_kinds.rank(factors)
+    if r is None and settings.get("peft_type") is None:  # LoKr of full matrices has no rank, and ignores α
+        alpha = torch.tensor(1.0)
+    r = r or _peft_setting(settings, name, "rank_pattern", _setting(settings, name, "r", 1))
+    value = check_float("alpha", _peft_alpha(settings, name, r) if alpha is None else float(alpha))
+    if factors.keys() == {"A", "B"} and norms is None:
+        update = LowRank(layer, r, value)
+        update.lora_A = nn.Parameter(factors["A"].reshape(update.lora_A.shape).to(layer.weight))
+        update.lora_B = nn.Parameter(factors["B"].reshape(update.lora_B.shape).to(layer.weight))
+        return update
+    # a magnitude is that of the rows; a dora_scale is that of the columns if it is (1, in)
+    on_input = magnitude is None and norms is not None and norms.shape[:2] == (1, layer.weight.shape[1])
+    factors = {factor: each.to(layer.weight) for factor, each in factors.items()}
+    norms = None if norms is None else norms.flatten().to(layer.weight)
+    return FactoredUpdate(layer, factors, value / r, norms, on_input)
+
+
+def read_bundled_words(path: str | PathLike[str]) -> dict[str, Tensor]:
+    """Return the textual inversions bundled with a LoRA, float32 (n, width) by their words."""
+    path = _file_in(check_path("path", path), LORA_FILES)
+    header = {key: info for key, info in tensors.read_header(path).items() if WORD_KEY.fullmatch(key)}
+    words = {}
+    for key, vectors in tensors.read_tensors(path, header, "cpu", torch.float32) if header else ():
+        words[WORD_KEY.sub(r"\1", key)] = vectors.reshape(-1, vectors.shape[-1] if vectors.dim() else 1)
+    return words
 
 
 def save_lora(lora: LoRA, path: Path) -> None:
@@ -90,7 +133,7 @@ def read_textual_inversion(path: str | PathLike[str], token: str | None = None) 
         CheckpointError: If the file is not a textual inversion.
     """
     path = _file_in(check_path("path", path), INVERSION_FILES)
-    if path.suffix == ".safetensors":
+    if tensors.is_safetensors(path):
         header = tensors.read_header(path)
         for key, (_, dtype) in header.items():
             if dtype not in tensors.FLOAT_DTYPES:
@@ -99,6 +142,8 @@ def read_textual_inversion(path: str | PathLike[str], token: str | None = None) 
     else:
         content = tensors.read_pickle(path)
     name, vectors = None, content.get("string_to_param") if isinstance(content, dict) else None
+    if isinstance(vectors, tensors.ParameterDict):
+        vectors = vectors.parameters
     if isinstance(vectors, dict):
         name, vectors = content.get("name") or path.stem, next(iter(vectors.values()), None)
     elif isinstance(content, dict) and len(content) == 1:
@@ -124,15 +169,19 @@ def _keys_of_layers(path: Path, header: Mapping[str, TensorInfo], layers: Mappin
         name = spellings.get(match["layer"].replace(".", "_")) if match else None
         if match is None or name is None:
             problems.append(f"{printable(key)} belongs to no layer of this model")
-        elif keys.setdefault(name, {}).setdefault(FACTORS[match["factor"]], key) != key:
-            problems.append(f"{key} is a duplicate of {keys[name][FACTORS[match['factor']]]}")
+            continue
+        factor = match["lora"] or match["other"] or "magnitude"
+        factor = FACTORS.get(factor, factor)
+        if keys.setdefault(name, {}).setdefault(factor, key) != key:
+            problems.append(f"{key} is a duplicate of {keys[name][factor]}")
     for name, found in keys.items():
         problems += _misfits(found, header, layers[name])
     if problems or not keys:
         listed = "".join(f"\n  {problem}" for problem in problems[:4]) or "\n  it contains no LoRA"
         more = f"\n  and {len(problems) - 4} more" if len(problems) > 4 else ""
-        kind = looks_like(header)
-        hint = f"It looks like {kind}. " if kind not in ("", "a LoRA") else ""
+        other = [kind for end, kind in OTHER_ADAPTERS if any(re.search(f"({end})$", key) for key in header)]
+        kind = other[0] if other else looks_like(header)
+        hint = f"It looks like {kind}, which is not supported. " if kind not in ("", "a LoRA") else ""
         raise CheckpointError(f"{path} does not fit:{listed}{more}\n{hint}Use a LoRA made for this kind of model")
     return keys
 
@@ -152,21 +201,44 @@ def _spellings(name: str) -> Iterator[str]:
 
 def _misfits(keys: Keys, header: Mapping[str, TensorInfo], layer: Layer) -> Iterator[str]:
     """Yield the problems with the tensors found for one layer."""
-    if missing := [factor for factor in "AB" if factor not in keys]:
-        present = keys.get("A") or keys.get("B") or keys["alpha"]
-        yield f"{present} has no matching lora_{missing[0]} ({'down' if missing[0] == 'A' else 'up'})"
+    infos = {factor: header[key] for factor, key in keys.items()}
+    scalars = ("alpha", "magnitude", "dora_scale")
+    factors = {name: torch.empty(i.shape, device="meta") for name, i in infos.items() if name not in scalars}
+    if len({name[:4] if name.startswith(("hada", "lokr")) else "lora" for name in factors}) > 1:
+        yield f"{keys[max(factors)]} is beside factors of another kind of adapter"
         return
-    out, *rest = layer.weight.shape
-    rank = (*header[keys["A"]].shape, 0)[0]
-    for factor, expected in (("A", (rank, *rest)), ("B", (out, rank, *(1 for _ in rest[1:])))):
-        shape, dtype = header[keys[factor]]
-        if rank < 1 or not same_shape(shape, expected):
-            wanted = f"[rank, {', '.join(map(str, rest))}]" if factor == "A" else str([*expected])
-            yield f"{keys[factor]} has shape {list(shape)}; expected {wanted}"
-        elif dtype not in tensors.FLOAT_DTYPES:
+    if absent := adapter_kinds.missing(factors):
+        present = keys[max(factors)] if factors else keys[max(keys)]
+        wanted = {"A": "lora_A (down)", "B": "lora_B (up)"}.get(absent, absent)
+        yield f"{present} has no matching {wanted}"
+        return
+    for factor, (_, dtype) in infos.items():
+        if dtype not in tensors.FLOAT_DTYPES:
             yield f"{keys[factor]} has dtype {dtype}; expected float16 to float64"
-    if "alpha" in keys and math.prod(header[keys["alpha"]].shape) != 1:
-        yield f"{keys['alpha']} has shape {list(header[keys['alpha']].shape)}; expected a scalar"
+    out, *rest = layer.weight.shape
+    yield from _shape_misfits(keys, factors, layer)
+    for factor, sizes in (("alpha", (1,)), ("magnitude", (out,)), ("dora_scale", (out, rest[0]))):
+        if factor in infos and math.prod(infos[factor].shape) not in sizes:
+            wanted = "a scalar" if factor == "alpha" else f"{' or '.join(map(str, sizes))} values"
+            yield f"{keys[factor]} has shape {list(infos[factor].shape)}; expected {wanted}"
+
+
+def _shape_misfits(keys: Keys, factors: Mapping[str, Tensor], layer: Layer) -> Iterator[str]:
+    """Yield the problems with the shapes of factors, given as tensors on the meta device."""
+    out, *rest = layer.weight.shape
+    if factors.keys() == {"A", "B"}:
+        rank = (*factors["A"].shape, 0)[0]
+        for factor, expected in (("A", (rank, *rest)), ("B", (out, rank, *(1 for _ in rest[1:])))):
+            shape = factors[factor].shape
+            if rank < 1 or not same_shape(shape, expected):
+                wanted = f"[rank, {', '.join(map(str, rest))}]" if factor == "A" else str([*expected])
+                yield f"{keys[factor]} has shape {list(shape)}; expected {wanted}"
+    else:
+        try:
+            adapter_kinds.product(factors, layer.weight.shape)
+        except (RuntimeError, IndexError):
+            shapes = ", ".join(f"{factor} {list(factors[factor].shape)}" for factor in factors)
+            yield f"{keys[min(factors)]} does not fit a layer of shape {[out, *rest]}: {shapes}"
 
 
 def _peft_settings(path: Path) -> Mapping[str, Any]:
@@ -182,20 +254,26 @@ def _peft_settings(path: Path) -> Mapping[str, Any]:
 
 def _peft_alpha(settings: Mapping[str, Any], name: str, rank: int) -> float:
     """Return a layer's α by peft's rules: the first matching `alpha_pattern`, else `lora_alpha`, else r."""
-    part, _, layer = name.partition(".")
+    usual = _setting(settings, name, "lora_alpha", _setting(settings, name, "alpha", rank))
+    alpha = float(_peft_setting(settings, name, "alpha_pattern", usual))
+    return alpha * (math.sqrt(rank) if _setting(settings, name, "use_rslora", False) else 1.0)
 
-    def setting(key: str, default: Any) -> Any:
-        return settings.get(f"{part}.{key}", settings.get(key, default))
 
-    alpha = setting("lora_alpha", rank)
-    for pattern, other in (setting("alpha_pattern", None) or {}).items():
+def _setting(settings: Mapping[str, Any], name: str, key: str, default: Any) -> Any:
+    part = name.partition(".")[0]
+    return settings.get(f"{part}.{key}", settings.get(key, default))
+
+
+def _peft_setting(settings: Mapping[str, Any], name: str, key: str, default: Any) -> Any:
+    """Return a layer's value from peft's `alpha_pattern` or `rank_pattern`: the first one that matches."""
+    layer = name.partition(".")[2]
+    for pattern, value in (_setting(settings, name, key, None) or {}).items():
         # nested repeats can take exponential time
         if not re.fullmatch(r"[\w.\\^$|*+-]{1,500}", pattern) or len(re.findall(r"[*+]", pattern)) > 2:
-            raise ValueError(f"invalid alpha_pattern {printable(pattern)!r}; expected names with at most two repeats")
+            raise ValueError(f"invalid {key} {printable(pattern)!r}; expected names with at most two repeats")
         if any(re.fullmatch(rf"(.*\.)?({pattern})", each) for each in (layer, layer.removeprefix("text_model."))):
-            alpha = other
-            break
-    return float(alpha) * (math.sqrt(rank) if setting("use_rslora", False) else 1.0)
+            return value
+    return default
 
 
 def _file_in(path: Path, stems: tuple[str, ...]) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minisd.config import AutoencoderConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
+from minisd.features.tiny_autoencoder import TinyAutoencoderConfig
 from minisd.io.tensors import CheckpointError
 
 Config = TextEncoderConfig | AutoencoderConfig | UNetConfig | ScheduleConfig
@@ -31,6 +32,10 @@ FIXED: Mapping[type, Mapping[str, tuple[Any, ...]]] = {
     AutoencoderConfig: {
         "act_fn": ("silu",), "mid_block_add_attention": (True,), "use_quant_conv": (True,),
         "use_post_quant_conv": (True,), "shift_factor": (None,), "latents_mean": (None,),
+    },
+    TinyAutoencoderConfig: {
+        "act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,),
+        "shift_factor": (0.0, None),
     },
     UNetConfig: {
         "act_fn": ("silu",), "flip_sin_to_cos": (True,), "freq_shift": (0,), "center_input_sample": (False,),
@@ -129,6 +134,10 @@ def to_dict(config: Config) -> dict[str, Any]:
     """Return the content of a `config.json` for diffusers or transformers."""
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     content = {key: supported[0] for key, supported in FIXED[type(config)].items()} | values
+    if isinstance(config, TinyAutoencoderConfig):
+        widths = {f"{part}_block_out_channels": content["block_out_channels"] for part in ("encoder", "decoder")}
+        unused = ("block_out_channels", "layers_per_block", "norm_num_groups", "sample_size", "has_encoder")
+        return {key: value for key, value in content.items() if key not in unused} | widths
     if isinstance(config, AutoencoderConfig):
         levels = len(config.block_out_channels)
         content["down_block_types"] = ["DownEncoderBlock2D"] * levels

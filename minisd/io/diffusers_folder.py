@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
 from minisd.features.more_samplers import Sampler
+from minisd.features.tiny_autoencoder import TinyAutoencoderConfig
 from minisd.features.validate import check_path
 from minisd.generate import Model
 from minisd.io.atomic import replaced_folder, save_atomically
@@ -32,6 +33,10 @@ from minisd.unet import UNet
 STEMS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
 CLASSES = {"text_encoder": "CLIPTextModel", "vae": "AutoencoderKL", "unet": "UNet2DConditionModel"}
 FAST = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "unipc", "deis")  # samplers for about 25 steps
+AUTOENCODERS: Mapping[str, type[AutoencoderConfig]] = {
+    "AutoencoderKL": AutoencoderConfig,
+    "AutoencoderTiny": TinyAutoencoderConfig,
+}
 PIPELINES = tuple(f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint"))
 
 
@@ -107,14 +112,15 @@ def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
         raise CheckpointError(f"{folder} is a {printable(str(kind))}; expected a {' or '.join(PIPELINES)}")
     for part, name in CLASSES.items():
         entry = index.get(part)
-        if not isinstance(entry, list) or entry[-1:] != [name]:
-            raise CheckpointError(f"{path} has {part}={printable(repr(entry))}; expected a {name}")
+        names = [*AUTOENCODERS] if part == "vae" else [name]
+        if not isinstance(entry, list) or not entry or entry[-1] not in names:
+            raise CheckpointError(f"{path} has {part}={printable(repr(entry))}; expected a {' or '.join(names)}")
     entry = index.get("scheduler")
     kind = entry[-1] if isinstance(entry, list) and entry else read_json(scheduler).get("_class_name")
     schedule, sampler = read_scheduler(scheduler, str(kind))
     config = ModelConfig(
         read_part_config(TextEncoderConfig, folder / "text_encoder/config.json"),
-        read_part_config(AutoencoderConfig, folder / "vae/config.json"),
+        read_autoencoder_config(folder / "vae/config.json"),
         read_part_config(UNetConfig, folder / "unet/config.json"),
         schedule,
     )
@@ -129,6 +135,14 @@ def read_part_config(kind: type[ConfigT], path: Path, **changes: Any) -> ConfigT
         return read_config(kind, values | changes)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} describes an unsupported model: {error}") from error
+
+
+def read_autoencoder_config(path: Path) -> AutoencoderConfig:
+    """Read the config.json of an AutoencoderKL or AutoencoderTiny. Raises CheckpointError for another class."""
+    name = read_json(path).get("_class_name", "AutoencoderKL")
+    if not isinstance(name, str) or name not in AUTOENCODERS:
+        raise CheckpointError(f"{path} is a {printable(str(name))}; expected an {' or '.join(AUTOENCODERS)}")
+    return read_part_config(AUTOENCODERS[name], path)
 
 
 def _suggestion(folder: Path) -> str:
@@ -177,6 +191,8 @@ def save(model: Loaded, folder: str | os.PathLike[str], dtype: torch.dtype | Non
     Raises:
         FileExistsError: If the folder contains anything else.
     """
+    if not getattr(model.config.autoencoder, "has_encoder", True):
+        raise ValueError("the autoencoder has only a decoder, and a model needs both; load taesd_encoder with it")
     target = check_path("folder", folder).resolve()
     existing = _files_in(target) if target.is_dir() else set()
     if target.exists() and (not target.is_dir() or (existing and Path("model_index.json") not in existing)):
@@ -205,12 +221,14 @@ def _files_in(folder: Path) -> set[Path]:
 def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
     """Return the content of a model's JSON files, by path."""
     config, sampler = model.config, model.defaults.sampler
+    text_encoder = replace(config.text_encoder, vocab_size=len(model.tokenizer.vocabulary))
+    vae = next(name for name, kind in AUTOENCODERS.items() if type(config.autoencoder) is kind)
     # without "dtype", diffusers would load float16 files as float16 for this module but as float32 for others
     clip = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
     ends = {"bos_token_id": model.tokenizer.bos_token_id, "eos_token_id": model.tokenizer.eos_token_id}
     return {
-        "text_encoder/config.json": to_dict(config.text_encoder) | clip | ends,
-        "vae/config.json": {"_class_name": CLASSES["vae"]} | to_dict(config.autoencoder),
+        "text_encoder/config.json": to_dict(text_encoder) | clip | ends,
+        "vae/config.json": {"_class_name": vae} | to_dict(config.autoencoder),
         "unet/config.json": {"_class_name": CLASSES["unet"]} | to_dict(config.unet),
         "scheduler/scheduler_config.json": scheduler_values(config.schedule, sampler),
         "minisd.json": asdict(model.defaults),
@@ -224,7 +242,7 @@ def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
             "text_encoder": ["transformers", CLASSES["text_encoder"]],
             "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", CLASSES["unet"]],
-            "vae": ["diffusers", CLASSES["vae"]],
+            "vae": ["diffusers", vae],
         },
     }
 

@@ -24,6 +24,7 @@ SMALL_FILES = (
     "scheduler/scheduler_config.json",
     *(f"{part}/config.json" for part in STEMS),
     *(f"tokenizer/{name}.json" for name in ("vocab", "tokenizer", "tokenizer_config", "special_tokens_map")),
+    "tokenizer/added_tokens.json",
     "tokenizer/merges.txt",
 )
 
@@ -32,7 +33,7 @@ class HubError(OSError):
     """Raised if a model cannot be downloaded."""
 
 
-def download(repo: str, variant: str | None = None, revision: str | None = None) -> Path:
+def download(repo: str, variant: str | None = None, revision: str | None = None, vae: bool = False) -> Path:
     """Download the files of a model that are not cached, and return its local folder.
 
     Only the files of one variant are downloaded; their total size is printed to stderr first. Falls back to the cache
@@ -42,6 +43,7 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
         repo: The hub id, "owner/name".
         variant: The variant of the weight files, such as "fp16".
         revision: The branch, tag or commit.
+        vae: Whether to download an autoencoder only: that of a model, or a repository of its own.
 
     Raises:
         HubError: If the model does not exist, is gated, or is neither reachable nor cached.
@@ -52,12 +54,13 @@ def download(repo: str, variant: str | None = None, revision: str | None = None)
     except HubError:
         raise
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
-        return _cached(repo, variant, revision, error)
+        return _cached(repo, variant, revision, error, vae)
     files = {file.rfilename: file for file in info.siblings or ()}
-    chosen = choose_files(files, variant)
+    chosen = choose_files(files, variant, vae)
     if not chosen:
+        wanted = "an autoencoder" if vae else f"a Stable Diffusion model with {', '.join(STEMS)}"
         raise CheckpointError(
-            f"{repo} is not a Stable Diffusion model in diffusers format with {', '.join(STEMS)}; to use a single "
+            f"{repo} is not {wanted} in diffusers format; to use a single "
             "file, download it from the model page and pass its path"
         )
     find = huggingface_hub.try_to_load_from_cache
@@ -98,9 +101,15 @@ def _model_info(repo: str, revision: str | None) -> Any:
     return info
 
 
-def choose_files(names: Iterable[str], variant: str | None = None) -> list[str]:
+def choose_files(names: Iterable[str], variant: str | None = None, vae: bool = False) -> list[str]:
     """Return the files of a repository to download, or an empty list if a module has no weights."""
     present = set(names)
+    if vae:
+        folder = "vae/" if "model_index.json" in present else ""
+        inside = [name.removeprefix(folder) for name in present if name.startswith(folder)]
+        weights = pick_weights(inside, STEMS["vae"], variant)
+        small = {"model_index.json", f"{folder}config.json"} & present
+        return [*sorted(small), *(f"{folder}{name}" for name in weights)] if weights else []
     chosen = [name for name in SMALL_FILES if name in present]
     for part, stem in STEMS.items():
         inside = [name.removeprefix(f"{part}/") for name in present if name.startswith(f"{part}/")]
@@ -126,19 +135,23 @@ def _limited_bar(limit: int) -> Any:
     return Bar
 
 
-def _cached(repo: str, variant: str | None, revision: str | None, reason: Exception) -> Path:
+def _verified(folder: Path, variant: str | None, vae: bool) -> Path:
+    chosen = choose_files((path.relative_to(folder).as_posix() for path in folder.rglob("*")), variant, vae)
+    _check_places(folder, chosen)
+    # the cache names large files after their SHA-256
+    named = {name: (folder / name).resolve().name for name in chosen}
+    named = {name: digest for name, digest in named.items() if re.fullmatch("[0-9a-f]{64}", digest)}
+    _verify(folder, named | {name: entry[0] for name, entry in _read_record(folder).items() if name in chosen})
+    return folder
+
+
+def _cached(repo: str, variant: str | None, revision: str | None, reason: Exception, vae: bool = False) -> Path:
     """Return the cached folder of a model. Files that were never verified are hashed now."""
     with suppress(errors.HFValidationError):  # an invalid name
-        index = huggingface_hub.try_to_load_from_cache(repo, "model_index.json", revision=revision)
-        if isinstance(index, str):
-            folder = Path(index).parent
-            chosen = choose_files((path.relative_to(folder).as_posix() for path in folder.rglob("*")), variant)
-            _check_places(folder, chosen)
-            # the cache names large files after their SHA-256
-            named = {name: (folder / name).resolve().name for name in chosen}
-            named = {name: digest for name, digest in named.items() if re.fullmatch("[0-9a-f]{64}", digest)}
-            _verify(folder, named | {name: entry[0] for name, entry in _read_record(folder).items() if name in chosen})
-            return folder
+        for index_name in ("model_index.json", *(["config.json"] if vae else [])):
+            index = huggingface_hub.try_to_load_from_cache(repo, index_name, revision=revision)
+            if isinstance(index, str):
+                return _verified(Path(index).parent, variant, vae)
     raise HubError(
         f"{repo} is not in the cache and the hub cannot be reached ({reason}); check the connection, unset "
         "HF_HUB_OFFLINE, or pass a local folder"

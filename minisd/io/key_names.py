@@ -11,7 +11,8 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
-from minisd.config import ModelConfig, UNetConfig
+from minisd.config import AutoencoderConfig, ModelConfig, UNetConfig
+from minisd.features.tiny_autoencoder import TinyAutoencoderConfig
 
 
 class Source(NamedTuple):
@@ -35,17 +36,33 @@ OTHER_KINDS = (
     (r"(text_model\.)?(encoder\.layers|embeddings\.token_embedding)\..*", "a text encoder only"),
 )
 
-# Keys that no module uses. Any other unused key is an error.
+# Keys that belong to no parameter but to every checkpoint. Those of `LEFTOVERS` are named; any other is an error.
+SCHEDULE_KEYS = (
+    r"betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod|lvlb_weights|logvar"
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor"  # the noise schedule, which is recomputed
+)
 IGNORED_IN_FOLDER = re.compile(
     r"text_encoder\.((text_model\.)?embeddings\.position_ids|text_projection\.weight|logit_scale)"
 )
 IGNORED_IN_SINGLE_FILE = re.compile(
-    r"model_ema\..*"  # EMA weights
-    r"|betas|(sqrt_|log_)?(one_minus_)?alphas_cumprod(_prev)?|sqrt_recip(m1)?_alphas_cumprod|lvlb_weights|logvar"
-    r"|posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor"  # the noise schedule, which is recomputed
+    SCHEDULE_KEYS + r"|v_pred|ztsnr"
     r"|cond_stage_model\.(transformer\.|model\.)?(logit_scale|text_projection(\.weight)?|attn_mask)"  # unused
     r"|cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids"  # 0, 1, 2 … 76
     r"|cond_stage_model\.model\.transformer\.resblocks\.23\..*"  # Stable Diffusion 2 skips the last layer
+)
+IGNORED_IN_AUTOENCODER = re.compile(rf"vae\.((model|cond_stage_model|model_ema)\..*|{SCHEDULE_KEYS})")
+# What training and merging leave behind: anything outside the three networks that is not part of another architecture,
+# and some keys inside them.
+LEFTOVERS = re.compile(
+    r"(?!model\.diffusion_model\.|first_stage_model\.|cond_stage_model\.|unet\.|vae\.|text_encoder\.).*"
+    r"|(first_stage_model|vae(\.first_stage_model)?)\.(loss|model_ema)\..*"
+    r"|(cond_stage_model\.transformer|text_encoder)\.(vision_model|visual_projection)\..*"
+    r"|cond_stage_model\.model\.visual\..*|vae\.vae_(scale|shift)"
+    r"|(unet|vae|text_encoder)\.(global_step|epoch|model_ema\..*|bundle_emb\..*)"
+)
+OTHER_ARCHITECTURES = re.compile(
+    r"(control_model|controlnet|depth_model|embedder|noise_augmentor|conditioner|text_encoders|joint_blocks|x_embedder"
+    r"|double_blocks|add_embedding|edm_(vpred|mean))[._].*|.*motion_modules?\..*|.*[._](lora|hada|lokr)[._].*"
 )
 
 UNET_ENDS = {
@@ -105,10 +122,7 @@ def single_file_sources(part: str, name: str, config: ModelConfig) -> tuple[Sour
     if part == "unet":
         return (Source(f"model.diffusion_model.{_unet_key(name, config.unet)}"),)
     if part == "vae":
-        last = len(config.autoencoder.block_out_channels) - 1
-        # CompVis numbers the decoder's levels by resolution, diffusers in the order of computation
-        renumbered = re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{last - int(level[1])}", name)
-        return (Source(f"first_stage_model.{_rewrite(renumbered, AUTOENCODER_RULES)}"),)
+        return (Source(f"first_stage_model.{_autoencoder_key(name, config.autoencoder)}"),)
     fused = re.search(r"self_attn\.([qkv])_proj", name)
     openclip = Source(
         f"cond_stage_model.model.{_rewrite(name, OPENCLIP_RULES)}", "qkv".index(fused[1]) if fused else None
@@ -117,12 +131,35 @@ def single_file_sources(part: str, name: str, config: ModelConfig) -> tuple[Sour
     return (*plain, openclip)
 
 
+def autoencoder_sources(part: str, name: str, config: AutoencoderConfig) -> tuple[Source, ...]:
+    """Return the possible keys of a parameter in the files of an autoencoder on its own, prefixed by "vae."."""
+    if isinstance(config, TinyAutoencoderConfig):
+        shift = name.startswith("decoder.")  # the original decoder begins with a layer without parameters
+        original = re.sub(r"\.layers\.(\d+)", lambda layer: f".{int(layer[1]) + shift}", name)
+        return tuple(Source(f"{part}.{key}") for key in (name, original, f"taesd_{original}"))
+    key = _autoencoder_key(name, config)
+    return (*folder_sources(part, name), Source(f"{part}.{key}"), Source(f"{part}.first_stage_model.{key}"))
+
+
+def is_leftover(key: str) -> bool:
+    """Return whether an unused key harms nothing: what training, merging or bundling left behind."""
+    return bool(LEFTOVERS.fullmatch(key)) and not OTHER_ARCHITECTURES.fullmatch(key)
+
+
 def looks_like(keys: Collection[str]) -> str:
     """Return the kind of file that the keys belong to, or "" if unknown."""
     for pattern, kind in OTHER_KINDS:
         if any(re.fullmatch(pattern, key) for key in keys):
             return kind
     return ""
+
+
+def _autoencoder_key(name: str, config: AutoencoderConfig) -> str:
+    """Return the CompVis key of a parameter of the KL autoencoder."""
+    last = len(config.block_out_channels) - 1
+    # CompVis numbers the decoder's levels by resolution, diffusers in the order of computation
+    renumbered = re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{last - int(level[1])}", name)
+    return _rewrite(renumbered, AUTOENCODER_RULES)
 
 
 def _rewrite(name: str, rules: tuple[tuple[str, str], ...]) -> str:

@@ -26,6 +26,7 @@ INERT = (
     "numpy.dtype",
     "numpy.core.multiarray.scalar",  # a loss or step count, as pickled by NumPy 1 and 2
     "numpy._core.multiarray.scalar",
+    "torch.nn.modules.container.ParameterDict",  # the vectors of a textual inversion
 )
 NAMES = re.compile(
     r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.set|_codecs\.encode|torch\.(Size|device)"

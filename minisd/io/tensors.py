@@ -54,14 +54,34 @@ class _Inert:
     def __setstate__(self, state: object) -> None: ...
 
 
+class ParameterDict(_Inert):
+    """Inert stand-in for torch's class, which keeps only the parameters, by name."""
+
+    def __init__(self) -> None:
+        self.parameters: dict[str, Tensor] = {}
+
+    def __setstate__(self, state: object) -> None:
+        found = state.get("_parameters") if isinstance(state, dict) else None
+        self.parameters = found if isinstance(found, dict) else {}
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is in safetensors format: by its first bytes or, if they are unclear, by its name."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:4] == b"PK\3\4" or re.match(rb"\x80[\1-\5]", start):  # a zip archive or a pickle, as torch.save writes
+        return False
+    return start[8:] == b"{" or path.suffix in (".safetensors", ".sft")
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return the shape and dtype of each tensor in a .safetensors, .ckpt, .bin or .pt file, without reading the data.
+    """Return the shape and dtype of each tensor in a safetensors or pickle file, without reading the data.
 
     Raises:
         CheckpointError: If the file is corrupted, is not a weight file, or could run code.
     """
     _check_start(path)
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         _check_pickle(path)
         tensors = _load_pickle(path)
         return {key: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in tensors.items()}
@@ -87,7 +107,7 @@ def read_tensors(
     same = str(dtype).removeprefix("torch.")
     mapped = torch.device(device).type == "cpu" and all(info.dtype == same for info in header.values())
     # old pickles, which are not zip archives, can only be read at once
-    at_once = mapped or not (path.suffix == ".safetensors" or zipfile.is_zipfile(path))
+    at_once = mapped or not (is_safetensors(path) or zipfile.is_zipfile(path))
     for keys in [list(header)] if at_once else _batches(header):
         with _open(path) as read:
             for key in keys:
@@ -95,8 +115,8 @@ def read_tensors(
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a .safetensors file; empty for other files."""
-    if path.suffix != ".safetensors":
+    """Return the metadata of a safetensors file; empty for other files."""
+    if not is_safetensors(path):
         return {}
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
@@ -145,7 +165,7 @@ def _batches(header: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
 @contextmanager
 def _open(path: Path) -> Iterator[Callable[[str], Tensor]]:
     """Open a file, and yield a function that reads one tensor."""
-    if path.suffix != ".safetensors":
+    if not is_safetensors(path):
         yield _load_pickle(path).pop
         return
 
@@ -188,8 +208,11 @@ def _unpickle(path: Path) -> Any:
         return storage
 
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in INERT]):
-            content = torch.load(path, map_location=on_cpu, weights_only=True, mmap=zipped)
+        inert: list[Any] = [(ParameterDict if name.endswith(".ParameterDict") else _Inert, name) for name in INERT]
+        misnamed = path.suffix == ".safetensors"  # a path of this name is not given to torch's unpickler
+        with path.open("rb") as file, torch.serialization.safe_globals(inert):
+            source = file if misnamed else path
+            content = torch.load(source, map_location=on_cpu, weights_only=True, mmap=zipped and not misnamed)
         if zipped and (missing := sizes - Counter(record_sizes(path))):
             raise ValueError(f"no storage has the {min(missing):,} bytes that a tensor needs")
     except Exception as error:  # corrupted or malicious pickles can raise anything

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minisd.io.configs import read_json, write_json
-from minisd.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer, byte_symbols
+from minisd.tokenizer import BOS, END_OF_WORD, EOS, Tokenizer, byte_symbols, normalize
 
 
 def read_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
@@ -23,8 +23,9 @@ def read_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
         vocabulary, lines = _read_vocabulary(folder)
         pairs = (line.split(" ") if isinstance(line, str) else line for line in lines)
         merges, pad_token = [(left, right) for left, right in pairs], _read_pad_token(folder)
+        words = _read_words(folder, len(vocabulary), vocabulary)
         check_vocabulary(vocabulary, merges, pad_token)
-        return Tokenizer(vocabulary, merges, pad_token)
+        return Tokenizer(vocabulary | {word: i for i, word in words}, merges, pad_token, _placeholders(words))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the tokenizer in {folder} is corrupted ({error}); download it again") from error
 
@@ -47,7 +48,7 @@ def check_vocabulary(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, 
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Save the four files of transformers' CLIPTokenizer."""
+    """Save the files of transformers' CLIPTokenizer; learned words in added_tokens.json."""
 
     def special(content: str) -> dict[str, Any]:
         # "normalized" also matches in lower-cased text, such as <|ENDOFTEXT|>
@@ -57,7 +58,11 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     pad = {"pad_token": tokenizer.pad_token}
     typed = {name: {"__type": "AddedToken"} | value for name, value in tokens.items()}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace"}
-    write_json(folder / "vocab.json", tokenizer.vocabulary, indent=None)
+    words = {token: i for token, i in tokenizer.vocabulary.items() if token in tokenizer.added}
+    vocabulary = {token: i for token, i in tokenizer.vocabulary.items() if token not in words}
+    write_json(folder / "vocab.json", vocabulary, indent=None)
+    if words:
+        write_json(folder / "added_tokens.json", words)
     write_json(folder / "special_tokens_map.json", tokens | pad)
     write_json(folder / "tokenizer_config.json", config | pad | typed)
     merges = "".join(f"{left} {right}\n" for left, right in tokenizer.ranks)
@@ -75,6 +80,37 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[Any]]:
         f"{folder} is not a tokenizer folder; expected vocab.json and merges.txt, or tokenizer.json, as in the "
         "`tokenizer` folder of a Stable Diffusion model"
     )
+
+
+def _read_words(folder: Path, count: int, vocabulary: Mapping[str, int]) -> list[tuple[int, str]]:
+    """Return the ids and names of words that were added to the vocabulary, which has `count` tokens.
+
+    They are in added_tokens.json or, by newer versions of transformers, in tokenizer_config.json or tokenizer.json.
+    """
+    words: dict[str, int] = {}
+    if (path := folder / "tokenizer.json").is_file():
+        words |= {each["content"]: each["id"] for each in read_json(path).get("added_tokens") or ()}
+    if (path := folder / "tokenizer_config.json").is_file():
+        decoder = read_json(path).get("added_tokens_decoder") or {}
+        words |= {each["content"]: int(number) for number, each in decoder.items()}
+    if (path := folder / "added_tokens.json").is_file():
+        words |= read_json(path)
+    added = sorted((i, normalize(word)) for word, i in words.items() if word not in vocabulary)
+    if [i for i, _ in added] != list(range(count, count + len(added))) or not all(word.strip() for _, word in added):
+        raise ValueError(f"the added tokens {added[:3]} do not continue the vocabulary, whose last id is {count - 1}")
+    return added
+
+
+def _placeholders(words: Sequence[tuple[int, str]]) -> dict[str, tuple[str, ...]]:
+    """Return the tokens of each added word. As in diffusers, word, word_1, word_2 … are the vectors of one word."""
+    names = {word for _, word in words}
+    placeholders = {}
+    for word in names:
+        tokens = [word]
+        while f"{word}_{len(tokens)}" in names:
+            tokens.append(f"{word}_{len(tokens)}")
+        placeholders[word] = tuple(tokens)
+    return placeholders
 
 
 def _read_pad_token(folder: Path) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.features.deepcache import count_up_layers
+from minisd.features.masked_area import MaskedArea, blur_mask, find_area
 from minisd.features.more_samplers import WHOLE_TIMESTEPS
 from minisd.features.pictures import to_brightness, to_rgb
 from minisd.features.validate import (
@@ -61,6 +62,7 @@ class Request:
     mask: Tensor | None = None
     latents: Tensor | None = None
     prompt_embeds: Tensor | None = None
+    area: MaskedArea | None = None
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -90,11 +92,17 @@ def check_request(
     if len(negatives) != len(prompts):
         raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; pass one, or one per prompt")
     guidance = check_guidance(settings, len(prompts))
+    check_mask_options(settings, mask_image)
+    area = None
+    if settings.padding_mask_crop is not None:
+        image, area = check_area(sd, settings, image, mask_image)
     images = None if image is None else check_image(sd, image)
-    if images is not None and len(images) not in (1, len(prompts)):
-        raise ValueError(f"{len(images)} images for {len(prompts)} prompts; pass one image, or one per prompt")
-    shape = check_size(sd, settings.height, settings.width, len(prompts), images)
-    mask = check_inpainting(sd, images, mask_image)
+    sides = (settings.height, settings.width) if area is None else (None, None)
+    shape = check_size(sd, *sides, len(prompts), images)
+    mask = check_inpainting(sd, images, mask_image, settings.mask_blur or 0) if area is None else area.cut_mask()
+    for name, given in (("images", images), ("masks", mask)):
+        if given is not None and len(given) not in (1, len(prompts)):
+            raise ValueError(f"{len(given)} {name} for {len(prompts)} prompts; pass one, or one per prompt")
     check_feature_reuse(settings.feature_reuse, sd)
     check_int("clip_skip", settings.clip_skip, 1, sd.config.text_encoder.num_hidden_layers)
     plan, strength, steps = check_plan(sd, settings, images is not None, mask is not None)
@@ -108,7 +116,7 @@ def check_request(
         check_tensor("prompt_embeds", prompt_embeds, len(prompts), 77 * max(1, rows // 77), width)
     return Request(
         prompts, negatives, texts, loras, seeds, settings, guidance, plan, shape, strength, images, mask, latents,
-        prompt_embeds,
+        prompt_embeds, area,
     )  # fmt: skip
 
 
@@ -130,21 +138,62 @@ def check_guidance(settings: Settings, count: int) -> Guidance:
 
 
 def check_image(sd: StableDiffusion, image: Any) -> Tensor:
-    """Check a PIL image or a tensor (n, 3, h, w) in [-1, 1], and return it as a tensor.
+    """Check a PIL image, a list of them, or a tensor (n, 3, h, w) in [-1, 1], and return it as a tensor.
 
     Values slightly outside the range are allowed. Raises ValueError for values outside [-2, 2] (such as pixels in
-    0…255) and for a height or width that is not a multiple of 8.
+    0…255), for images of several sizes, and for a height or width that is not a multiple of 8.
     """
     if isinstance(image, Tensor):
         check_shape("image", image, "n", sd.config.autoencoder.in_channels, "h", "w")
         check_memory(sd, len(image), image.shape[-2], image.shape[-1], encoding=True)
         images = check_unit_range("image", check_finite_input("image", image))
     else:
-        images = from_pil(to_rgb(image))
+        pictures = [from_pil(to_rgb(each)) for each in as_list("image", image)]
+        sizes = sorted({(each.shape[-1], each.shape[-2]) for each in pictures})
+        if len(sizes) > 1:
+            raise ValueError(f"the images have sizes {sizes}; expected one size; draw those of one size together")
+        images = torch.cat(pictures)
     height, width = images.shape[-2:]
-    if height % sd.downscale or width % sd.downscale:
-        raise ValueError(f"image is {width}×{height}; expected multiples of {sd.downscale}; resize it first")
+    nearest = [max(round(side / sd.downscale), 1) * sd.downscale for side in (width, height)]
+    if [width, height] != nearest:
+        raise ValueError(
+            f"image is {width}×{height}; expected multiples of {sd.downscale}; resize it first, for example to "
+            f"{nearest[0]}×{nearest[1]}"
+        )
     return images
+
+
+def as_list(name: str, value: Any) -> list[Any]:
+    """Return the entries of a list or tuple, or a single value in a list. Raises ValueError if it is empty."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not values:
+        raise ValueError(f"{name} is an empty list; expected at least one image")
+    return values
+
+
+def check_mask_options(settings: Settings, mask: Any) -> None:
+    """Check the settings that require a mask: its blur and the padding around the masked area, both in pixels."""
+    blur, padding = settings.mask_blur, settings.padding_mask_crop
+    for name, value in (("mask_blur", blur), ("padding_mask_crop", padding)):
+        if value is not None and mask is None:
+            raise ValueError(f"{name}={value!r} is only valid for inpainting; pass a mask, or omit {name}")
+    if blur is not None:
+        check_float("mask_blur", blur, 0, 1000, ", in pixels")
+    if padding is not None:
+        check_int("padding_mask_crop", padding, 0, 2**16)
+
+
+def check_area(sd: StableDiffusion, settings: Settings, image: Any, mask: Any) -> tuple[Image.Image, MaskedArea]:
+    """Return the masked area of an image of any size, scaled to the size of the settings, and its place."""
+    if image is None or isinstance(image, Tensor) or len(as_list("image", image)) != 1:
+        raise ValueError("padding_mask_crop requires one PIL image per call; pass it as image")
+    picture, masks = to_rgb(as_list("image", image)[0]), as_list("mask_image", mask)
+    if len(masks) != 1:
+        raise ValueError(f"{len(masks)} masks for one image; pass one")
+    blurred = blur_mask(check_mask(masks[0], picture.size), settings.mask_blur or 0)
+    _, height, width = (sd.downscale * side for side in check_size(sd, settings.height, settings.width, 1))
+    area = find_area(blurred, settings.padding_mask_crop or 0, width, height, sd.downscale)
+    return area.cut(picture), area
 
 
 def check_size(
@@ -160,7 +209,8 @@ def check_size(
     for name, value, default in (("height", height, usual[0]), ("width", width, usual[1])):
         side = check_int(name, default if value is None else value, 1, MAX_SIDE_FACTOR * own)
         if side % sd.downscale:
-            raise ValueError(f"{name}={side}; expected a positive multiple of {sd.downscale}, such as {own}")
+            nearest = max(round(side / sd.downscale), 1) * sd.downscale
+            raise ValueError(f"{name}={side}; expected a positive multiple of {sd.downscale}, such as {nearest}")
         sides.append(side)
     if images is not None and sides != [*usual]:
         raise ValueError(f"image is {usual[1]}×{usual[0]}; expected {sides[1]}×{sides[0]}; resize it first")
@@ -168,8 +218,8 @@ def check_size(
     return sd.config.autoencoder.latent_channels, sides[0] // sd.downscale, sides[1] // sd.downscale
 
 
-def check_inpainting(sd: StableDiffusion, images: Tensor | None, mask: Any) -> Tensor | None:
-    """Check that mask, image and UNet input channels are compatible, and return the mask, (1, 1, h, w)."""
+def check_inpainting(sd: StableDiffusion, images: Tensor | None, mask: Any, blur: float = 0) -> Tensor | None:
+    """Check that masks, images and UNet input channels are compatible, and return the masks, (1 or n, 1, h, w)."""
     channels, latent_channels = sd.config.unet.in_channels, sd.config.autoencoder.latent_channels
     if mask is None:
         if channels != latent_channels:
@@ -180,7 +230,8 @@ def check_inpainting(sd: StableDiffusion, images: Tensor | None, mask: Any) -> T
         return None
     if images is None:
         raise ValueError("mask_image requires an image to inpaint; pass it as image")
-    return check_mask(mask, (images.shape[-1], images.shape[-2]))
+    size = images.shape[-1], images.shape[-2]
+    return torch.cat([blur_mask(check_mask(each, size), blur) for each in as_list("mask_image", mask)])
 
 
 def check_mask(mask: Any, size: tuple[int, int]) -> Tensor:

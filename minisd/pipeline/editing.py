@@ -13,7 +13,7 @@ from minisd.editing import extend_canvas, paste, slerp
 from minisd.features.pictures import to_rgb
 from minisd.features.validate import check_int, check_strings
 from minisd.generate import gaussian_noise
-from minisd.pipeline.checks import Request, check_margins, check_mask, check_request, check_size, resolve_seeds
+from minisd.pipeline.checks import Request, as_list, check_margins, check_request, check_size, resolve_seeds
 
 if TYPE_CHECKING:
     from minisd.pipeline.stable_diffusion import StableDiffusion
@@ -27,37 +27,91 @@ class ImageEditing:
 
     def image_to_image(
         self: StableDiffusion,
-        prompt: str,
-        image: ImageInput,
+        prompt: Prompt,
+        image: ImageInput | Sequence[Image.Image],
         strength: float = 0.8,
         *,
         progress: bool | None = None,
         **options: Any,
-    ) -> Image.Image:
-        """Redraw an image to match a prompt, with a strength in (0, 1], where 1 ignores the image.
+    ) -> Any:
+        """Redraw images to match prompts, with a strength in (0, 1], where 1 ignores the image.
 
-        Accepts the options of `denoise`.
+        Args:
+            prompt: One prompt, or one per image.
+            image: One image for all prompts, or a list of images of one size.
+            options: See `denoise`.
+
+        Returns:
+            A PIL image for a single prompt and image, otherwise a list.
         """
         request = self._request(prompt, image, None, strength=strength, **options)
-        return self._draw(request, progress)[0]
+        pictures = self._draw(request, progress)
+        return pictures if _is_batch(prompt, image) else pictures[0]
 
     def inpaint(
         self: StableDiffusion,
-        prompt: str,
-        image: Image.Image,
-        mask_image: ImageInput,
+        prompt: Prompt,
+        image: Image.Image | Sequence[Image.Image],
+        mask_image: ImageInput | Sequence[ImageInput],
         strength: float = 1.0,
         *,
         progress: bool | None = None,
         **options: Any,
-    ) -> Image.Image:
-        """Repaint the white area of a mask; black pixels are returned unchanged. Accepts the options of `denoise`."""
-        image = to_rgb(image)
-        mask = check_mask(mask_image, image.size)
-        request = self._request(prompt, image, mask, strength=strength, **options)
-        result = paste(self._draw(request, progress)[0], image, mask)
-        result.info["seed"] = request.seeds[0]
-        return result
+    ) -> Any:
+        """Repaint the white area of a mask; black pixels are returned unchanged.
+
+        Args:
+            prompt: One prompt, or one per image.
+            image: One image for all prompts, or a list of images, of one size unless `padding_mask_crop` is set.
+            mask_image: One mask for all images, or a list.
+            options: See `denoise`. `mask_blur` blurs the edges of the mask. With `padding_mask_crop`, only the masked
+                area and so many pixels around it are drawn, at the size that `width` and `height` or else the model
+                set, and pasted back; the image can then have any size.
+
+        Returns:
+            A PIL image for a single prompt and image, otherwise a list.
+        """
+        originals, masks = [to_rgb(each) for each in as_list("image", image)], as_list("mask_image", mask_image)
+        several = _is_batch(prompt, image, mask_image)
+        if several and options.get("padding_mask_crop") is not None:
+            return self._inpaint_each(prompt, originals, masks, strength, progress, options)
+        request = self._request(prompt, originals, masks, strength=strength, **options)
+        drawn, mask, area = self._draw(request, progress), request.mask, request.area
+        results = []
+        for i, picture in enumerate(drawn):
+            original = originals[min(i, len(originals) - 1)]
+            if area is not None:
+                results.append(area.paste(picture, original))
+            elif mask is not None:
+                results.append(paste(picture, original, mask[min(i, len(mask) - 1)][None]))
+            results[-1].info["seed"] = request.seeds[i]
+        return results if several else results[0]
+
+    def _inpaint_each(
+        self: StableDiffusion,
+        prompt: Prompt,
+        images: Sequence[Image.Image],
+        masks: Sequence[Any],
+        strength: float,
+        progress: bool | None,
+        options: dict[str, Any],
+    ) -> list[Image.Image]:
+        """Inpaint one image after the other, since their masked areas can have several sizes."""
+        rows: dict[str, list[Any]] = {"prompt": check_strings("prompt", prompt), "image": list(images)}
+        rows |= {"mask_image": list(masks)}
+        rows |= {"negative_prompt": check_strings("negative_prompt", options.get("negative_prompt", ""))}
+        count = max(map(len, rows.values()))
+        for name, values in rows.items():
+            if len(values) not in (1, count):
+                raise ValueError(f"{len(values)} values of {name} for {count} images; pass one, or one per image")
+        rows |= {"seed": resolve_seeds(options.get("seed"), count)}
+        shared = {"strength": strength} | options
+        calls = [
+            shared | {name: values[i if len(values) > 1 else 0] for name, values in rows.items()} for i in range(count)
+        ]
+        for call in calls:  # all are checked before the first is drawn
+            self._request(**call)
+        return [self.inpaint(**call, progress=progress) for call in calls]
 
     def outpaint(
         self: StableDiffusion,
@@ -110,15 +164,24 @@ class ImageEditing:
 
     def _request(
         self: StableDiffusion,
-        prompt: str,
-        image: ImageInput,
-        mask: Tensor | None,
+        prompt: Prompt,
+        image: Any,
+        mask_image: Any,
         *,
         negative_prompt: Prompt = "",
         seed: int | Sequence[int] | None = None,
         preset: str | None = None,
         **settings: Any,
     ) -> Request:
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt must be a string, got {type(prompt).__name__}; pass one prompt per call")
-        return check_request(self, prompt, negative_prompt, self._settings(preset, settings), seed, image, mask)
+        prompts = check_strings("prompt", prompt)
+        if len(prompts) == 1:
+            counts = [len(each) for each in (image, mask_image) if isinstance(each, (list, tuple))]
+            prompts *= max([1, *counts, len(image) if isinstance(image, Tensor) else 1])
+        return check_request(self, prompts, negative_prompt, self._settings(preset, settings), seed, image, mask_image)
+
+
+def _is_batch(prompt: Prompt, image: Any, mask_image: Any = None) -> bool:
+    several = isinstance(image, Tensor) and len(image) > 1
+    return (
+        several or not isinstance(prompt, str) or any(isinstance(each, (list, tuple)) for each in (image, mask_image))
+    )

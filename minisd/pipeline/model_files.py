@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from minisd.features.adapters import layers_of
+from minisd.features.adapters import Weight, default_name, layers_of
 from minisd.features.textual_inversion import add_word
 from minisd.features.validate import check_dtype, check_path
 from minisd.io import checkpoint
-from minisd.io.adapter_files import read_lora, read_textual_inversion
+from minisd.io.adapter_files import read_bundled_words, read_lora, read_textual_inversion
 from minisd.lora import LoRA
 from minisd.pipeline import memory
 
@@ -30,6 +32,7 @@ class ModelFiles:
 
     _compile_options: dict[str, Any] | None = None
     lora_folder: str | PathLike[str] | None = None  # where LoRAs named in prompts are, as in <lora:name:0.8>
+    _lora_files: Mapping[str, Path] = {}
 
     if TYPE_CHECKING:
 
@@ -57,7 +60,8 @@ class ModelFiles:
                 float16 this takes 1.7 GB of device memory instead of 2.1 GB, but is slower and not thread-safe.
             tile: Whether to encode and decode images one at a time, and in tiles above 1.5 times the native size.
             lora_folder: The folder with the LoRAs that prompts name, as in <lora:name:0.8>.
-            options: Further arguments for `io.checkpoint.load`, such as `variant`, `prediction_type` or `revision`.
+            options: Further arguments for `io.checkpoint.load`: `vae` (another autoencoder: a hub id, a folder or a
+                file, also TAESD), `variant`, `prediction_type`, `revision` or `config`.
 
         Raises:
             ValueError: If the device is not available or the dtype is not supported.
@@ -77,29 +81,46 @@ class ModelFiles:
     def save_pretrained(self: StableDiffusion, folder: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Save the model to a folder that minisd, diffusers and transformers can load.
 
-        `dtype` defaults to that of the weights. Fused LoRAs are saved as part of the weights. Raises ValueError if
-        unfused LoRAs or textual inversions are loaded.
+        `dtype` defaults to that of the weights. Fused LoRAs are saved as part of the weights, and the words of textual
+        inversions as part of tokenizer and text encoder. Raises ValueError if unfused LoRAs are loaded.
         """
         if self.adapters.loras and not self.adapters.fused:
             raise ValueError(f"{', '.join(self.adapters.loras)} is not fused; call fuse_lora() or unload_lora() first")
-        if self.tokenizer.added:
-            words = ", ".join(self.tokenizer.added)
-            raise ValueError(f"a model folder cannot hold {words}; reload the model without textual inversions")
         loaded = checkpoint.Loaded(**vars(self.model), defaults=self.defaults)
         checkpoint.save(loaded, folder, None if dtype is None else check_dtype(dtype))
 
     def load_lora(
-        self: StableDiffusion, path: str | PathLike[str], name: str | None = None, weight: float = 1.0
+        self: StableDiffusion, path: str | PathLike[str], name: str | None = None, weight: Weight = 1.0
     ) -> str:
-        """Load a LoRA in addition to those already loaded, and return its name, by default the file's stem.
+        """Load a LoRA, LoHa, LoKr or DoRA in addition to those already loaded, and return its name.
 
-        `path` is a .safetensors, .bin or .pt file in diffusers, peft or kohya format, or a folder containing one.
-        Raises CheckpointError if the LoRA does not fit the model, and ValueError if the name is already in use.
+        Words that are bundled with it can be used in prompts, also after it is unloaded.
+
+        Args:
+            path: A .safetensors, .bin or .pt file in diffusers, peft or kohya format, or a folder containing one.
+            name: A unique name, by default the file's stem or, if that is taken, folder/stem.
+            weight: The factor to scale the updates by, or one per part: {"unet": 0.8, "text_encoder": 0.5}. The update
+                of a DoRA is scaled as a whole, as in the web UI.
+
+        Raises:
+            CheckpointError: If the file does not fit the model, or is of another kind.
+            ValueError: If the name is already in use, or the file is loaded already and has no name of its own.
         """
-        name = check_path("path", path).stem if name is None else name
+        file = check_path("path", path)
+        loaded = self.adapters.loras
+        if name is None:
+            again = file.resolve() in [self._lora_files.get(each) for each in loaded]
+            name = file.stem if again else default_name(file, loaded)
         parts = {"unet": self.unet, "text_encoder": self.text_encoder}
+        lora, words = read_lora(path, parts), read_bundled_words(path)
         with self.usage.changing():
-            self.adapters.add(name, read_lora(path, parts), layers_of(parts), weight)
+            self.adapters.add(name, lora, layers_of(parts), weight)
+            self._lora_files = {**self._lora_files, name: file.resolve()}
+            for word, vectors in words.items():
+                try:
+                    self.tokenizer = add_word(self.tokenizer, self.text_encoder, word, vectors)
+                except ValueError as error:
+                    warnings.warn(f"the word {word!r} bundled with {path} is not used: {error}", stacklevel=2)
         return name
 
     def find_loras(self: StableDiffusion, names: Iterable[str]) -> dict[str, LoRA]:
@@ -128,8 +149,11 @@ class ModelFiles:
             found[name] = self._folder_loras[paths[name]]
         return found
 
-    def set_adapters(self: StableDiffusion, weights: Mapping[str, float]) -> None:
-        """Set the weights of the named LoRAs, and disable all others. Raises ValueError for an unknown name."""
+    def set_adapters(self: StableDiffusion, weights: Mapping[str, Weight]) -> None:
+        """Set the weights of the named LoRAs, each a number or one per part, and disable all others.
+
+        Raises ValueError for an unknown name or part.
+        """
         with self.usage.changing():
             self.adapters.set_weights(weights)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minisd.features.adapters import layers_of
+from minisd.features.adapters import Adapters, layers_of
 from minisd.features.prompt_syntax import composed, split_composition, split_loras, switched, texts_by_step
 from minisd.features.prompts import common_length, read
 from minisd.generate import Denoiser, guided
@@ -56,13 +56,13 @@ def denoiser(sd: StableDiffusion, request: Request, unet: Callable[..., Tensor])
     layers = layers_of({"unet": sd.unet, "text_encoder": sd.text_encoder}) if request.loras else {}
 
     def call(latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        with _applied(request.loras, layers, sd.adapters.loras):
+        with _applied(request.loras, layers, sd.adapters):
             return unet(latents, timestep, context)
 
     made: dict[Texts, Denoiser] = {}
     for texts in request.texts:
         if texts not in made:
-            with _applied(request.loras, layers, sd.adapters.loras):
+            with _applied(request.loras, layers, sd.adapters):
                 made[texts] = _denoiser_of(sd, request, call, *texts)
     return switched([made[texts] for texts in request.texts])
 
@@ -109,18 +109,17 @@ def _given_contexts(
 
 
 @contextmanager
-def _applied(loras: Loras, layers: Mapping[str, Layer], loaded: Mapping[str, LoRA]) -> Iterator[None]:
+def _applied(loras: Loras, layers: Mapping[str, Layer], adapters: Adapters) -> Iterator[None]:
     """Apply the LoRAs of a prompt while in the context; those that are loaded only change their weights."""
-    old = {name: lora.weight for name, (lora, _) in loras.items()}
+    loaded = {name: weight for name, (_, weight) in loras.items() if name in adapters.loras}
     handles = []
     try:
         for name, (lora, weight) in loras.items():
-            lora.weight = weight
             if name not in loaded:
+                lora.weight = weight
                 handles += lora.attach(layers)
-        yield
+        with adapters.weighted(loaded):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for name, (lora, _) in loras.items():
-            lora.weight = old[name]

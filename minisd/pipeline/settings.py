@@ -174,6 +174,23 @@ class Settings:
         png="Denoising strength",
         in_file=False,
     )
+    mask_blur: float | None = setting(
+        float,
+        "Blur of the mask's edges, in pixels. [default: 0]",
+        None,
+        option="--mask-blur",
+        png="Mask blur",
+        in_file=False,
+    )
+    padding_mask_crop: int | None = setting(
+        int,
+        "Draw only the masked area of --image, with so many pixels around it, at full size.",
+        None,
+        option="--only-masked",
+        png="Masked area padding",
+        in_file=False,
+        metavar="PADDING",
+    )
 
     @classmethod
     def choose(cls, changes: Mapping[str, Any], defaults: Defaults | Settings) -> Settings:

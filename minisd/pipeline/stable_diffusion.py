@@ -140,8 +140,8 @@ class StableDiffusion(ImageEditing, ModelFiles):
     def denoise(
         self,
         prompt: Prompt,
-        image: ImageInput | None = None,
-        mask_image: ImageInput | None = None,
+        image: ImageInput | Sequence[Image.Image] | None = None,
+        mask_image: ImageInput | Sequence[ImageInput] | None = None,
         *,
         negative_prompt: Prompt = "",
         seed: int | Sequence[int] | None = None,
@@ -157,9 +157,10 @@ class StableDiffusion(ImageEditing, ModelFiles):
         Args:
             prompt: One prompt, or one per image, with optional weights in brackets (see `features.prompts`) and the web
                 UI's syntax for prompt editing and LoRAs (see `features.prompt_syntax`).
-            image: The image to start from: a PIL image, or a tensor (1 or n, 3, h, w) in [-1, 1]. It is not resized;
-                height and width must be multiples of 8.
-            mask_image: An inpainting mask of the same size. Only the white area is repainted.
+            image: The image to start from: a PIL image, a list of them, or a tensor (1 or n, 3, h, w) in [-1, 1]. It is
+                not resized; height and width must be multiples of 8. With `padding_mask_crop`, the part that is drawn
+                is cut out and scaled.
+            mask_image: An inpainting mask of the same size, or one per image. Only the white area is repainted.
             negative_prompt: One negative prompt, or one per image.
             seed: A seed from 0 to 2⁶³ − 1 (image i uses seed + i), or one per image.
             latents: The initial noise, unit Gaussian (n, 4, h/8, w/8). Overrides the noise drawn from the seed.
@@ -212,7 +213,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
                 after_step = KeepUnmasked(mask, latents, first)
             else:
                 masked = self.encode_image(masked_image(request.image, request.mask)).float()
-                denoise = with_channels(denoise, torch.cat([mask, masked], dim=1))
+                denoise = with_channels(denoise, torch.cat([mask.expand(len(masked), -1, -1, -1), masked], dim=1))
             # at strength 1 inpainting starts from pure noise, so nothing under the mask shows through
             latents = None if request.strength == 1 else latents
         with self._on_device(self.unet):
@@ -231,8 +232,8 @@ class StableDiffusion(ImageEditing, ModelFiles):
         return call
 
     def _check_part(self, output: Tensor, part: str) -> Tensor:
-        active = [name for name, lora in self.adapters.loras.items() if lora.weight]
-        return check_finite(output, f"{part} with LoRA {', '.join(active)}" if active else part)
+        active = ", ".join(self.adapters.active) if self.adapters.loras else ""
+        return check_finite(output, f"{part} with LoRA {active}" if active else part)
 
     @torch.inference_mode()
     def encode_text(self, prompts: Prompt, clip_skip: int = 1) -> Tensor:

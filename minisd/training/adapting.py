@@ -44,7 +44,7 @@ def read_examples(folder: Path, side: int) -> tuple[Tensor, list[str]]:
     if not listing.is_file():
         raise FileNotFoundError(f'{listing} is missing; write a line {{"file_name": …, "text": …}} for each picture')
     images, captions = [], []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), start=1):
         try:
             item = parse_json(line)
             path, text = check_inside(folder, item["file_name"]), item["text"]

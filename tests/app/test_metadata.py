@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -92,7 +93,7 @@ def test_a_newer_text_with_json_and_quotes():
         ("a\nSteps: 5, Model: x, y, Seed: 1", Parameters("a", "", {"Steps": "5", "Model": "x, y", "Seed": "1"})),
         ('a\nSteps: 5, Model: "x" y, Seed: 1', Parameters("a", "", {"Steps": "5", "Model": '"x" y', "Seed": "1"})),
         ('a\nSteps: 5, Model: "x, Seed: 1', Parameters("a", "", {"Steps": "5", "Model": '"x', "Seed": "1"})),
-        ("a\nSteps: 5, Model: , Seed: 1,", Parameters("a", "", {"Steps": "5", "Model": "", "Seed": "1,"})),
+        ("a\nSteps: 5, Model: , Seed: 1,", Parameters("a", "", {"Steps": "5", "Model": "", "Seed": "1"})),
         ("a\nSteps: 5, At: 12:30", Parameters("a", "", {"Steps": "5", "At": "12:30"})),
     ],
 )
@@ -298,3 +299,171 @@ def test_info_prints_a_table(run):
 def test_a_sampler_that_is_not_known_is_called_so():
     lines = describe(parse_parameters("a\nSteps: 5, Sampler: DPM++ SDE Karras, Seed: 1")).splitlines()
     assert lines == ["Prompt   a", "Steps    5", "Sampler  DPM++ SDE Karras  (not supported)", "Seed     1"]
+
+
+# What other programs write
+
+MODEL = "Model hash: 0a1b2c3d4e, Model: coast_v2, Version: v1.10.1"
+COMMON = {"Steps": "20", "Sampler": "Euler a", "CFG scale": "7", "Seed": "5", "Size": "512x512"}
+LINE = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x512"
+VARIANTS: dict[str, tuple[str, Parameters]] = {
+    "template lines": (
+        f"a red fox\nNegative prompt: blur\n{LINE}\nTemplate: a {{red|blue}} fox\nNegative Template: __bad__",
+        Parameters("a red fox", "blur", COMMON | {"Template": "a {red|blue} fox", "Negative Template": "__bad__"}),
+    ),
+    "a template of several lines": (
+        f"a fox\n{LINE}\nTemplate: a\n__animal__, Steps: 3",
+        Parameters("a fox", "", COMMON | {"Template": "a\n__animal__, Steps: 3"}),
+    ),
+    "a template in the settings": (
+        f'a fox\n{LINE}, Template: "a {{red|blue}}, fox"',
+        Parameters("a fox", "", COMMON | {"Template": "a {red|blue}, fox"}),
+    ),
+    "a negative template only": (
+        f"a fox\n{LINE}\nNegative Template: x", Parameters("a fox", "", COMMON | {"Negative Template": "x"}),
+    ),
+    "Size first": (
+        "a fox\nSize: 512x512, Seed: 5, Steps: 20, Sampler: Euler a, CFG scale: 7", Parameters("a fox", "", COMMON),
+    ),
+    "Model first": (
+        "a fox\nNegative prompt: b\nModel: x, Seed: 5, Sampler: DDIM",
+        Parameters("a fox", "b", {"Model": "x", "Seed": "5", "Sampler": "DDIM"}),
+    ),
+    "no prompt": (LINE, Parameters("", "", COMMON)),
+    "no prompt, a negative one": (f"Negative prompt: b\n{LINE}", Parameters("", "b", COMMON)),
+    "Windows' line ends": (f"a fox\r\nNegative prompt: b\r\n{LINE}", Parameters("a fox", "b", COMMON)),
+    "a trailing comma": (f"a fox\n{LINE}, ", Parameters("a fox", "", COMMON)),
+    "ADetailer": (
+        f'a fox\n{LINE}, ADetailer model: face_yolov8n.pt, ADetailer prompt: "face, Steps: 3, [SEP]\\nsmile", '
+        "ADetailer confidence: 0.3, ADetailer version: 24.1.2",
+        Parameters("a fox", "", COMMON | {
+            "ADetailer model": "face_yolov8n.pt", "ADetailer prompt": "face, Steps: 3, [SEP]\nsmile",
+            "ADetailer confidence": "0.3", "ADetailer version": "24.1.2",
+        }),
+    ),
+    "ControlNet": (
+        f'a fox\n{LINE}, ControlNet 0: "Module: canny, Model: control_v11p [d14c016b], Weight: 1", Version: v1.7.0',
+        Parameters("a fox", "", COMMON | {
+            "ControlNet 0": "Module: canny, Model: control_v11p [d14c016b], Weight: 1", "Version": "v1.7.0",
+        }),
+    ),
+    "hashes": (
+        f'a fox\n{LINE}, Lora hashes: "ink: 0123, b: 4567", TI hashes: "bad: 89ab", Hashes: '
+        '{"model": "0a1b", "lora:ink": "0123"}',
+        Parameters("a fox", "", COMMON | {
+            "Lora hashes": "ink: 0123, b: 4567", "TI hashes": "bad: 89ab",
+            "Hashes": '{"model": "0a1b", "lora:ink": "0123"}',
+        }),
+    ),
+    "Civitai": (
+        f'a fox\n{LINE}, Civitai resources: [{{"type":"checkpoint","modelVersionId":4384}}], Civitai metadata: {{}}',
+        Parameters("a fox", "", COMMON | {
+            "Civitai resources": '[{"type":"checkpoint","modelVersionId":4384}]', "Civitai metadata": "{}",
+        }),
+    ),
+    "SD.Next": (
+        "a fox\nNegative prompt: b\nSteps: 20, Size: 512x512, Sampler: Euler a, CFG scale: 7, Seed: 5, App: SD.Next, "
+        "Parser: native",
+        Parameters("a fox", "b", COMMON | {"App": "SD.Next", "Parser": "native"}),
+    ),
+    "an escaped quote": (
+        f'a fox\n{LINE}, Model: "a \\"b\\", c"', Parameters("a fox", "", COMMON | {"Model": 'a "b", c'}),
+    ),
+    "a prompt like settings": ("cat: big, dog: small, fox: red", Parameters("cat: big, dog: small, fox: red")),
+    "settings in the prompt": (
+        f"a fox\nSteps: 5, Seed: 3\nTemplate: no\n{LINE}",
+        Parameters("a fox\nSteps: 5, Seed: 3\nTemplate: no", "", COMMON),
+    ),
+    "a prompt that names a template": ("a fox\nTemplate: a cat", Parameters("a fox\nTemplate: a cat")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_texts_of_the_web_ui_and_its_extensions(name):
+    text, expected = VARIANTS[name]
+    assert parse_parameters(text) == expected
+
+
+KSAMPLER = {"3": {"class_type": "KSampler", "inputs": {"seed": 5, "steps": 20}}}
+INVOKE = {"generation_mode": "txt2img", "positive_prompt": "a fox", "steps": 20, "app_version": "4.2.0"}
+FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
+    "graph": ("ComfyUI", {"prompt": json.dumps(KSAMPLER)}),
+    "workflow": ("ComfyUI", {"workflow": json.dumps({"last_node_id": 9, "nodes": [], "links": []})}),
+    "both": ("ComfyUI", {"prompt": json.dumps(KSAMPLER), "workflow": '{"nodes": []}'}),
+    "graph in parameters": ("ComfyUI", {"parameters": json.dumps(KSAMPLER)}),
+    "invokeai_metadata": ("InvokeAI", {"invokeai_metadata": json.dumps(INVOKE), "invokeai_graph": "{}"}),
+    "sd-metadata": ("InvokeAI", {"sd-metadata": '{"model": "stable diffusion", "image": {"seed": 5}}'}),
+    "Dream": ("InvokeAI", {"Dream": '"a fox" -s 50 -S 5 -W 512 -H 512 -C 7.5 -A k_lms'}),
+    "metadata in parameters": ("InvokeAI", {"parameters": json.dumps(INVOKE)}),
+    "NovelAI": ("NovelAI", {"Software": "NovelAI", "Comment": '{"prompt": "a fox", "uc": "", "steps": 28}'}),
+    "Fooocus": ("Fooocus", {"parameters": '{"adm_guidance": "(1.5, 0.8, 0.3)", "prompt": "a fox"}'}),
+    "SwarmUI": ("SwarmUI", {"parameters": '{"sui_image_params": {"prompt": "a fox"}}'}),
+    "unknown": ("another program", {"parameters": '{"prompt": "a fox", "sampler": "x"}'}),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_json_of_other_programs_is_no_prompt(run, name):
+    program, texts = FOREIGN[name]
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    Image.new("RGB", (8, 8)).save("theirs.png", pnginfo=info)
+    assert read_parameters("theirs.png") is None
+    for command in (("info", "theirs.png"), ("generate", "--like", "theirs.png")):
+        code, lines, err = run(*command)
+        assert (code, lines) == (1, []) and f"has the JSON of {program}, which is not read" in err
+
+
+def test_json_of_comfyui_in_webp(run):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = f"workflow:{json.dumps({'nodes': [], 'links': []})}"
+    exif[ExifTags.Base.Model] = f"prompt:{json.dumps(KSAMPLER)}"
+    Image.new("RGB", (8, 8)).save("theirs.webp", exif=exif)
+    code, _, err = run("info", "theirs.webp")
+    assert code == 1 and "JSON of ComfyUI" in err
+
+
+@pytest.mark.parametrize("prompt", ["{red|blue} fox", "{", "[1, 2]", '"a fox"', "{}", "null"])
+def test_prompts_that_only_look_like_json(tmp_path, prompt):
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "ours.png", f"{prompt}\n{LINE}")
+    assert parse_parameters(read_parameters(tmp_path / "ours.png") or "").prompt == prompt
+
+
+CODINGS = ["utf-8", "utf-8-sig", "utf-16-le", "utf-16-be", "utf-16"]
+
+
+@pytest.mark.parametrize(
+    "text", [f"a fox\n{LINE}", f"雪中的狐狸，清晨\n{LINE}", f"Füchsin im Schnee 🦊\n{LINE}", "雪中的狐狸"]
+)
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_codings_behind_the_unicode_marker(tmp_path, text, coding, suffix):
+    path = tmp_path / f"theirs{suffix}"
+    Image.new("RGB", (8, 8)).save(path, exif=comment(b"UNICODE\0" + text.encode(coding)))
+    if text == "雪中的狐狸" and coding == "utf-16-le":
+        pytest.skip("without a space, sign or settings nothing tells the byte order")
+    assert read_parameters(path) == text
+
+
+def test_comments_of_gif_and_jpeg(tmp_path):
+    picture = Image.new("RGB", (8, 8))
+    picture.save(tmp_path / "theirs.gif", comment=f"狐狸\n{LINE}".encode())
+    assert read_parameters(tmp_path / "theirs.gif") == f"狐狸\n{LINE}"
+    picture.save(tmp_path / "theirs.jpg", comment=b"CREATOR: gd-jpeg v1.0 (using IJG JPEG v62), quality = 90")
+    assert read_parameters(tmp_path / "theirs.jpg") is None
+
+
+def test_what_cannot_be_drawn_again_is_named(run):
+    text = (
+        f"a fox\n{LINE}, Hires upscale: 2, Hires upscaler: Latent, ADetailer model: face.pt, Variation seed: 3, "
+        "RNG: CPU, VAE hash: 01, VAE: coast.vae.pt, Template: x, Version: v1.10.1"
+    )
+    save_png(Image.new("RGB", (8, 8)), Path("theirs.png"), text)
+    code, _, err = run("generate", "--like", "theirs.png", "--width", "32", "--height", "32", "--steps", "1")
+    assert code == 0, err
+    assert (
+        "unsupported settings, which are ignored: Hires upscale: 2, Hires upscaler: Latent, ADetailer model: face.pt, "
+        "Variation seed: 3, RNG: CPU\n" in err
+    )
+    assert "drawn with the autoencoder coast.vae.pt, not the model's own; if you have it, pass it with --vae" in err

@@ -260,6 +260,14 @@ def test_download_then_cache_then_offline(hub, tmp_path):
         assert run(tmp_path, endpoint_of(hub)).stdout == first.stdout
 
 
+def test_only_the_autoencoder_is_downloaded(hub, folder, tmp_path):
+    code = f"from minisd.io.checkpoint import describe; print(describe({str(folder)!r}, vae={REPO!r}))"
+    first = run(tmp_path, endpoint_of(hub), False, code)
+    assert "5,054,411 parameters" in first.stdout, first.stderr
+    assert {name for name, _ in hub.sent} == {"model_index.json", "vae/config.json", f"{PARTS[2]}.safetensors"}
+    assert run(tmp_path, CLOSED, True, code).stdout == first.stdout
+
+
 @pytest.mark.parametrize("offline", [True, False])
 def test_nothing_cached_and_no_hub(tmp_path, offline):
     result = run(tmp_path, CLOSED, offline)

@@ -3,12 +3,15 @@
 from dataclasses import replace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from models import gradient_picture, last, lively_model, rectangle_mask
 from PIL import Image
 
 from minisd import TINY, Sampler
+from minisd.features.masked_area import blur_mask, find_area
 from minisd.io.diffusers_folder import Defaults
 
 SIDE = 64
@@ -44,7 +47,7 @@ def theirs(kind, folder, **settings) -> torch.Tensor:
     """The last latents of diffusers' pipeline `kind`."""
     pipe = getattr(diffusers, kind).from_pretrained(str(folder), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    return pipe("a fox", num_inference_steps=6, guidance_scale=3.0, output_type="latent", **settings).images
+    return pipe("a fox", num_inference_steps=6, guidance_scale=3.0, **{"output_type": "latent"} | settings).images
 
 
 def assert_close(ours, expected) -> None:
@@ -94,3 +97,50 @@ def test_guidance_rescale(models):
     ours = last(sd.denoise("a fox", guidance_rescale=0.7, **settings))
     assert_close(ours, theirs("StableDiffusionPipeline", folder, guidance_rescale=0.7, **settings))
     assert float((last(sd.denoise("a fox", **settings)) - ours).abs().max()) > 1e-2
+
+
+def white(size: tuple[int, int], *box: int) -> Image.Image:
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    return mask
+
+
+def as_tensor(mask: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(mask, np.float32) / 255)[None, None]
+
+
+@pytest.mark.parametrize(("box", "padding"), [((24, 24, 40, 40), 8), ((40, 8, 56, 24), 8), ((32, 32, 96, 96), 0)])
+@pytest.mark.parametrize("model", ["plain", "inpainting"])
+def test_the_masked_area_only(models, box, padding, model):
+    """The area is cut out, scaled and drawn as in diffusers, and pasted back as there."""
+    sd, folder = models[0][model], models[1] / model
+    big = gradient_picture(130).resize((130, 110))
+    mask = white(big.size, *box)
+    ours = last(sd.denoise("a fox", big, mask, padding_mask_crop=padding, height=SIDE, width=SIDE, latents=noise()))
+    settings = {"image": big, "mask_image": mask, "height": SIDE, "width": SIDE, "padding_mask_crop": padding}
+    settings |= {"strength": 1.0, "latents": noise(), "output_type": "pil"}
+    (expected,) = theirs("StableDiffusionInpaintPipeline", folder, **settings)
+    area = find_area(as_tensor(mask), padding, SIDE, SIDE, 8)
+    result = np.asarray(area.paste(sd.decode(ours)[0], big), int)
+    assert np.abs(result - np.asarray(expected, int)).max() <= 1
+    assert np.abs(result - np.asarray(big, int)).max() > 50
+
+
+def test_areas_as_in_diffusers():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        size = tuple(int(side) for side in rng.integers(60, 400, 2))
+        corners = np.sort(rng.integers(0, min(size), (2, 2)), axis=0) + [[0, 0], [1, 1]]
+        mask, padding = white(size, *(int(x) for x in corners.flatten())), int(rng.integers(0, 60))
+        for width, height in ((512, 512), (512, 768), (640, 384)):
+            expected = VaeImageProcessor.get_crop_region(mask, width, height, padding)
+            area = find_area(as_tensor(mask), padding, width, height, 8)
+            # diffusers divides in floating point, and may lose a pixel
+            assert max(abs(a - b) for a, b in zip(area.box, expected, strict=True)) <= (width != height)
+            assert area.size[0] <= width and area.size[1] <= height and not (area.size[0] % 8 or area.size[1] % 8)
+
+
+@pytest.mark.parametrize("radius", [1, 4, 33])
+def test_blurred_masks_as_in_diffusers(mask, radius):
+    expected = np.asarray(VaeImageProcessor.blur(mask, radius), np.float32) / 255
+    assert np.array_equal(blur_mask(as_tensor(mask), radius)[0, 0].numpy(), expected)

@@ -76,6 +76,8 @@ BAD: dict[str, list[Any]] = {
         Image.new("L", (1, 1), 255), Image.new("L", (0, 0)), torch.from_numpy(MASK), with_nan(24, 32),
         torch.ones(24, 32, dtype=torch.complex64), torch.ones(24), torch.ones(3, 24, 32), torch.zeros(24, 32),
     ],
+    "mask_blur": [-1, 1001, NAN, "4", True, [4]],
+    "padding_mask_crop": [-1, 1.5, NAN, "4", True, 2**70],
     "strength": [0, -0.5, 1.1, NAN, INF, "0.5", True, [0.5], 0.01, b""],
     "left": [-8, 3, 10**6, 8.0, "8", True, None, NAN],
     "prompts": [("fox",), "ab", None, 5, ("fox", None), ("a", "b", "c"), [], ("a", "\ud800")],
@@ -101,11 +103,19 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
     "denoise": ({"prompt": "fox"}, bad("prompt", *SETTINGS, "latents", "prompt_embeds")),
     "image_to_image": (
         {"prompt": "fox", "image": PICTURE},
-        bad("prompt", *SETTINGS, "strength", image=[*BAD["image"], None, IMAGES.repeat(3, 1, 1, 1), picture(520, 8)]),
+        bad("prompt", *SETTINGS, "strength", image=[*BAD["image"], None, [], picture(520, 8)]),
     ),
     "inpaint": (
         {"prompt": "fox", "image": PICTURE, "mask_image": Image.fromarray(MASK)},
-        bad("prompt", *SETTINGS, "mask_image", "strength", image=[*BAD["image"], None, *TENSORS]),
+        bad(
+            "prompt",
+            *SETTINGS,
+            "mask_image",
+            "mask_blur",
+            "padding_mask_crop",
+            "strength",
+            image=[*BAD["image"], None, *TENSORS],
+        ),
     ),
     "outpaint": (
         {"prompt": "fox", "image": PICTURE, "right": 8},
