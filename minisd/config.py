@@ -74,8 +74,7 @@ class ScheduleConfig:
     prediction_type: str = "epsilon"
     timestep_spacing: str | None = None  # if None, each sampler uses its own default
     steps_offset: int = 1  # added to timesteps with "leading" spacing
-    # DDIM and PNDM end at σ = 0 if True, and at σ of timestep 0 if False; if None, DDIM ends at 0 and PNDM does not
-    set_alpha_to_one: bool | None = False
+    set_alpha_to_one: bool | None = False  # whether DDIM and PNDM end at σ = 0 or that of timestep 0; None: only DDIM
     rescale_betas_zero_snr: bool = False  # for v-prediction: rescale ᾱ to (nearly) 0 at the last timestep
 
 

@@ -111,6 +111,9 @@ def _given_contexts(
 @contextmanager
 def _applied(loras: Loras, layers: Mapping[str, Layer], adapters: Adapters) -> Iterator[None]:
     """Apply the LoRAs of a prompt while in the context; those that are loaded only change their weights."""
+    if not loras:
+        yield
+        return
     loaded = {name: weight for name, (_, weight) in loras.items() if name in adapters.loras}
     handles = []
     try:

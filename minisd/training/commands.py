@@ -85,15 +85,9 @@ def autoencoder(
 
     model = None if start is None else load_autoencoder(start / "vae")
     config = TINY.autoencoder if model is None else model.config
-    task = AutoencoderTask(
-        Scenes(scenes),
-        config,
-        seed=seed,
-        whole_from=whole_from,
-        decoder_only=decoder_only,
-        model=model,
-        features=None if features is None else SceneFeatures.load(features),
-    )
+    network = None if features is None else SceneFeatures.load(features)
+    phase: dict[str, Any] = {"whole_from": whole_from, "decoder_only": decoder_only}
+    task = AutoencoderTask(Scenes(scenes), config, seed=seed, model=model, features=network, **phase)
     choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
     _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
