@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minisd import samplers
@@ -151,13 +152,13 @@ def beta_sigmas(largest: float, smallest: float, n: int) -> Floats:
     return tuple(float(smallest + share * (largest - smallest)) for share in quantiles)
 
 
-def beta_quantiles(p: np.ndarray[Any, np.dtype[np.float64]], a: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+def beta_quantiles(p: NDArray[np.float64], a: float) -> NDArray[np.float64]:
     """Return the quantiles of a symmetric Beta(a, a) distribution for probabilities p in [0, 1], by bisection."""
     k = np.arange(1, 64)
     # ∫₀ˣ tᵃ⁻¹ (1−t)ᵃ⁻¹ dt = xᵃ ∑ₖ cₖ xᵏ / (a + k),   cₖ = ∏_{j≤k} (j − a)/j;   x ≤ 1/2, so the series converges fast
     series = np.concatenate([[1 / a], np.cumprod((k - a) / k) / (a + k)])[::-1]
 
-    def integral(x: np.ndarray[Any, np.dtype[np.float64]]) -> Any:
+    def integral(x: NDArray[np.float64]) -> Any:
         return x**a * np.polyval(series, x)
 
     goal = 2 * np.minimum(p, 1 - p) * integral(np.array(0.5))
