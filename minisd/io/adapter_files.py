@@ -180,8 +180,8 @@ def _keys_of_layers(path: Path, header: Mapping[str, TensorInfo], layers: Mappin
         listed = "".join(f"\n  {problem}" for problem in problems[:4]) or "\n  it contains no LoRA"
         more = f"\n  and {len(problems) - 4} more" if len(problems) > 4 else ""
         other = [kind for end, kind in OTHER_ADAPTERS if any(re.search(f"({end})$", key) for key in header)]
-        kind = other[0] if other else looks_like(header)
-        hint = f"It looks like {kind}, which is not supported. " if kind not in ("", "a LoRA") else ""
+        kind = f"{other[0]}, which is not supported" if other else looks_like(header)
+        hint = f"It looks like {kind}. " if kind not in ("", "a LoRA") else ""
         raise CheckpointError(f"{path} does not fit:{listed}{more}\n{hint}Use a LoRA made for this kind of model")
     return keys
 

@@ -69,9 +69,11 @@ def is_safetensors(path: Path) -> bool:
     """Return whether a file is in safetensors format: by its first bytes or, if they are unclear, by its name."""
     with path.open("rb") as file:
         start = file.read(9)
-    if start[:4] == b"PK\3\4" or re.match(rb"\x80[\1-\5]", start):  # a zip archive or a pickle, as torch.save writes
-        return False
-    return start[8:] == b"{" or path.suffix in (".safetensors", ".sft")
+    if start[8:] == b"{":  # the header in JSON, after its length
+        return True
+    # otherwise a zip archive or a pickle, as torch.save writes, or a damaged file
+    is_pickle = start[:4] == b"PK\3\4" or re.match(rb"\x80[\1-\5]", start)
+    return not is_pickle and path.suffix in (".safetensors", ".sft")
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -450,6 +450,16 @@ def test_files_are_read_by_their_content(tmp_path, parts, state, name, content):
     assert is_v == (content == "safetensors")
 
 
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path):
+    """Header lengths are padded to multiples of 8, so that 0x0180 and 0x0280 bytes occur."""
+    lengths = set()
+    for count in range(1, 200):
+        save_file({"x": torch.zeros(1)}, tmp_path / "x.ckpt", metadata={"a": "b" * 4 * count})
+        lengths.add((tmp_path / "x.ckpt").read_bytes()[:2])
+        assert is_safetensors(tmp_path / "x.ckpt")
+    assert {b"\x80\x01", b"\x80\x02"} <= lengths
+
+
 @pytest.mark.parametrize("name", ["style.pt", "style.safetensors"])
 def test_adapters_are_read_by_their_content(tmp_path, name):
     from minisd.io.adapter_files import read_textual_inversion
