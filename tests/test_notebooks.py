@@ -137,6 +137,25 @@ def test_lesson_has_its_parts(path):
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_answers_are_folded_until_they_are_asked_for(path, regenerate):
+    """JupyterLab shows the first line of a folded output, so that line is not part of the answer."""
+    notebook = nbformat.read(path, 4)
+    cells = notebook.cells
+    asked = [i for i, cell in enumerate(cells) if "Predict, then run" in cell.source and cell.cell_type == "markdown"]
+    for i in asked:
+        answer = next(cell for cell in cells[i:] if cell.cell_type == "code" and cell.outputs)
+        assert "hide-output" in answer.metadata.get("tags", []), f"the answer to cell {i} can be seen"
+    folded = [i for i, cell in enumerate(cells) if "jupyter" in cell.metadata]
+    assert folded == [i for i, cell in enumerate(cells) if "hide-output" in cell.metadata.get("tags", [])]
+    for i in folded:
+        assert cells[i].metadata.jupyter == {"outputs_hidden": True}
+        assert cells[i].source.startswith('print("The answer, once you have yours:")\n')
+        assert cells[i + 1].cell_type == "markdown", f"no words about the output of cell {i}"
+    assert len(folded) >= len(asked) > 0
+    assert [cell.metadata for cell in regenerate.strip(notebook).cells] == [cell.metadata for cell in cells]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_every_exercise_has_a_solution_that_passes_the_same_check(path):
     def checks(page: Path) -> list[tuple[str, str]]:
         cells = code_cells(nbformat.read(page, 4))
