@@ -89,7 +89,7 @@ def _compare(got: object, wanted: object, atol: float, rtol: float) -> _Gap | No
         return _compare_tensors(got, _tensor(wanted), atol, rtol)
     if isinstance(wanted, list | tuple):
         return _compare_sequences(got, wanted, atol, rtol)
-    if isinstance(wanted, int | float | np.number | Tensor) and not isinstance(wanted, bool):
+    if isinstance(wanted, int | float | np.floating | np.integer | Tensor) and not isinstance(wanted, bool):
         return _compare_numbers(got, float(wanted), *((0, 0) if isinstance(wanted, int) else (atol, rtol)))
     same = bool(got) == wanted if isinstance(wanted, bool) and _number(got) is not None else got == wanted
     return None if same else _Gap(_show(wanted), _show(got))
@@ -166,7 +166,7 @@ def _number(value: object) -> float | None:
     """A number, or the one element of a tensor, as a float; None for anything else."""
     if isinstance(value, Tensor | np.ndarray):
         return float(value.item()) if _tensor(value).numel() == 1 else None
-    return float(value) if isinstance(value, int | float | np.number) else None
+    return float(value) if isinstance(value, int | float | np.floating | np.integer) else None
 
 
 def _tensor(value: Tensor | np.ndarray) -> Tensor:
