@@ -216,16 +216,6 @@ def slider(draw: Callable[[int], Image.Image], name: str, count: int, alt: str) 
     display(VBox([handle, frame, HTML(f"<small>{alt}</small>")]))
 
 
-def check(question: Callable[[], bool]) -> None:
-    """Print "yes" if an exercise is solved, or else "not yet", with the error if the answer raises one."""
-    try:
-        print("yes" if question() else "not yet")
-    except NotImplementedError:
-        print("not yet")
-    except Exception as error:  # the learner's own code may fail in any way
-        print(f"not yet: {type(error).__name__}: {error}")
-
-
 def _arrow(draw: ImageDraw.ImageDraw, start: tuple[int, int], end: tuple[int, int]) -> None:
     (x, y), down = end, end[1] > start[1]
     draw.line([start, end], FAINT, 2)

@@ -42,12 +42,17 @@ def kernel_environment(model: str | None = None) -> dict[str, str]:
 
 
 def strip(notebook: NotebookNode) -> NotebookNode:
-    """A copy without outputs, execution counts, and all metadata but the cells' tags; cells are numbered anew."""
+    """A copy without outputs, execution counts, and all metadata but the cells' tags; cells are numbered anew.
+
+    JupyterLab folds the outputs of cells with the tag `hide-output`, so that their readers can guess first.
+    """
     cells = []
     for number, cell in enumerate(notebook.cells):
-        tags = cell.metadata.get("tags")
+        tags = sorted(cell.metadata.get("tags", []))
         new = {"id": f"cell-{number:02}", "cell_type": cell.cell_type, "source": cell.source}
-        new["metadata"] = {"tags": sorted(tags)} if tags else {}
+        new["metadata"] = {"tags": tags} if tags else {}
+        if "hide-output" in tags:
+            new["metadata"]["jupyter"] = {"outputs_hidden": True}
         cells.append(new | ({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {}))
     return nbformat.from_dict({"nbformat": 4, "nbformat_minor": 5, "metadata": METADATA, "cells": cells})
 

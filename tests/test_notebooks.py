@@ -31,6 +31,7 @@ PAGES = [*sorted(FOLDER.glob("*.ipynb")), *sorted(FOLDER.glob("solutions/*.ipynb
 LESSONS = [page for page in PAGES if page.parent == FOLDER]
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|work|opt|usr|var|mnt|private)/|[A-Z]:\\\\?\w")
 IMAGES = ("image/png", "image/jpeg")
+WITH_A_BLANK_LINE = ("00_tour", "02_autoencoder", "03_tokenizer", "04_text_encoder")
 ANY_MODEL = ("00_tour.ipynb", "05_attention.ipynb", "07_unet.ipynb", "10_pipeline.ipynb")
 
 
@@ -137,13 +138,55 @@ def test_lesson_has_its_parts(path):
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_every_exercise_has_a_solution_that_passes_the_same_check(path):
-    def checks(page: Path) -> list[tuple[str, str]]:
-        cells = code_cells(nbformat.read(page, 4))
-        said = [(c.source, "".join(o.get("text", "") for o in c.outputs)) for c in cells]
-        return [(source, text) for source, text in said if re.search(r"^check\(", source, re.MULTILINE)]
+def test_answers_are_folded_until_they_are_asked_for(path, regenerate):
+    """JupyterLab shows the first line of a folded output, so that line is not part of the answer."""
+    notebook = nbformat.read(path, 4)
+    cells = notebook.cells
+    asked = [i for i, cell in enumerate(cells) if "Predict, then run" in cell.source and cell.cell_type == "markdown"]
+    for i in asked:
+        answer = next(cell for cell in cells[i:] if cell.cell_type == "code" and cell.outputs)
+        assert "hide-output" in answer.metadata.get("tags", []), f"the answer to cell {i} can be seen"
+    folded = [i for i, cell in enumerate(cells) if "jupyter" in cell.metadata]
+    assert folded == [i for i, cell in enumerate(cells) if "hide-output" in cell.metadata.get("tags", [])]
+    for i in folded:
+        assert cells[i].metadata.jupyter == {"outputs_hidden": True}
+        assert cells[i].source.startswith('print("The answer, once you have yours:")\n')
+        assert cells[i + 1].cell_type == "markdown", f"no words about the output of cell {i}"
+    assert len(folded) >= len(asked) > 0
+    assert [cell.metadata for cell in regenerate.strip(notebook).cells] == [cell.metadata for cell in cells]
 
-    asked, solved = checks(path), checks(FOLDER / "solutions" / f"{path.stem}_solutions.ipynb")
+
+def your_turn(cells: list[NotebookNode]) -> int:
+    """Where the exercises at the end of a lesson begin."""
+    return next(i for i, cell in enumerate(cells) if "## Your turn" in cell.source)
+
+
+def checks(cells: list[NotebookNode]) -> list[tuple[str, str]]:
+    """The sources of cells that check an answer, and what they print."""
+    said = [(cell.source, "".join(o.get("text", "") for o in cell.get("outputs", []))) for cell in cells]
+    return [(source, text) for source, text in said if re.search(r"^check\(", source, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_blank_lines_have_a_folded_answer_and_the_next_cell_has_it(path):
+    cells = nbformat.read(path, 4).cells
+    lesson = cells[: your_turn(cells)]
+    blanks = [i for i, cell in enumerate(lesson) if checks([cell])]
+    assert len(blanks) == (1 if path.stem in WITH_A_BLANK_LINE else 0)
+    for i in blanks:
+        assert "raise NotImplementedError  # your line" in cells[i].source
+        assert checks([cells[i]])[0][1].endswith("not yet\n")
+        answer = re.match(
+            r"<details><summary>Answer</summary>\n\n```python\n(.*?)\n```\n\n</details>", cells[i + 1].source, re.DOTALL
+        )
+        assert answer and answer[1] in cells[i + 2].source and cells[i + 2].cell_type == "code"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_every_exercise_has_a_solution_that_passes_the_same_check(path):
+    solutions = nbformat.read(FOLDER / "solutions" / f"{path.stem}_solutions.ipynb", 4).cells
+    cells = nbformat.read(path, 4).cells
+    asked, solved = checks(cells[your_turn(cells) :]), checks(solutions)
     assert 2 <= len(asked) <= 4
     assert [source for source, _ in asked] == [source for source, _ in solved]
     assert {text for _, text in asked} == {"not yet\n"}

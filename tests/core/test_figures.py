@@ -153,22 +153,6 @@ def test_load_model_takes_what_minisd_model_names(monkeypatch, small_model):
     assert figures.load_model().config.unet.sample_size == 4
 
 
-def test_check_says_yes_or_not_yet(capsys):
-    def unanswered() -> bool:
-        raise NotImplementedError
-
-    figures.check(lambda: True)
-    figures.check(lambda: False)
-    figures.check(unanswered)
-    figures.check(lambda: 1 / 0 == 1)
-    assert capsys.readouterr().out.splitlines() == [
-        "yes",
-        "not yet",
-        "not yet",
-        "not yet: ZeroDivisionError: division by zero",
-    ]
-
-
 def test_slider_redraws_when_it_moves(shown, monkeypatch):
     boxes = []
     monkeypatch.setattr(figures, "display", boxes.append)
