@@ -150,11 +150,11 @@ def _draw(
     images, batch = values.get("images") or 1, request.batch or 4
     same_images = like is not None and request.images is None and request.image is None
     grid = request.grid or (same_images and images > 1)
-    inputs = request.image, request.mask, values.get("outpaint"), values.get("strength")
-    in_folder = request.image is not None and request.image.is_dir()
-    sources = folder_sources(*inputs) if in_folder else [Source.read(*inputs)]
+    inputs = request.mask, values.get("outpaint"), values.get("strength")
+    folder = request.image if request.image is not None and request.image.is_dir() else None
+    sources = [Source.read(request.image, *inputs)] if folder is None else folder_sources(folder, *inputs)
     source = sources[0]
-    output = f"{request.output}/" if prompts or in_folder else request.output
+    output = f"{request.output}/" if prompts or folder else request.output
     target = Target.parse(output, values.get("prompt", ""), images > 1 and not grid, request.overwrite)
     log = _ignore if request.quiet or rank() else distributed.log
     started = time.perf_counter()
@@ -173,7 +173,7 @@ def _draw(
         jobs = plan_jobs(prompts, values, batch, defaults, model_side(sd), source)
         draw_missing(sd, jobs, target.folder, overwrite=request.overwrite, **common)
         return
-    if in_folder:
+    if folder:
         made = [Job.create(values, defaults, model_side(sd), each) for each in sources]
         draw_folder(sd, made, target.folder, overwrite=request.overwrite, **common)
         return

@@ -324,10 +324,11 @@ def _meta_modules(config: ModelConfig) -> dict[str, Any]:
     """Return the modules on the meta device, by their names in a diffusers folder."""
     autoencoder = config.autoencoder
     with torch.device("meta"), _NoInit():
-        is_tiny = isinstance(autoencoder, TinyAutoencoderConfig)
         return {
             "text_encoder": TextEncoder(config.text_encoder),
-            "vae": TinyAutoencoder(autoencoder) if is_tiny else Autoencoder(autoencoder),
+            "vae": TinyAutoencoder(autoencoder)
+            if isinstance(autoencoder, TinyAutoencoderConfig)
+            else Autoencoder(autoencoder),
             "unet": UNet(config.unet),
         }
 
