@@ -155,9 +155,9 @@ def _draw(
     images, batch = values.get("images") or 1, request.batch or 4
     same_images = like is not None and request.images is None and request.image is None
     grid = request.grid or (same_images and images > 1)
-    inputs = request.image, request.mask, values.get("outpaint"), values.get("strength")
+    inputs = request.mask, values.get("outpaint"), values.get("strength")
     folder = request.image if request.image is not None and request.image.is_dir() else None
-    sources = [Source.read(*inputs)] if folder is None else folder_sources(folder, *inputs[1:])
+    sources = [Source.read(request.image, *inputs)] if folder is None else folder_sources(folder, *inputs)
     source = sources[0]
     output = f"{request.output}/" if prompts or folder else request.output
     target = Target.parse(output, values.get("prompt", ""), images > 1 and not grid, request.overwrite)

@@ -54,7 +54,7 @@ def find_area(mask: Tensor, padding: int, width: int, height: int, multiple: int
     The box is extended to that shape as far as the image reaches. Where it does not, the area is drawn smaller than
     width × height instead of being distorted, with sides that are multiples of `multiple`.
     """
-    rows, columns = mask[0, 0].any(dim=1).nonzero().flatten(), mask[0, 0].any(dim=0).nonzero().flatten()
+    rows, columns = (mask[0, 0].any(dim=dim).nonzero().flatten() for dim in (1, 0))
     bounds = mask.shape[-1], mask.shape[-2]
     spans = [
         (max(int(inside[0]) - padding, 0), min(int(inside[-1]) + 1 + padding, bound))
@@ -67,9 +67,9 @@ def find_area(mask: Tensor, padding: int, width: int, height: int, multiple: int
     else:
         left, right = _grow(left, right, (bottom - top) * width // height, bounds[0])
     scale = min(width / (right - left), height / (bottom - top))
-    sides = (max(round(side * scale / multiple), 1) * multiple for side in (right - left, bottom - top))
-    drawn_width, drawn_height = sides
-    return MaskedArea(mask, (left, top, right, bottom), (min(drawn_width, width), min(drawn_height, height)))
+    sides = [max(round(side * scale / multiple), 1) * multiple for side in (right - left, bottom - top)]
+    drawn = min(sides[0], width), min(sides[1], height)
+    return MaskedArea(mask, (left, top, right, bottom), drawn)
 
 
 def _grow(start: int, end: int, length: int, bound: int) -> tuple[int, int]:

@@ -97,15 +97,14 @@ class ImageEditing:
         options: dict[str, Any],
     ) -> list[Image.Image]:
         """Inpaint one image after the other, since their masked areas can have several sizes."""
-        rows: dict[str, list[Any]] = {"prompt": check_strings("prompt", prompt), "image": list(images)}
-        rows |= {"mask_image": list(masks)}
+        rows: dict[str, list[Any]] = {"image": [*images], "mask_image": [*masks]}
+        rows |= {"prompt": check_strings("prompt", prompt)}
         rows |= {"negative_prompt": check_strings("negative_prompt", options.get("negative_prompt", ""))}
         count = max(map(len, rows.values()))
         for name, values in rows.items():
             if len(values) not in (1, count):
                 raise ValueError(f"{len(values)} values of {name} for {count} images; pass one, or one per image")
-        rows |= {"seed": resolve_seeds(options.get("seed"), count)}
-        shared = {"strength": strength} | options
+        shared, rows["seed"] = {"strength": strength} | options, resolve_seeds(options.get("seed"), count)
         calls = [
             shared | {name: values[i if len(values) > 1 else 0] for name, values in rows.items()} for i in range(count)
         ]
