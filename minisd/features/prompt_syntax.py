@@ -124,7 +124,7 @@ def texts_by_step(prompt: str, steps: int) -> list[str]:
 
     In a prompt without either, the text is the prompt itself.
     """
-    nodes = _parse(prompt)
+    nodes = _parse(prompt) if "[" in prompt else [prompt]
     if all(isinstance(node, str) for node in nodes):
         return [prompt] * steps
     return [_text(nodes, step, steps) for step in range(1, steps + 1)]

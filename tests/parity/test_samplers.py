@@ -214,6 +214,8 @@ def test_every_call(variant, spacing, prediction_type):
         ours = run_ours(plan)
         scheduler = theirs_for(variant, spacing, "epsilon" if v_to_noise else prediction_type, n)
         calls = list(scheduler.timesteps)
+        if variant.endswith("beta"):  # at 50 steps the first two timesteps are equal, and diffusers loses its place
+            scheduler.set_begin_index(0)
         assert plan.timesteps == pytest.approx([float(t) for t in calls], rel=1e-4, abs=1e-4)
         gaps = true_gaps(plan.timesteps, pndm) if (variant, spacing, n) in UNEVEN else None
         noise = gaussian(0) * scheduler.init_noise_sigma
