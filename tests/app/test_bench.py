@@ -140,7 +140,7 @@ def test_the_command_measures_the_trainings(tmp_path, capsys, monkeypatch):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         vae(images)
     with torch.no_grad(), FlopCounterMode(display=False) as decoder:
-        vae.decode(torch.empty(1, 4, 8, 8, device="meta"))
+        vae.decode(torch.empty(1, 4, 12, 12, device="meta"))
     forward = counter.get_total_flops() + decoder.get_total_flops() / 4
     assert row["gflop_per_sample"] * 1e9 == pytest.approx(3 * forward, rel=0.03)
     said = capsys.readouterr()
