@@ -117,7 +117,7 @@ def test_stored_notebook_is_complete(path):
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
     assert faults(notebook) == []
-    assert path.stat().st_size < 300_000, "larger than 300 KB"
+    assert path.stat().st_size < 1_000_000, "larger than 1 MB"
 
 
 @pytest.mark.parametrize("path", [*PAGES, FOLDER / "README.md"], ids=lambda path: path.stem)
