@@ -288,7 +288,8 @@ def _fields(defaults: Settings) -> str:
             widget = f"<select {common}>{options}</select>"
         else:
             step = "1" if setting.kind is int else "any"
-            value = setting.to_text(getattr(defaults, name))
+            default = getattr(defaults, name)
+            value = "" if default is None else setting.to_text(default)
             widget = f'<input type="number" step="{step}" value="{escape(value)}" {common}>'
         wide = ' class="wide"' if setting.choices else ""
         fields += f'<label id="{setting.label.lower()}"{wide}>{setting.label} {widget}</label>\n'

@@ -70,6 +70,7 @@ def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Gener
         raise ValueError("the prompt is empty; describe a picture, such as: a fox in the snow")
     values = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": seed, **request.settings}
     job = Job.create(values, sd.defaults, model_side(sd))
+    steps = sd.denoise(job.prompt, negative_prompt=job.negative_prompt, seed=seed, **job.arguments)  # checks the rest
     _, height, width = sd.latent_shape(job.settings.height, job.settings.width)
     texts = texts_by_step(split_loras(job.prompt)[0], job.settings.num_inference_steps)
     prompt = texts[-1]
@@ -77,7 +78,6 @@ def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Gener
     # attention is mapped to the words of the last step, unless prompts are composed or change their number of chunks
     mapped = {len(read(text, sd.tokenizer)) for text in set(texts)} == {len(chunks)} and not AND.search(prompt)
     maps = WordMaps(sd.unet, height, width, rows=(TOKENS_PER_CHUNK + 2) * len(chunks))
-    steps = sd.denoise(job.prompt, negative_prompt=job.negative_prompt, seed=seed, **job.arguments)
     while True:
         # one call at a time, since the next one may run in another thread
         with maps.watch() if mapped else nullcontext():

@@ -117,7 +117,7 @@ def test_a_picture_of_the_web_ui(run, small_model, suffix):
     ("text", "options", "words"),
     [
         (OTHER, [], ["LoRA 'ink wash' at 0.6", "--lora ink wash.safetensors"]),
-        (OTHER.replace("DPM++ 2M", "UniPC"), ["fox"], ["unsupported sampler UniPC, Karras", "--sampler"]),
+        (OTHER.replace("DPM++ 2M", "LMS"), ["fox"], ["unsupported sampler LMS, Karras", "--sampler"]),
         (OTHER.replace("CFG scale: 4, ", ""), ["fox"], ["has no CFG scale", "--guidance"]),
         (OTHER.replace("Seed: 7", "Seed: x"), ["fox"], ["Seed: 'x'", "--seed"]),
         (OTHER.replace("Size: 32x32", "Size: big"), ["fox"], ["Size: 'big'", "--width"]),

@@ -297,8 +297,8 @@ def test_info_prints_a_table(run):
 
 
 def test_a_sampler_that_is_not_known_is_called_so():
-    lines = describe(parse_parameters("a\nSteps: 5, Sampler: DPM++ SDE Karras, Seed: 1")).splitlines()
-    assert lines == ["Prompt   a", "Steps    5", "Sampler  DPM++ SDE Karras  (not supported)", "Seed     1"]
+    lines = describe(parse_parameters("a\nSteps: 5, Sampler: DPM++ 3M SDE Karras, Seed: 1")).splitlines()
+    assert lines == ["Prompt   a", "Steps    5", "Sampler  DPM++ 3M SDE Karras  (not supported)", "Seed     1"]
 
 
 # What other programs write
