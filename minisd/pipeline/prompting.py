@@ -88,7 +88,7 @@ def _denoiser_of(
     # a prompt with fewer parts repeats its first one, with weight 0
     filled = [[(each + [(each[0][0], 0.0)] * count)[i] for each in parts] for i in range(count)]
     encoded = [text for part in filled for text, _ in part]
-    contexts = sd._encode_text([*encoded, *(negatives if is_guided else ())], clip_skip)
+    contexts = sd.encode_text([*encoded, *(negatives if is_guided else ())], clip_skip)
     conds, uncond = contexts[: count * size].split(size), contexts[count * size :] if is_guided else None
     if uncond is None or not is_composed:
         return guided(unet, conds[0], uncond, request.guidance)
@@ -103,7 +103,7 @@ def _given_contexts(
     cond = embeds.to(sd.device, sd.dtype)
     if all(scale == 1 for scale in scales):
         return cond, None
-    cond, uncond = common_length(cond, sd._encode_text(negatives, clip_skip))
+    cond, uncond = common_length(cond, sd.encode_text(negatives, clip_skip))
     cond = torch.where(cond.new_tensor(scales).view(-1, 1, 1) == 0, uncond, cond)
     return cond, uncond if any(scale not in (0, 1) for scale in scales) else None
 

@@ -247,9 +247,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
         check_int("clip_skip", clip_skip, 1, self.config.text_encoder.num_hidden_layers)
         for text in texts:
             check_single(text)
-        return self._encode_text(texts, clip_skip)
 
-    def _encode_text(self, texts: Sequence[str], clip_skip: int) -> Tensor:
         def encode(ids: Tensor) -> Tensor:
             with self._on_device(self.text_encoder):
                 return self._check_part(self.text_encoder(ids.to(self.device), clip_skip), "text encoder")
