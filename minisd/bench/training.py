@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from minisd.bench.compare import Settings as Machine
 from minisd.bench.compare import machine
@@ -34,6 +34,14 @@ from minisd.training.scenes import vocabulary
 from minisd.training.unet import UNetTask
 
 CEILING_SIDE = 2048
+
+# torch's counter knows the fused attention of GPUs only
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ def measure(part: str, folder: Path, settings: Settings) -> dict[str, Any]:
     trainer = Trainer(recipe.task(folder), Options(folder, 1000, batch=recipe.batch, bfloat16=settings.bfloat16))
     trainer.task.model.train()
     # four steps, since every fourth of the autoencoder decodes once more; they also warm up
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         for _ in range(4):
             trainer.advance(0.5)
     flop = counter.get_total_flops() / 4

@@ -167,7 +167,7 @@ def _read_defaults(path: Path) -> Defaults:
             raise ValueError(f"num_inference_steps={steps!r}, guidance_scale={guidance!r}")
         if not all(math.isfinite(number) for row in preview for number in row):
             raise ValueError("preview has values that are not finite")
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} has no valid generation defaults ({error!r}); download it again") from error
     return defaults
 

@@ -78,7 +78,7 @@ def test_eta_that_cannot_be_used_is_rejected(run):
 def test_eta_of_pictures_from_older_versions(run):
     """They recorded eta=0 for every sampler."""
     assert run("generate", "fox", "--seed", "7", "--sampler", "euler_a", "-o", "first.png")[0] == 0
-    text, record = read_texts("first.png")
+    text, record, _ = read_texts("first.png")
     assert record is not None and record["eta"] is None
     save_png(Image.open("first.png"), Path("old.png"), text or "", record=record | {"eta": 0.0})
     assert run("generate", "--like", "old.png", "-o", "again.png")[0] == 0
