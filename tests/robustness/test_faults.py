@@ -157,7 +157,9 @@ def test_a_model_is_not_changed_while_another_thread_draws(small_model, tmp_path
     for name in ("load", "weights", "fuse", "unload", "word"):
         changes[name]()
     assert sd("fox", **settings).tobytes() == alone  # the word is not in the prompt, the LoRAs are gone
-    assert copy.deepcopy(sd)("fox", **settings).tobytes() == alone
+    # a copy's weights may lie at other alignments, where kernels add in another order
+    copied = np.asarray(copy.deepcopy(sd)("fox", **settings), dtype=np.int16).ravel()
+    assert np.abs(copied - np.frombuffer(alone, np.uint8)).max() <= 1
 
 
 def test_a_drawing_waits_for_a_change_in_another_thread(small_model):
