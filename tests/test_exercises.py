@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from minisd.exercises import check, expect
+from minisd.lessons.exercises import check, expect
 
 FOLDER = Path(__file__).parents[1] / "notebooks" / "solutions"
 SLOW = {

@@ -16,7 +16,7 @@ from minisd.generate import generate
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "minisd"
-CORE = sorted(path for path in PACKAGE.glob("*.py") if path.name not in ("exercises.py", "figures.py", "__main__.py"))
+CORE = sorted(path for path in PACKAGE.glob("*.py") if path.name not in ("figures.py", "__main__.py"))
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Runs the statements of a child process, and prints the package's files whose functions they call.
@@ -112,7 +112,7 @@ def test_import_contracts_list_the_whole_core():
     assert set(contracts[0]["layers"][-1].split()) - {":"} == core
     assert set(contracts[1]["source_modules"]) == core
     rings = {f"minisd.{path.name}" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
-    assert set(" ".join(contracts[0]["layers"][:-1]).split()) - {":"} == rings | {"minisd.exercises", "minisd.figures"}
+    assert set(" ".join(contracts[0]["layers"][:-1]).split()) - {":"} == rings | {"minisd.figures"}
 
 
 def test_files_one_picture_enters():

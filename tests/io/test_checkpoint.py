@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -34,26 +33,6 @@ from minisd.io.checkpoint import CheckpointError, Defaults, Loaded, describe, lo
 from minisd.io.diffusers_folder import read_index
 from minisd.io.key_names import single_file_sources
 from minisd.io.tensors import read_header
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts(SMALL)
-
-
-@pytest.fixture(scope="module")
-def written(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("written") / "model", parts)
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "model"))
-
-
-@pytest.fixture(scope="module")
-def state(parts: Parts) -> dict[str, torch.Tensor]:
-    return compvis_state(parts)
 
 
 def assert_same_weights(loaded: Loaded, parts: Parts, dtype: torch.dtype = torch.float32) -> None:

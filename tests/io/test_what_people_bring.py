@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from checkpoints import SMALL, Parts, compvis_state, make_parts, randomise, write_folder
+from checkpoints import SMALL, compvis_state, make_parts, randomise, write_folder
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 from models import difference, noise
 from PIL import Image
@@ -33,26 +33,6 @@ from minisd.io.tensors import is_safetensors, read_header
 
 VAE = "diffusion_pytorch_model.safetensors"
 State = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def parts() -> Parts:
-    return make_parts(SMALL)
-
-
-@pytest.fixture(scope="module")
-def written(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("written") / "model", parts)
-
-
-@pytest.fixture
-def folder(written: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(written, tmp_path / "model"))
-
-
-@pytest.fixture(scope="module")
-def state(parts: Parts) -> State:
-    return compvis_state(parts)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import SMALL, make_parts, make_pipeline, write_folder
 from diffusers import StableDiffusionPipeline
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -37,23 +36,6 @@ KINDS: dict[str, Any] = {
     "DoRA": LoraConfig(r=3, lora_alpha=5, target_modules=LAYERS, use_dora=True),
     "DoRA, rsLoRA": LoraConfig(r=3, lora_alpha=5, target_modules=LAYERS, use_dora=True, use_rslora=True),
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[StableDiffusion, StableDiffusionPipeline]:
-    """One small random model twice, in float64: ours and diffusers'."""
-    parts = make_parts(SMALL, scale=1.2)
-    folder = write_folder(tmp_path_factory.mktemp("adapters") / "model", parts)
-    ours = StableDiffusion.from_pretrained(folder, device="cpu", dtype=torch.float64)
-    return ours, make_pipeline(parts).to(torch.float64)
-
-
-@pytest.fixture
-def ours(models: Any) -> StableDiffusion:
-    sd = models[0]
-    return StableDiffusion(
-        sd.config, sd.tokenizer, copy.deepcopy(sd.text_encoder), copy.deepcopy(sd.unet), sd.autoencoder
-    )
 
 
 def latents() -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import SMALL, TOKENIZER, make_parts, make_pipeline, write_folder
+from checkpoints import SMALL, TOKENIZER
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -41,23 +41,6 @@ EVERYTHING = LINEAR + r"|unet\..*(proj_(in|out)|conv\d?|conv_shortcut|conv_in|co
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 Spelling = Callable[[str, str], str]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[StableDiffusion, StableDiffusionPipeline]:
-    """One small random model twice, in float64: ours and diffusers'."""
-    parts = make_parts(SMALL, scale=1.2)
-    folder = write_folder(tmp_path_factory.mktemp("adapters") / "model", parts)
-    ours = StableDiffusion.from_pretrained(folder, device="cpu", dtype=torch.float64)
-    return ours, make_pipeline(parts).to(torch.float64)
-
-
-@pytest.fixture
-def ours(models: Any) -> StableDiffusion:
-    sd = models[0]
-    return StableDiffusion(
-        sd.config, sd.tokenizer, copy.deepcopy(sd.text_encoder), copy.deepcopy(sd.unet), sd.autoencoder
-    )
 
 
 @pytest.fixture

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import SMALL, TOKENIZER, make_parts, make_pipeline, write_folder
+from checkpoints import TOKENIZER
 from compel import Compel
 from compel.embeddings_provider import SplitLongTextMode
-from diffusers import StableDiffusionPipeline
 from models import TOLERANCE, difference, long_prompt, noise
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -23,17 +22,6 @@ from minisd.features.prompts import escape, read, rows
 from minisd.features.textual_inversion import add_word
 
 PICTURE: dict[str, Any] = {"num_inference_steps": 3, "sampler": "ddim", "guidance_scale": 3.0}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[StableDiffusion, StableDiffusionPipeline]:
-    """One small random model twice, in float64: ours and diffusers'."""
-    parts = make_parts(SMALL, scale=1.2)
-    folder = write_folder(tmp_path_factory.mktemp("prompts") / "model", parts)
-    sd = StableDiffusion.from_pretrained(folder, device="cpu", dtype=torch.float64)
-    pipe = make_pipeline(parts).to(torch.float64)
-    pipe.set_progress_bar_config(disable=True)
-    return sd, pipe
 
 
 @pytest.fixture

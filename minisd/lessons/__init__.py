@@ -1,0 +1,1 @@
+"""What the notebooks need beside figures: the checks of their exercises."""
