@@ -30,13 +30,13 @@ class Adversary:
     """How the discriminator takes part.
 
     share: the adversarial loss's gradient at the decoder's last layer, as a multiple of the reconstruction loss's.
-    alone: for the first steps the adversarial loss has no weight, since an untrained discriminator gives no direction.
+    alone: for the first steps only the discriminator learns, since an untrained one gives no direction.
     ramp: over how many steps after these the share grows to its full size. ceiling: of the adaptive weight.
     mix: how far the exported weights lie on the way from the first ones to the last; below 1 there are fewer halos.
     """
 
     share: float = 0.25
-    alone: int = 300
+    alone: int = 800
     ramp: int = 100
     ceiling: float = 2.0
     mix: float = 0.9
@@ -78,10 +78,11 @@ class AdversarialTask:
         images = self.scenes.images(self.order(positions[local])).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             latents = self.autoencoder.encode(images).mean
-        output = self.autoencoder.decode(latents)
-        compared = perceptual_loss(self.features(output), self.features(images))
-        reconstruction = reconstruction_loss(output, images, self.weights) + self.weights.perceptual * compared
         share, weight = self.adversary.at(step), 0.0
+        with torch.set_grad_enabled(share > 0):
+            output = self.autoencoder.decode(latents)
+            compared = perceptual_loss(self.features(output), self.features(images))
+            reconstruction = reconstruction_loss(output, images, self.weights) + self.weights.perceptual * compared
         loss = reconstruction
         if share > 0:
             fixed = {name: value.detach() for name, value in self.discriminator.named_parameters()}

@@ -26,10 +26,12 @@ Rate = Annotated[float, typer.Option("--lr", help="Highest learning rate.")]
 Seed = Annotated[int, typer.Option(help="Of the data's order, the noise and the first weights.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")]
 Mixed = Annotated[bool, typer.Option("--bfloat16", help="Compute in mixed precision: faster on a CPU with AMX.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Compile the model first: minutes, and then faster.")]
 MuonOption = Annotated[bool, typer.Option("--muon", help="Muon in the place of AdamW.")]
 From = Annotated[Path | None, typer.Option("--from", help="Start from the weights of this model folder.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder with the parts that are already trained.")]
 Base = Annotated[str | None, typer.Option("--model", help="Folder, file or hub id. [default: the tiny one]")]
+Autoencoders = Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")]
 Pictures = Annotated[
     Path | None, typer.Option(help="Folder of pictures and metadata.jsonl. [default: a unicorn's, shipped]")
 ]
@@ -121,6 +123,7 @@ def decoder(
     start: Annotated[Path, typer.Option("--from", help="Folder that holds vae/.")] = Path("runs/autoencoder/export"),
     features: Annotated[Path, typer.Option(help="Weights of the network of features.")] = FEATURES,
     share: Annotated[float, typer.Option(help="Of the adversarial loss, in gradients of the reconstruction.")] = 0.25,
+    alone: Annotated[int, typer.Option(help="Steps of the discriminator alone, before the decoder answers.")] = 800,
     steps: Steps = None,
     minutes: Minutes = None,
     batch: Batch = 4,
@@ -136,7 +139,7 @@ def decoder(
     from minisd.training.features import SceneFeatures
 
     autoencoder, network = load_autoencoder(start / "vae"), SceneFeatures.load(features)
-    task = AdversarialTask(Scenes(scenes), autoencoder, network, seed=seed, adversary=Adversary(share=share))
+    task = AdversarialTask(Scenes(scenes), autoencoder, network, seed, adversary=Adversary(share=share, alone=alone))
     choices = {"betas": (0.5, 0.9), "decays": (0.997,), "resume": resume, "bfloat16": bfloat16}
     _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
@@ -186,9 +189,7 @@ def latents(
 def unet(
     scenes: SceneFolder = Path("runs/scenes"),
     output: Output = Path("runs/unet"),
-    vae: Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")] = Path(
-        "runs/autoencoder/export"
-    ),
+    vae: Autoencoders = Path("runs/autoencoder/export"),
     text: Annotated[Path, typer.Option("--clip", help="Folder that holds text_encoder/.")] = Path("runs/clip/export"),
     steps: Steps = None,
     minutes: Minutes = None,
@@ -199,6 +200,7 @@ def unet(
     start: From = None,
     bfloat16: Mixed = False,
     muon: MuonOption = False,
+    compile: Compiled = False,
     ceiling: Annotated[float, typer.Option(help="Of the loss's weight, as an error of clean latents.")] = 5.0,
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
@@ -220,7 +222,7 @@ def unet(
         layout=layouts(data.descriptions),
         ceiling=ceiling,
     )
-    choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
+    choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon, "compile": compile}
     _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
@@ -288,16 +290,14 @@ def judge(
     from minisd.training.judge import JudgeTask
 
     task = JudgeTask(seed=seed)
-    choices = {"decays": (0.995,), "decay_from": 0.35, "resume": resume}
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
+    choices = {"steps": steps, "minutes": minutes, "resume": resume, "decays": (0.995,), "decay_from": 0.35}
+    _train(task, output, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()
 def export(
     target: Path,
-    vae: Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")] = Path(
-        "runs/autoencoder/export"
-    ),
+    vae: Autoencoders = Path("runs/autoencoder/export"),
     text: Annotated[Path, typer.Option("--clip", help="Folder that holds text_encoder/ and clip/.")] = Path(
         "runs/clip/export"
     ),

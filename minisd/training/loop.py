@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from minisd.features.distributed import process_group, rank, world_size
@@ -29,6 +28,7 @@ from minisd.features.validate import check_float, check_int, check_writable
 from minisd.io.atomic import save_atomically
 from minisd.io.tensors import CheckpointError, read_pickle
 from minisd.training.muon import Muon
+from minisd.training.plain_attention import PlainAttention
 
 CHECKPOINT = "checkpoint.pt"  # of a training, in its folder
 
@@ -41,7 +41,7 @@ class Options:
     so long; with steps=None the learning rate follows the clock instead and reaches its end at `minutes`. batch: the
     global batch, over all processes. decays: of the exponential moving averages kept beside the weights. bfloat16:
     mixed precision, products and convolutions in bfloat16 and all weights in float32, faster on a CPU with AMX. muon:
-    Muon in the place of AdamW.
+    Muon in the place of AdamW. compile: torch.compile the model first, which takes minutes and a C++ compiler.
     """
 
     folder: Path
@@ -60,6 +60,7 @@ class Options:
     resume: bool = False
     bfloat16: bool = False
     muon: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -173,6 +174,8 @@ class Trainer:
 
     def __init__(self, task: Task, options: Options) -> None:
         self.task, self.options = task, options
+        if options.compile:
+            task.model.compile(dynamic=False)
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         settings: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
         self.optimizer: torch.optim.Optimizer = (
@@ -272,8 +275,7 @@ class Trainer:
         first = self.step * options.batch
         share = options.batch // world_size()
         local = slice(rank() * share, (rank() + 1) * share)
-        # on a CPU, torch's fused attention walks back slowly in bfloat16: 10 ms a layer, plain products 1 to 2
-        attention = sdpa_kernel(SDPBackend.MATH) if options.bfloat16 else nullcontext()
+        attention = PlainAttention() if options.bfloat16 else nullcontext()
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16), attention:
             loss, details = self.task.loss(self.step, range(first, first + options.batch), local, progress)
         self.optimizer.zero_grad(set_to_none=True)
