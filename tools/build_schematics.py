@@ -1,0 +1,533 @@
+"""Draw the schematics of the notebooks: `python tools/build_schematics.py` writes `notebooks/images/*.svg`.
+
+One colour means one thing throughout: blue is an image or its latents, orange is noise, green is text, purple is what
+is learned. The paths of `paths.svg` are computed, from the exact denoiser of two peaks on a line; the rest is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+
+import torch
+
+from minisd.figures import BLUE, FAINT, GREEN, INK, ORANGE, PAPER, PURPLE
+
+FOLDER = Path(__file__).parent.parent / "notebooks/images"
+FILL = {BLUE: "#dcecf7", ORANGE: "#fcefd2", GREEN: "#d5f0e6", PURPLE: "#f6e3ee", FAINT: "#f1f1f1"}
+Point = tuple[float, float]
+
+
+class Drawing:
+    """An SVG picture, shape by shape. Coordinates are pixels at the size at which it is meant to be seen."""
+
+    def __init__(self, width: int, height: int, alt: str) -> None:
+        self.width, self.height, self.alt = width, height, alt
+        self.shapes: list[str] = []
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        words: str,
+        size: int = 14,
+        color: str = INK,
+        anchor: str = "middle",
+        bold: bool = False,
+    ) -> None:
+        """Words whose middle line is at y, with a_b for an index b; `anchor` is start, middle or end."""
+        lowered = re.sub(r"_(\w)", r'<tspan dy="4" font-size="75%">\1</tspan>', escape(words))
+        self.shapes.append(
+            f'<text x="{x:g}" y="{y + size * 0.35:g}" font-size="{size}" fill="{color}" text-anchor="{anchor}">'
+            f"{lowered}</text>"
+        )
+
+    def box(self, x: float, y: float, w: float, h: float, words: str = "", color: str = FAINT, size: int = 14) -> None:
+        """A rounded box around lines of words."""
+        self.shapes.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="7" fill="{FILL[color]}" stroke="{color}"'
+            ' stroke-width="1.6"/>'
+        )
+        lines = words.split("\n") if words else []
+        for place, line in enumerate(lines):
+            self.text(x + w / 2, y + h / 2 + (place - (len(lines) - 1) / 2) * size * 1.3, line, size)
+
+    def shape(self, points: Sequence[Point], color: str) -> None:
+        """A filled polygon."""
+        listed = " ".join(f"{x:g},{y:g}" for x, y in points)
+        self.shapes.append(f'<polygon points="{listed}" fill="{FILL[color]}" stroke="{color}" stroke-width="1.6"/>')
+
+    def line(self, points: Sequence[Point], color: str = FAINT, width: float = 1.8, dashed: bool = False) -> None:
+        """A line through all points."""
+        listed = " ".join(f"{x:.4g},{y:.4g}" for x, y in points)
+        dash = ' stroke-dasharray="5 4"' if dashed else ""
+        self.shapes.append(f'<polyline points="{listed}" fill="none" stroke="{color}" stroke-width="{width:g}"{dash}/>')
+
+    def arrow(self, *points: Point, color: str = FAINT, width: float = 1.8, dashed: bool = False) -> None:
+        """A line through all points with a head at the last one."""
+        (x0, y0), (x, y) = points[-2:]
+        angle, head = math.atan2(y - y0, x - x0), 6 + 1.5 * width
+        neck = (x - head * 0.8 * math.cos(angle), y - head * 0.8 * math.sin(angle))
+        self.line([*points[:-1], neck], color, width, dashed)
+        sides = [(x - head * math.cos(angle + turn), y - head * math.sin(angle + turn)) for turn in (0.42, -0.42)]
+        listed = " ".join(f"{a:.4g},{b:.4g}" for a, b in [(x, y), *sides])
+        self.shapes.append(f'<polygon points="{listed}" fill="{color}"/>')
+
+    def circle(self, x: float, y: float, radius: float, words: str = "", color: str = FAINT, size: int = 14) -> None:
+        """A circle around a word, such as a plus."""
+        self.shapes.append(
+            f'<circle cx="{x:g}" cy="{y:g}" r="{radius:g}" fill="{FILL[color]}" stroke="{color}" stroke-width="1.6"/>'
+        )
+        if words:
+            self.text(x, y, words, size)
+
+    def svg(self) -> str:
+        """The whole file."""
+        return "\n".join(
+            [
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}"'
+                f' height="{self.height}" role="img" font-family="DejaVu Sans, Verdana, sans-serif">',
+                f"<title>{escape(self.alt)}</title>",
+                f'<rect width="{self.width}" height="{self.height}" fill="{PAPER}"/>',
+                *self.shapes,
+                "</svg>\n",
+            ]
+        )
+
+
+def scene(d: Drawing, x: float, y: float, side: float, noise: float, seed: int) -> None:
+    """A little landscape under so much noise, 0 to 1."""
+    rng = random.Random(seed)
+    cells = 12
+    size = side / cells
+    for row in range(cells):
+        for column in range(cells):
+            u, v = (column + 0.5) / cells, (row + 0.5) / cells
+            clean = (86, 180, 233) if v < 0.62 else (60, 150, 90)
+            if (u - 0.74) ** 2 + (v - 0.25) ** 2 < 0.018:
+                clean = (240, 200, 60)
+            if abs(u - 0.36) < (v - 0.2) * 0.42 and 0.2 < v < 0.72:
+                clean = (0, 90, 70)
+            mixed = [math.sqrt(1 - noise) * (c - 128) + math.sqrt(noise) * rng.gauss(0, 70) + 128 for c in clean]
+            color = "#" + "".join(f"{min(255, max(0, round(c))):02x}" for c in mixed)
+            d.shapes.append(
+                f'<rect x="{x + column * size:.5g}" y="{y + row * size:.5g}" width="{size + 0.3:.4g}"'
+                f' height="{size + 0.3:.4g}" fill="{color}"/>'
+            )
+    d.shapes.append(f'<rect x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" fill="none" stroke="{FAINT}"/>')
+
+
+def diffusion() -> Drawing:
+    """For 06: the way to noise and the way back."""
+    alt = (
+        "Five pictures in a row, from a clear landscape x₀ to pure noise x_T. Arrows above lead right: add a little "
+        "noise, nothing is learned. Arrows below lead left: remove a little noise, which is what the network learns."
+    )
+    d = Drawing(760, 236, alt)
+    levels = (0.0, 0.12, 0.4, 0.8, 1.0)
+    names = ("x_0", "…", "x_t", "…", "x_T")
+    for place, (level, name) in enumerate(zip(levels, names, strict=True)):
+        x = 20 + place * 156
+        scene(d, x, 66, 96, level, place)
+        d.text(x + 48, 178, name, 16)
+        if place < 4:
+            d.arrow((x + 100, 92), (x + 152, 92), color=ORANGE, width=2.4)
+            d.arrow((x + 152, 136), (x + 100, 136), color=PURPLE, width=2.4)
+    d.text(380, 22, "forward: add noise — a formula, nothing to learn", 15, INK)
+    d.arrow((180, 44), (580, 44), color=ORANGE)
+    d.arrow((580, 202), (180, 202), color=PURPLE)
+    d.text(380, 222, "backward: remove noise — the network is asked what the noise was", 15, INK)
+    return d
+
+
+def hourglass() -> Drawing:
+    """For 02: encoder, latents, decoder."""
+    alt = (
+        "An hourglass on its side: a picture of 512 × 512 × 3 numbers narrows through the encoder to latents of "
+        "64 × 64 × 4, and widens through the decoder to 512 × 512 × 3 again."
+    )
+    d = Drawing(760, 240, alt)
+    scene(d, 16, 54, 120, 0, 0)
+    scene(d, 624, 54, 120, 0, 0)
+    for x, name in ((76, "512 × 512 × 3"), (684, "512 × 512 × 3"), (380, "64 × 64 × 4")):
+        d.text(x, 202, name, 14, INK)
+    d.text(76, 222, "786,432 numbers", 13, FAINT)
+    d.text(380, 222, "16,384 numbers: 48 times fewer", 13, FAINT)
+    d.shape([(164, 50), (314, 92), (314, 136), (164, 178)], PURPLE)
+    d.shape([(596, 50), (446, 92), (446, 136), (596, 178)], PURPLE)
+    d.text(234, 114, "encoder", 16)
+    d.text(526, 114, "decoder", 16)
+    for channel in range(4):
+        d.shapes.append(
+            f'<rect x="{358 + channel * 9}" y="{86 + channel * 7}" width="30" height="30" fill="{FILL[BLUE]}"'
+            f' stroke="{BLUE}" stroke-width="1.6"/>'
+        )
+    d.text(380, 60, "latents z", 15)
+    d.arrow((140, 114), (164, 114))
+    d.arrow((314, 114), (352, 114))
+    d.arrow((420, 114), (446, 114))
+    d.arrow((596, 114), (620, 114))
+    d.text(380, 22, "here all the diffusion happens", 13, FAINT)
+    d.arrow((380, 32), (380, 50))
+    return d
+
+
+def two_towers() -> Drawing:
+    """For 04: CLIP's towers and the matrix of similarities."""
+    alt = (
+        "Four captions go through the text tower, four pictures through the image tower; each becomes one unit vector. "
+        "A 4 × 4 table holds the similarity of every caption with every picture. Training raises the diagonal and "
+        "lowers the rest."
+    )
+    d = Drawing(760, 330, alt)
+    captions = ("a fox in a meadow", "a red car", "two owls", "a castle at night")
+    for row, caption in enumerate(captions):
+        d.text(160, 132 + row * 44, caption, 13, INK, "end")
+        d.arrow((166, 132 + row * 44), (192, 132 + row * 44), color=GREEN)
+        d.arrow((300, 132 + row * 44), (330, 132 + row * 44), color=GREEN)
+        d.text(348, 132 + row * 44, f"t{'₁₂₃₄'[row]}", 15)
+    d.box(192, 110, 108, 176, "text\ntower", GREEN, 16)
+    d.box(374, 36, 220, 44, "image tower", BLUE, 16)
+    for column in range(4):
+        x = 402 + column * 54
+        d.text(x, 14, ("fox", "car", "owls", "castle")[column], 12, FAINT)
+        d.arrow((x, 22), (x, 36), color=BLUE)
+        d.arrow((x, 80), (x, 94), color=BLUE)
+        d.text(x, 101, f"i{'₁₂₃₄'[column]}", 15)
+        for row in range(4):
+            same = row == column
+            color = PURPLE if same else FAINT
+            d.shapes.append(
+                f'<rect x="{x - 25}" y="{112 + row * 44}" width="50" height="40" fill="{FILL[color]}" stroke="{color}"'
+                f' stroke-width="{2 if same else 1}"/>'
+            )
+            d.text(x, 132 + row * 44, f"t{'₁₂₃₄'[row]}·i{'₁₂₃₄'[column]}", 13)
+    d.arrow((636, 152), (620, 136), color=PURPLE)
+    d.text(640, 160, "the diagonal up,", 13, INK, "start")
+    d.text(640, 180, "all others down", 13, INK, "start")
+    d.text(487, 308, "every caption against every picture of the batch", 13, FAINT)
+    return d
+
+
+def attention() -> Drawing:
+    """For 05: queries, keys and values."""
+    alt = (
+        "Pixels become queries Q; words become keys K and values V. Q times K transposed, divided by the root of d, "
+        "gives a table of scores with a row for each pixel and a column for each word. Softmax turns every row into "
+        "weights that sum to 1; the weights times V give one mixed vector for each pixel."
+    )
+    d = Drawing(760, 290, alt)
+    d.box(14, 40, 96, 62, "pixels\n(n, c)", BLUE)
+    d.box(14, 176, 96, 62, "words\n(77, 768)", GREEN)
+    for y, name, source in ((46, "W_q", 71), (158, "W_k", 200), (232, "W_v", 214)):
+        d.arrow((110, source), (146, y + 24 if name != "W_q" else 71), color=FAINT)
+        d.box(146, y, 56, 48, name, PURPLE)
+    d.box(236, 40, 66, 62, "Q\n(n, d)", BLUE)
+    d.box(236, 152, 66, 56, "K\n(77, d)", GREEN)
+    d.box(236, 226, 66, 56, "V\n(77, d)", GREEN)
+    d.arrow((202, 71), (236, 71))
+    d.arrow((202, 182), (236, 182))
+    d.arrow((202, 256), (236, 256))
+    d.arrow((302, 71), (350, 100))
+    d.arrow((302, 182), (350, 134))
+    d.circle(366, 116, 17, "·")
+    d.text(366, 84, "Q Kᵀ / √d", 13, INK)
+    d.arrow((383, 116), (412, 116))
+    rng = random.Random(3)
+    for table, x in enumerate((414, 560)):
+        for row in range(6):
+            scores = [rng.gauss(0, 1.3) for _ in range(5)]
+            if table:
+                total = sum(math.exp(s) for s in scores)
+                scores = [math.exp(s) / total for s in scores]
+            for column, score in enumerate(scores):
+                strength = score if table else 1 / (1 + math.exp(-score))
+                shade = [round(255 - (255 - c) * strength) for c in (0, 114, 178)]
+                d.shapes.append(
+                    f'<rect x="{x + column * 18}" y="{62 + row * 18}" width="18" height="18" stroke="#fff"'
+                    f' fill="rgb({shade[0]},{shade[1]},{shade[2]})"/>'
+                )
+    d.text(459, 46, "scores (n, 77)", 13)
+    d.text(605, 46, "weights, rows sum to 1", 13)
+    d.arrow((506, 116), (556, 116))
+    d.text(531, 102, "softmax", 12, FAINT)
+    d.line([(302, 254), (605, 254)], FAINT)
+    d.arrow((605, 254), (605, 232))
+    d.line([(605, 172), (605, 198)], FAINT)
+    d.circle(605, 215, 17, "·")
+    d.arrow((622, 215), (660, 215))
+    d.box(660, 184, 86, 62, "answer\n(n, d)", BLUE)
+    return d
+
+
+def block() -> Drawing:
+    """For 05: the transformer block."""
+    alt = (
+        "The transformer block from left to right: x passes LayerNorm and self-attention and is added to itself; then "
+        "LayerNorm and cross-attention, which also receives the words; then LayerNorm and the feed-forward network. "
+        "Each of the three has its bypass."
+    )
+    d = Drawing(760, 190, alt)
+    d.text(16, 112, "x", 16)
+    x = 30.0
+    for name, color in (("self-\nattention", BLUE), ("cross-\nattention", GREEN), ("feed-\nforward", PURPLE)):
+        d.line([(x, 112), (x + 20, 112)])
+        d.arrow((x + 10, 112), (x + 10, 52), (x + 208, 52), (x + 208, 98))
+        d.arrow((x + 20, 112), (x + 34, 112))
+        d.box(x + 34, 88, 52, 48, "norm", FAINT, 13)
+        d.arrow((x + 86, 112), (x + 102, 112))
+        d.box(x + 102, 84, 78, 56, name, color)
+        d.arrow((x + 180, 112), (x + 194, 112))
+        d.circle(x + 208, 112, 13, "+")
+        d.line([(x + 221, 112), (x + 232, 112)])
+        if name.startswith("cross"):
+            d.arrow((x + 141, 178), (x + 141, 140), color=GREEN)
+            d.text(x + 150, 170, "words", 13, INK, "start")
+        x += 232
+    d.arrow((x - 6, 112), (x + 22, 112))
+    d.text(380, 30, "three residual branches: the bypass keeps x, each branch adds to it", 13, FAINT)
+    return d
+
+
+def unet() -> Drawing:
+    """For 07: the U, its skips, the time and the words."""
+    alt = (
+        "A U with the sizes of Stable Diffusion 1: on the left four levels go down, 64, 32, 16 and 8 pixels wide, with "
+        "320, 640, 1280 and 1280 channels; one block in the middle; on the right the same levels go up. Dashed arrows, "
+        "the skips, carry the maps of the left side to the right. The time goes into every block, the words into "
+        "those of the three upper levels and the middle."
+    )
+    d = Drawing(760, 370, alt)
+    sizes = ((112, "64 × 64\n320 channels"), (96, "32 × 32\n640"), (82, "16 × 16\n1280"), (74, "8 × 8\n1280"))
+    for level, (side, name) in enumerate(sizes):
+        y = 24 + level * 70
+        left, right = 150 + level * 52, 610 - level * 52
+        color = BLUE if level == 3 else GREEN
+        for x in (left, right):
+            d.box(x - side / 2, y, side, 46, name, color, 12)
+        d.arrow((left + side / 2, y + 23), (right - side / 2, y + 23), color=ORANGE, dashed=True)
+        if level < 3:
+            d.arrow((left + 14, y + 46), (left + 34, y + 70))
+            d.arrow((right - 34, y + 70), (right - 14, y + 46))
+    d.box(335, 312, 90, 46, "middle\n8 × 8", GREEN, 12)
+    d.arrow((310, 280), (340, 312))
+    d.arrow((420, 312), (450, 280))
+    d.text(380, 34, "skips", 13, FAINT)
+    d.arrow((38, 47), (94, 47), color=BLUE)
+    d.text(10, 28, "latents x_t", 13, INK, "start")
+    d.arrow((666, 47), (716, 47), color=PURPLE)
+    d.text(752, 28, "prediction", 13, INK, "end")
+    d.box(14, 190, 100, 36, "time t", ORANGE)
+    d.text(14, 240, "into every block", 12, FAINT, "start")
+    d.box(14, 276, 100, 36, "words", GREEN)
+    d.text(14, 326, "into the green blocks", 12, FAINT, "start")
+    return d
+
+
+def guidance() -> Drawing:
+    """For 09: two answers in a plane, and the line through them."""
+    alt = (
+        "From a noisy point x two arrows lead to two guesses: one without words, one with the prompt. The line from "
+        "the first through the second goes on: at scale 1 lies the guess with the prompt, at 2 and 3.5 lie points "
+        "beyond it. A negative prompt moves the point at which the line begins."
+    )
+    d = Drawing(760, 300, alt)
+    d.circle(60, 236, 6, "", ORANGE)
+    d.text(60, 260, "x, noisy", 14)
+    start, words = (300.0, 196.0), (402.0, 160.0)
+    d.arrow((66, 234), (start[0] - 6, start[1] + 1), color=FAINT, width=2.2)
+    d.arrow((66, 232), (words[0] - 8, words[1] + 3), color=GREEN, width=2.2)
+    step = (words[0] - start[0], words[1] - start[1])
+    far = (start[0] + 3.9 * step[0], start[1] + 3.9 * step[1])
+    d.arrow(start, far, color=PURPLE, width=2.2, dashed=True)
+    for scale, name in (
+        (0.0, "s = 0: without words"),
+        (1.0, "s = 1: with the prompt"),
+        (2.0, "s = 2"),
+        (3.5, "s = 3.5"),
+    ):
+        x, y = start[0] + scale * step[0], start[1] + scale * step[1]
+        d.circle(x, y, 6, "", FAINT if scale == 0 else GREEN if scale == 1 else PURPLE)
+        d.text(x + 6, y + 22, name, 13, INK, "start")
+    d.text(690, 40, "and on, past all real pictures", 13, FAINT, "end")
+    d.arrow((262, 268), (start[0] - 4, start[1] + 10), color=FAINT, dashed=True)
+    d.text(262, 282, "a negative prompt moves this end", 13, FAINT)
+    d.text(20, 30, "guess = without + s · (with − without)", 16, INK, "start")
+    return d
+
+
+def paths() -> Drawing:
+    """For 08: the same start, with and without fresh noise, over the density that narrows to two peaks."""
+    alt = (
+        "Noise level falls from left to right. A wide grey band of probability parts into two narrow ones, the data. "
+        "Smooth blue lines, the ordinary differential equation, lead from noise to one band or the other; jagged "
+        "orange lines from the same starts get fresh noise at every step and may change their mind on the way."
+    )
+    d = Drawing(760, 330, alt)
+    left, right, middle, scale = 50.0, 640.0, 160.0, 52.0
+    peaks, width = torch.tensor([-1.0, 1.0]), 0.15
+    steps = 120
+    # a straight interpolation of noise and data: x = √(1 − t²) data + t noise, t from 1 to 0
+    times = torch.linspace(0.999, 0.02, steps + 1).tolist()
+
+    def guess(x: torch.Tensor, t: float) -> torch.Tensor:
+        """E[data | x], exactly."""
+        a, var = math.sqrt(1 - t * t), (1 - t * t) * width**2 + t * t
+        share = torch.softmax(-((x[:, None] - a * peaks) ** 2) / (2 * var), dim=1)
+        each = peaks + a * width**2 / var * (x[:, None] - a * peaks)
+        return (share * each).sum(1)
+
+    def at(t: float) -> float:
+        return left + (right - left) * (1 - t)
+
+    for column in range(40):
+        t = 1 - (column + 0.5) / 40
+        a, spread = math.sqrt(1 - t * t), math.sqrt((1 - t * t) * width**2 + t * t)
+        for row in range(44):
+            x = (row + 0.5) / 44 * 5.6 - 2.8
+            p = sum(math.exp(-((x - a * m) ** 2) / (2 * spread**2)) for m in (-1, 1)) / (2 * spread)
+            shade = round(255 - 110 * min(1.0, p * 0.55))
+            if shade < 250:
+                grey = "#" + f"{shade:02x}" * 3
+                corner = left + column * (right - left) / 40, middle + (x - 2.8 / 44) * scale
+                d.shapes.append(
+                    f'<rect x="{corner[0]:.4g}" y="{corner[1]:.4g}" width="15.1" height="7" fill="{grey}"/>'
+                )
+    starts = torch.tensor([-2.0, -0.9, -0.25, 0.25, 0.9, 2.0])
+    for fresh, color in ((0.0, BLUE), (1.0, ORANGE)):
+        generator = torch.Generator().manual_seed(17)
+        x = starts.clone()
+        line = [x]
+        for t, after in zip(times, times[1:], strict=False):
+            data = guess(x, t)
+            noise = (x - math.sqrt(1 - t * t) * data) / t
+            sigma = fresh * (after / t) * math.sqrt(max(0.0, 1 - (1 - t * t) / (1 - after * after)))
+            x = math.sqrt(1 - after * after) * data + math.sqrt(after**2 - sigma**2) * noise
+            x = x + sigma * torch.randn(len(x), generator=generator)
+            line.append(x)
+        for place in range(len(starts)) if not fresh else (1, 4):
+            d.line([(at(t), middle + scale * float(v[place])) for t, v in zip(times, line, strict=True)], color, 1.7)
+    d.text(left, 318, "noise", 14, INK)
+    d.text(right, 318, "data", 14, INK)
+    d.arrow((left + 40, 318), (right - 40, 318))
+    d.text(650, 92, "ODE: no", 13, BLUE, "start")
+    d.text(650, 110, "fresh noise", 13, BLUE, "start")
+    d.text(650, 204, "SDE: fresh", 13, "#9a6a00", "start")
+    d.text(650, 222, "noise, every", 13, "#9a6a00", "start")
+    d.text(650, 240, "step", 13, "#9a6a00", "start")
+    return d
+
+
+def training_step() -> Drawing:
+    """For 12: one step of the UNet's training."""
+    alt = (
+        "A picture is encoded to latents; random noise is mixed in at a random time t; the UNet sees the noisy latents,"
+        " the time and the words of the caption, and predicts the noise. The squared difference from the true noise is "
+        "the loss, and its gradient changes the UNet's weights."
+    )
+    d = Drawing(760, 270, alt)
+    scene(d, 16, 34, 84, 0, 0)
+    d.text(58, 132, "picture", 13)
+    d.arrow((104, 76), (130, 76))
+    d.box(130, 52, 84, 48, "encoder", FAINT)
+    d.arrow((214, 76), (258, 76), color=BLUE)
+    d.circle(274, 76, 16, "+")
+    d.box(232, 140, 84, 44, "noise ε", ORANGE)
+    d.arrow((274, 140), (274, 92), color=ORANGE)
+    d.text(284, 118, "random t", 12, FAINT, "start")
+    d.arrow((290, 76), (380, 76), color=BLUE)
+    d.text(334, 62, "x_t", 14)
+    d.box(380, 44, 110, 64, "UNet", PURPLE, 17)
+    d.box(16, 206, 150, 44, "“a fox in a meadow”", GREEN, 12)
+    d.arrow((166, 228), (196, 228), color=GREEN)
+    d.box(196, 206, 104, 44, "text encoder", FAINT, 13)
+    d.arrow((300, 228), (420, 228), (420, 108), color=GREEN)
+    d.arrow((490, 76), (560, 76), color=PURPLE)
+    d.text(526, 62, "guess", 13)
+    d.box(560, 46, 176, 60, "loss\n‖ε − guess‖²", FAINT)
+    d.arrow((316, 162), (650, 162), (650, 106), color=ORANGE)
+    d.text(560, 150, "what the noise really was", 12, FAINT)
+    d.arrow((600, 46), (600, 20), (435, 20), (435, 44), color=PURPLE, dashed=True)
+    d.text(518, 10, "gradient", 12, FAINT)
+    return d
+
+
+def lora() -> Drawing:
+    """For 13: a thin correction beside a frozen matrix."""
+    alt = (
+        "The input x goes through the frozen weight W, a large square, and beside it through two thin matrices: A, "
+        "which has r rows, and B, which has r columns. Both results are added. Only A and B are trained."
+    )
+    d = Drawing(760, 240, alt)
+    d.text(30, 120, "x", 17)
+    d.arrow((44, 120), (90, 120), (90, 70), (190, 70))
+    d.arrow((44, 120), (90, 120), (90, 184), (190, 184))
+    d.box(190, 14, 250, 112, "W: 768 × 768, frozen\n589,824 numbers", FAINT)
+    d.box(190, 166, 110, 36, "A: 8 × 768", PURPLE)
+    d.arrow((300, 184), (334, 184))
+    d.text(317, 168, "8", 13, FAINT)
+    d.box(334, 142, 44, 84, "B", PURPLE)
+    d.text(388, 184, "768 × 8", 13, INK, "start")
+    d.arrow((454, 184), (530, 184), (530, 138), color=PURPLE)
+    d.arrow((440, 70), (530, 70), (530, 102))
+    d.text(540, 160, "× α / r", 13, FAINT, "start")
+    d.circle(530, 120, 17, "+")
+    d.arrow((547, 120), (594, 120))
+    d.text(602, 120, "W x + (α / r) B A x", 14, INK, "start")
+    d.text(190, 222, "trained: 12,288", 13, FAINT, "start")
+    return d
+
+
+def inpainting() -> Drawing:
+    """For 11: after each step, what is to be kept is put back."""
+    alt = (
+        "In each step the UNet denoises everything; then the kept part of the original, noised to the same level, is "
+        "put back outside the mask, and the mask's inside keeps what was drawn. The result goes into the next step."
+    )
+    d = Drawing(760, 236, alt)
+    d.box(20, 74, 96, 54, "latents x_t", BLUE)
+    d.arrow((116, 101), (150, 101))
+    d.box(150, 74, 130, 54, "UNet and\nsampler's step", PURPLE, 13)
+    d.arrow((280, 101), (336, 101))
+    d.text(308, 88, "drawn", 12, FAINT)
+    d.box(20, 170, 96, 54, "original", BLUE)
+    d.arrow((116, 197), (150, 197))
+    d.box(150, 170, 130, 54, "noised to the\nsame level", ORANGE, 13)
+    d.arrow((280, 197), (440, 197), (440, 128), color=ORANGE)
+    d.text(368, 184, "kept", 12, FAINT)
+    d.box(336, 74, 208, 54, "mask · drawn\n+ (1 − mask) · kept", FAINT)
+    d.arrow((544, 101), (596, 101))
+    d.box(596, 74, 110, 54, "latents,\nless noisy", BLUE, 13)
+    d.arrow((651, 74), (651, 34), (68, 34), (68, 74), dashed=True)
+    d.text(360, 20, "next step, with less noise", 13, FAINT)
+    return d
+
+
+SCHEMATICS: dict[str, Callable[[], Drawing]] = {
+    "diffusion": diffusion,
+    "hourglass": hourglass,
+    "two-towers": two_towers,
+    "attention": attention,
+    "transformer-block": block,
+    "unet": unet,
+    "paths": paths,
+    "guidance": guidance,
+    "inpainting": inpainting,
+    "training-step": training_step,
+    "lora": lora,
+}
+
+
+def main() -> None:
+    """Write all of them."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, draw in SCHEMATICS.items():
+        (FOLDER / f"{name}.svg").write_text(draw().svg(), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()
