@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from minisd import __version__
+from minisd.app.export import export
 from minisd.app.options import (
     MAX_IMAGES,
     PICTURES,
@@ -60,6 +61,7 @@ app = typer.Typer(
 app.add_typer(training, name="train")
 app.command()(bench)
 app.command()(evaluate)
+app.command()(export)
 app.command()(serve)
 
 

@@ -199,9 +199,7 @@ def save(model: Loaded, folder: str | os.PathLike[str], dtype: torch.dtype | Non
         raise FileExistsError(f"{target} exists and is not a model; choose a new or an empty folder")
     parts: dict[str, nn.Module] = {"text_encoder": model.text_encoder, "vae": model.autoencoder, "unet": model.unet}
     with replaced_folder(target) as new:
-        for part, content in _contents(model).items():
-            write_json(new / part, content)
-        write_tokenizer(new / "tokenizer", model.tokenizer)
+        write_settings(model, new)
         for part, module in parts.items():
             weights = {name: value.to("cpu", dtype).contiguous() for name, value in module.state_dict().items()}
             write = partial(save_file, weights, metadata={"format": "pt"})
@@ -212,6 +210,13 @@ def save(model: Loaded, folder: str | os.PathLike[str], dtype: torch.dtype | Non
             raise FileExistsError(
                 f"{target} contains the weights of another model ({names}); choose a new or an empty folder"
             )
+
+
+def write_settings(model: Loaded, folder: Path) -> None:
+    """Write all of a model's files but its weights."""
+    for part, content in _contents(model).items():
+        write_json(folder / part, content)
+    write_tokenizer(folder / "tokenizer", model.tokenizer)
 
 
 def _files_in(folder: Path) -> set[Path]:

@@ -1,0 +1,77 @@
+"""`minisd export`: graphs of another runtime answer as the networks do, at sizes at which they were not made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minisd import StableDiffusion
+from minisd.app import export as command
+from minisd.app.cli import main
+from minisd.io import onnx_files
+from tests.models import lively_model, write_adapters
+
+SHAPES = {"sample": (1, 4, 16, 32), "timestep": (1,), "encoder_hidden_states": (1, 77, 128)}
+
+
+def answer(path: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """What the graph says, computed by its own runtime."""
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+    import openvino
+
+    return openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(inputs)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("to", "file"), [("onnx", "model.onnx"), ("openvino", "model.xml")])
+def test_the_graphs_answer_as_the_networks_at_another_size(to, file, tmp_path, capsys):
+    assert main(["export", "tiny", str(tmp_path / "out"), "--to", to]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    sd, rng = StableDiffusion.from_pretrained(dtype=torch.float32), torch.Generator().manual_seed(5)
+    ids, (x, t, context) = sd.tokenizer(["a fox"]), (torch.randn(shape, generator=rng) for shape in SHAPES.values())
+    t = t.abs() * 300
+    pixels = torch.randn(1, 3, 64, 96, generator=rng)
+    posterior = sd.autoencoder.encode(pixels)
+    cases = {
+        "text_encoder": ({"input_ids": ids}, sd.text_encoder(ids)),
+        "unet": ({"sample": x, "timestep": t, "encoder_hidden_states": context}, sd.unet(x, t, context)),
+        "vae_encoder": ({"sample": pixels}, torch.cat([posterior.mean, posterior.logvar], dim=1)),
+        "vae_decoder": ({"latent_sample": x}, sd.autoencoder.decode(x)),
+    }
+    for part, (inputs, expected) in cases.items():
+        given = answer(tmp_path / "out" / part / file, {name: value.numpy() for name, value in inputs.items()})
+        apart = float((torch.from_numpy(given) - expected).abs().max() / expected.abs().max())
+        assert apart < 1e-5, (part, apart)
+        assert (tmp_path / "out" / part / "config.json").exists()
+    assert not (tmp_path / "out/vae").exists() and (tmp_path / "out/tokenizer/merges.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_that_differs_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(onnx_files, "TOLERANCE", 1e-12)
+    assert main(["export", "tiny", str(tmp_path / "out")]) == 2
+    assert "the onnx graph of text_encoder is" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    sd = lively_model()
+    write_adapters(tmp_path)
+    sd.load_lora(tmp_path / "style.safetensors")
+    with pytest.raises(ValueError, match="is not fused; call fuse_lora"):
+        command.export_graphs(sd, tmp_path / "out")
+    (tmp_path / "there").mkdir()
+    assert main(["export", "tiny", str(tmp_path / "there")]) == 1
+    assert "exists already; choose a new folder" in capsys.readouterr().err
+    monkeypatch.setattr(onnx_files, "find_spec", lambda name: None)
+    assert main(["export", "tiny", str(tmp_path / "out"), "--to", "openvino"]) == 1
+    assert "pip install minisd[export]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
