@@ -27,9 +27,9 @@ from minisd.app.provenance import (
 )
 from minisd.features.adapters import Weight, default_name
 from minisd.features.more_samplers import Sampler
+from minisd.features.prompt_syntax import TAG, split_loras
 from minisd.pipeline.settings import SAMPLER_LABELS, SAMPLER_PARTS, SETTINGS, Setting, Settings
 
-TAG = re.compile(r"<(lora|lyco|hypernet):([^:<>]+)(?::([^<>]*))?>")
 REQUIRED = {"seed"} | {item.name for item in fields(Settings) if item.default is MISSING}
 TEXTS = {"seed": Setting(int, option="--seed", png="Seed")} | dict(SETTINGS)
 BATCH = {"batch_size": "Batch size", "batch_pos": "Batch pos", "images": "Images"}
@@ -38,6 +38,12 @@ SOURCE = {"image": "Image", "image_hash": "Image hash", "mask": "Mask", "mask_ha
 KNOWN = {setting.png for setting in TEXTS.values()} | {*PNG_NAMES.values(), *BATCH.values(), *SOURCE.values()}
 KNOWN |= {"Size", "Outpaint", "Schedule type", "Interpolation", "Version", "Inpaint area", "Template"}
 KNOWN |= {"Negative Template", "Model hash", "VAE hash", "Lora hashes", "TI hashes", "Hashes", "Size-1", "Size-2"}
+# The nearest to other samplers of the web UI and its extensions.
+NEAREST = {
+    "lms": "euler", "dpm2": "heun", "dpm2 a": "euler_a", "dpm++ 2s a": "dpmpp_sde", "dpm++ 3m sde": "dpmpp_2m_sde",
+    "dpm++ 2m sde heun": "dpmpp_2m_sde", "dpm fast": "dpmpp_2m", "dpm adaptive": "dpmpp_2m", "restart": "heun",
+    "ddim cfg++": "ddim", "tcd": "lcm", "sa-solver": "dpmpp_2m_sde", "sa solver": "dpmpp_2m_sde", "ipndm": "pndm",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,7 @@ def _record_from_parameters(path: Path, parameters: Parameters, ours: bool, give
         vae = texts.get("VAE", "")
         record |= {"model": model, "words": _words(texts), "vae": "" if vae in ("None", "Automatic") else vae}
         if "prompt" not in given:  # prompts may contain LoRA tags, which a folder of LoRAs makes valid
-            record |= _read_tags(parameters.prompt, "lora_folder" in given)
+            record |= _read_tags(path, parameters.prompt, "lora_folder" in given)
         redrawn = "Denoising strength" in texts and not any(name.startswith("Hires") for name in texts)
         record |= {"image": "(unknown)"} if redrawn else {}
         record |= {"mask": "(unknown)"} if {"Mask blur", "Inpaint area"} & texts.keys() else {}
@@ -228,9 +234,10 @@ def _add_sampler(path: Path, texts: Mapping[str, str], record: dict[str, Any]) -
     sampler = read_sampler(texts)
     if sampler is None:
         label = ", ".join(texts[name] for name in ("Sampler", "Schedule type") if name in texts) or "none"
-        known = ", ".join(SAMPLER_LABELS)
+        nearest = NEAREST.get(re.sub(" (karras|exponential)$", "", texts.get("Sampler", "").strip().lower()), "")
+        hint = f"the nearest is {nearest} of {', '.join(SAMPLER_LABELS)}" if nearest else ", ".join(SAMPLER_LABELS)
         raise typer.BadParameter(
-            f"{path} was drawn with the unsupported sampler {label}; choose one with --sampler: {known}"
+            f"{path} was drawn with the unsupported sampler {label}; choose one with --sampler: {hint}"
         )
     name, karras, sigmas = sampler
     record = record | {"sampler": name, "karras": karras} | ({"sigmas": sigmas} if sigmas else {})
@@ -258,16 +265,19 @@ def _warn_of_losses(path: Path, parameters: Parameters, ours: bool) -> None:
         warn(f"{path} was drawn with unsupported settings, which are ignored: {', '.join(unknown)}")
 
 
-def _read_tags(prompt: str, keep: bool) -> dict[str, str]:
+def _read_tags(path: Path, prompt: str, keep: bool) -> dict[str, str]:
     """Remove tags such as <lora:style:0.8> from a prompt, and return the LoRAs in record format: "style 0.8".
 
-    With `keep`, only the tags of hypernetworks are removed.
+    With `keep`, only the tags of hypernetworks are removed. Raises BadParameter for tags that are not supported.
     """
+    prompt = TAG.sub(lambda tag: "" if tag[1] == "hypernet" else tag[0], prompt).strip()
     if keep:
-        return {"prompt": TAG.sub(lambda tag: "" if tag[1] == "hypernet" else tag[0], prompt).strip()}
-    tags = [match for match in TAG.finditer(prompt) if match[1] != "hypernet"]
-    loras = [f"{match[2].strip()} {_float((match[3] or '1').split(':')[0]):g}" for match in tags]
-    return {"prompt": TAG.sub("", prompt).strip(), "loras": ", ".join(loras)}
+        return {"prompt": prompt}
+    try:
+        prompt, loras = split_loras(prompt)
+    except ValueError as error:
+        raise typer.BadParameter(f"{path}: {error}; or pass another prompt") from error
+    return {"prompt": prompt, "loras": ", ".join(f"{name} {format_weight(each)}" for name, each in loras.items())}
 
 
 def _words(texts: Mapping[str, str]) -> str:
@@ -275,13 +285,6 @@ def _words(texts: Mapping[str, str]) -> str:
     if "TI hashes" not in texts:
         return texts.get("Textual inversion", "")
     return ", ".join(pair.partition(":")[0].strip() for pair in texts["TI hashes"].split(",") if pair.strip())
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 1.0
 
 
 def warn(text: str) -> None:

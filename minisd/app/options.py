@@ -46,11 +46,6 @@ def existing(help: str, folder: bool = False) -> Any:
     return typer.Option(help=help, exists=True, dir_okay=folder)
 
 
-LoraFolder = Annotated[
-    Path | None, typer.Option(help="Folder of the LoRAs that prompts name, as in <lora:name:0.8>.", metavar="FOLDER")
-]
-
-
 @dataclass(frozen=True)
 class RequestOptions:
     """Input and output options of `minisd generate`."""
@@ -122,8 +117,10 @@ class LoadOptions:
             metavar="FILE[:WORD]",
         ),
     ] = None
-
-    lora_folder: LoraFolder = None
+    lora_folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the LoRAs that prompts name, as in <lora:name:0.8>.", metavar="FOLDER"),
+    ] = None
 
     def find_device(self) -> Any:
         """Return the selected device or None. Raises BadParameter if it is not available."""

@@ -6,6 +6,7 @@ Requests share only the model, which drawing does not modify.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -70,7 +71,10 @@ def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Gener
         raise ValueError("the prompt is empty; describe a picture, such as: a fox in the snow")
     values = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": seed, **request.settings}
     job = Job.create(values, sd.defaults, model_side(sd))
-    steps = sd.denoise(job.prompt, negative_prompt=job.negative_prompt, seed=seed, **job.arguments)  # checks the rest
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # checks the rest
+        steps = sd.denoise(job.prompt, negative_prompt=job.negative_prompt, seed=seed, **job.arguments)
     _, height, width = sd.latent_shape(job.settings.height, job.settings.width)
     texts = texts_by_step(split_loras(job.prompt)[0], job.settings.num_inference_steps)
     prompt = texts[-1]
@@ -90,7 +94,8 @@ def draw(sd: StableDiffusion, provenance: Provenance, request: Request) -> Gener
     # at guidance 0 the image follows the negative prompt alone
     words = split_words(prompt, sd.tokenizer) if mapped and job.settings.guidance_scale else []
     file, name = _png(picture, job, provenance), f"{slug(job.prompt)}-{seed}.png"
-    notes, seconds = _notes(sd, job, chunks), time.perf_counter() - started
+    notes = [*_notes(sd, job, chunks), *dict.fromkeys(str(each.message) for each in caught)]
+    seconds = time.perf_counter() - started
     yield Result(picture, seed, file, name, notes, words, maps, num_calls, seconds)
 
 

@@ -61,14 +61,10 @@ class Adapters:
         if name in self.loras:
             raise ValueError(f"a LoRA named {name!r} is already loaded; choose another name, or unload it first")
         self._check_not_fused()
-        parts = sorted({each.partition(".")[0] for each in layers})
-        weights = _check_weight(name, weight, parts)
+        weights = part_weights(name, weight, sorted({each.partition(".")[0] for each in layers}))
         self._layers[name] = {each: layers[each] for each in lora.names}
         self.loras[name] = lora
-        self._parts[name] = {
-            part: LoRA({each: update for each, update in lora.items() if each.startswith(f"{part}.")}, weights[part])
-            for part in parts
-        }
+        self._parts[name] = split_parts(lora, weights)
         self._attach(name)
 
     def set_weights(self, weights: Mapping[str, Weight]) -> None:
@@ -82,7 +78,7 @@ class Adapters:
             raise TypeError(f"weights={weights!r:.80}; expected a mapping of names to weights, such as {{'style': 1}}")
         self._check_loaded(*weights)
         self._check_not_fused()
-        new = {name: _check_weight(name, weights.get(name, 0.0), parts) for name, parts in self._parts.items()}
+        new = {name: part_weights(name, weights.get(name, 0.0), parts) for name, parts in self._parts.items()}
         for name, parts in self._parts.items():
             for part, lora in parts.items():
                 lora.weight = new[name][part]
@@ -90,7 +86,7 @@ class Adapters:
     @contextmanager
     def weighted(self, weights: Mapping[str, Weight]) -> Iterator[None]:
         """Give the named LoRAs, which are loaded, other weights while in the context; all others keep theirs."""
-        new = {name: _check_weight(name, weight, self._parts[name]) for name, weight in weights.items()}
+        new = {name: part_weights(name, weight, self._parts[name]) for name, weight in weights.items()}
         old = [(lora, lora.weight) for name in new for lora in self._parts[name].values()]
         try:
             for name, parts in new.items():
@@ -171,12 +167,20 @@ def layers_of(parts: Mapping[str, nn.Module]) -> dict[str, Layer]:
     }
 
 
+def split_parts(lora: LoRA, weights: Mapping[str, float]) -> dict[str, LoRA]:
+    """Return the updates of each part as a LoRA of its own, with the weight of that part."""
+    return {
+        part: LoRA({name: update for name, update in lora.items() if name.startswith(f"{part}.")}, weight)
+        for part, weight in weights.items()
+    }
+
+
 def default_name(path: Path, taken: Collection[str]) -> str:
     """Return the name of a LoRA: the file's stem or, if that is taken, folder/stem."""
     return path.stem if path.stem not in taken else f"{path.resolve().parent.name}/{path.stem}"
 
 
-def _check_weight(name: str, weight: Any, parts: Collection[str]) -> dict[str, float]:
+def part_weights(name: str, weight: Any, parts: Collection[str]) -> dict[str, float]:
     """Return the weight of each part."""
     weights = weight if isinstance(weight, Mapping) else dict.fromkeys(parts, weight)
     if unknown := [part for part in weights if part not in parts]:

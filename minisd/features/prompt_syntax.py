@@ -3,7 +3,7 @@
     [fox:cat:0.5]   [cat:0.5]   [fox::0.5]   prompt editing: fox before, cat after half of the steps; one may be empty
     [fox|cat]                                alternation: fox, cat, fox, cat …, step by step
     a fox AND snow :1.2                      composition: predictions for several prompts, with weights
-    <lora:style:0.8>                         a LoRA and its weight
+    <lora:style:0.8>                         a LoRA and its weight, or two: for the text encoder and for the UNet
 
 Weights in brackets and BREAK are part of a single prompt; `prompts.py` reads them.
 """
@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from minisd.features.adapters import Weight
 from minisd.generate import Denoiser
 from minisd.guidance import Guidance
 
@@ -142,23 +143,23 @@ def split_composition(prompt: str) -> list[tuple[str, float]]:
     ]
 
 
-def split_loras(prompt: str) -> tuple[str, dict[str, float]]:
+def split_loras(prompt: str) -> tuple[str, dict[str, Weight]]:
     """Remove the tags of LoRAs from a prompt, and return their weights by name, 1 by default.
 
-    Raises ValueError for a tag that is not supported: hypernetworks, several weights, the same LoRA twice.
+    Raises ValueError for a tag that is not supported: hypernetworks, other arguments, the same LoRA twice.
     """
-    loras: dict[str, float] = {}
+    loras: dict[str, Weight] = {}
     for tag in TAG.finditer(prompt):
         kind, (name, *weights) = tag[1], [part.strip() for part in tag[2].split(":")]
-        if kind == "hypernet" or not name or len(weights) > 1:
+        if kind == "hypernet" or not name or len(weights) > 2 or not all(map(NUMBER.fullmatch, weights)):
             raise ValueError(
-                f"{tag[0]} in the prompt is not supported; expected a LoRA and one weight: <lora:name:0.8>"
+                f"{tag[0]} in the prompt is not supported; expected a LoRA with its weight, <lora:name:0.8>, or with "
+                "those for the text encoder and the UNet, <lora:name:0.5:0.8>"
             )
-        if weights and not NUMBER.fullmatch(weights[0]):
-            raise ValueError(f"{tag[0]} in the prompt has the weight {weights[0]!r}; expected a number, such as 0.8")
         if name in loras:
             raise ValueError(f"the prompt has {name!r} twice as a LoRA; add up its weights in one tag")
-        loras[name] = float(weights[0]) if weights else 1.0
+        first, *second = [*map(float, weights)] or [1.0]
+        loras[name] = {"text_encoder": first, "unet": second[0]} if second else first
     return (TAG.sub("", prompt).strip() if loras else prompt), loras
 
 

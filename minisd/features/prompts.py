@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain, groupby
 
 import torch
@@ -35,6 +35,17 @@ BRACKET = re.compile(r"[()\[\]]")
 NUMBER = r"[+-]?(?:[0-9.]+(?:e[+-]?[0-9]+)?|nan|inf|infinity)"
 # An escaped character, a weight with its closing bracket, a bracket, a run of text, or any other character.
 SYNTAX = re.compile(rf"(?si)\\[()\[\]\\]|:\s*(?P<number>{NUMBER})\s*\)|[()\[\]]|[^()\[\]\\:]+|.")
+# Syntax of other programs and extensions. Each pattern takes linear time.
+FOREIGN = {
+    "a choice of Dynamic Prompts": re.compile(r"\{[^{}|]*\|[^{}]*\}"),
+    "a wildcard": re.compile(r"__[\w/*-]+__"),
+    "an embedding of ComfyUI, which is loaded as a textual inversion": re.compile(r"\bembedding:[^\s,:()]+"),
+    "a tag of another program": re.compile(r"<(?!(?:lora|lyco|hypernet):)\w+:[^<>]*>"),
+    "syntax of InvokeAI": re.compile(r"\w\+\+|[^\s()]\)[+-]+(?![^\s,.)])|\)\.(?:and|blend|swap)\("),
+    "an emphasis of NovelAI": re.compile(r"\{[^{}|]*\}"),
+    "a keyword of an extension": re.compile(r"\b(?:ADD(?:BASE|COMM|COL|ROW)|AND_(?:PERP|SALT|TOPK))\b"),
+    "an option of Midjourney": re.compile(r"(?<!\S)--(?:ar|v|no|s|q|niji|seed|stylize|chaos)\b"),
+}
 
 Chunk = list[tuple[int, float]]  # token ids with their weights
 
@@ -129,6 +140,13 @@ def read(prompt: str, tokenizer: Tokenizer) -> list[Chunk]:
 def _parts(prompt: str) -> list[tuple[str, float, bool]]:
     """Parse a prompt into (text, weight, whether it follows a BREAK)."""
     return [(part, weight, i > 0) for text, weight in parse(prompt) for i, part in enumerate(BREAK.split(text))]
+
+
+def warn_of_foreign(prompt: str, words: Collection[str]) -> None:
+    """Warn about syntax of other programs, other than learned `words`, which is drawn as words."""
+    for kind, pattern in FOREIGN.items():
+        if (found := pattern.search(prompt)) and found[0] not in words:
+            warnings.warn(f"{found[0][:80]!r} in the prompt is {kind}; it is drawn as words", stacklevel=1)
 
 
 def rows(chunks: Sequence[Chunk], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:

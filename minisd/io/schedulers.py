@@ -118,8 +118,11 @@ def _sampler_name(path: Path, kind: str, values: Mapping[str, Any]) -> str:
     names = [name for name, (other, _) in SCHEDULERS.items() if other == kind]
     if not names:
         name = EQUAL.get(kind) or NEAREST.get(kind, "ddim")
+        lost = [level for key, level in LEVELS.items() if values.get(key) is True and key not in SCHEDULERS[name][1]]
+        more = f", without {' and '.join(lost)} noise levels" if lost else ""
         if kind not in EQUAL:
-            warnings.warn(f"{path}: {printable(kind)} is not supported; the default sampler is {name}", stacklevel=2)
+            notice = f"{printable(kind)} is not supported; the default sampler is {name}{more}"
+            warnings.warn(f"{path}: {notice}", stacklevel=2)
         return name
     algorithm = values.get("algorithm_type")
     name = next((name for name in names if algorithm in SCHEDULERS[name][1].get("algorithm_type", ())), names[0])

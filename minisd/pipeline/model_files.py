@@ -139,14 +139,16 @@ class ModelFiles:
                     f"the prompt names the LoRA {name!r}; load it, or pass its folder as lora_folder or --lora-folder"
                 )
             files = [path for path in sorted(check_path("lora_folder", self.lora_folder).rglob("*")) if path.is_file()]
-            paths = {path.stem: path for path in files if path.suffix in (".safetensors", ".pt", ".bin")}
-            if name not in paths:
-                known = ", ".join(paths) or "none"
-                raise ValueError(f"the prompt names the LoRA {name!r}, which is not in {self.lora_folder}: {known}")
-            if paths[name] not in self._folder_loras:
+            files = [path for path in files if path.suffix in (".safetensors", ".pt", ".bin")]
+            paths = [path for path in files if path.stem == name]
+            if len(paths) != 1:
+                problem = "is several times" if paths else "is not"
+                known = ", ".join(map(str, paths) if paths else dict.fromkeys(path.stem for path in files)) or "none"
+                raise ValueError(f"the prompt names the LoRA {name!r}, which {problem} in {self.lora_folder}: {known}")
+            if paths[0] not in self._folder_loras:
                 parts = {"unet": self.unet, "text_encoder": self.text_encoder}
-                self._folder_loras[paths[name]] = read_lora(paths[name], parts)
-            found[name] = self._folder_loras[paths[name]]
+                self._folder_loras[paths[0]] = read_lora(paths[0], parts)
+            found[name] = self._folder_loras[paths[0]]
         return found
 
     def set_adapters(self: StableDiffusion, weights: Mapping[str, Weight]) -> None:

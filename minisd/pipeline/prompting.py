@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minisd.features.adapters import Adapters, layers_of
+from minisd.features.adapters import Adapters, Weight, layers_of, part_weights, split_parts
 from minisd.features.prompt_syntax import composed, split_composition, split_loras, switched, texts_by_step
-from minisd.features.prompts import common_length, read
+from minisd.features.prompts import common_length, read, warn_of_foreign
 from minisd.generate import Denoiser, guided
 from minisd.lora import Layer, LoRA
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minisd.pipeline.stable_diffusion import StableDiffusion
 
 Texts = tuple[tuple[str, ...], tuple[str, ...]]  # the prompts and the negative prompts of one step
-Loras = dict[str, tuple[LoRA, float]]  # LoRAs with their weights, by name
+Loras = dict[str, tuple[dict[str, LoRA], Weight]]  # the parts of LoRAs, and their weights, by name
 
 
 def read_prompts(
@@ -43,7 +43,11 @@ def read_prompts(
     for text in dict.fromkeys(chain(*rows[0], *rows[1])):
         for part, _ in split_composition(text):
             read(part, sd.tokenizer)
-    loras = {name: (lora, tags[0][name]) for name, lora in sd.find_loras(tags[0]).items()} if tags[0] else {}
+        warn_of_foreign(text, sd.tokenizer.added)
+    loras = {
+        name: (split_parts(lora, part_weights(name, tags[0][name], ("unet", "text_encoder"))), tags[0][name])
+        for name, lora in (sd.find_loras(tags[0]).items() if tags[0] else ())
+    }
     return list(zip(zip(*rows[0], strict=True), zip(*rows[1], strict=True), strict=True)), loras
 
 
@@ -117,10 +121,8 @@ def _applied(loras: Loras, layers: Mapping[str, Layer], adapters: Adapters) -> I
     loaded = {name: weight for name, (_, weight) in loras.items() if name in adapters.loras}
     handles = []
     try:
-        for name, (lora, weight) in loras.items():
-            if name not in loaded:
-                lora.weight = weight
-                handles += lora.attach(layers)
+        for lora in (part for name, (parts, _) in loras.items() if name not in loaded for part in parts.values()):
+            handles += lora.attach(layers)
         with adapters.weighted(loaded):
             yield
     finally:

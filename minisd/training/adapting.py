@@ -43,8 +43,14 @@ def read_examples(folder: Path, side: int) -> tuple[Tensor, list[str]]:
     listing = folder / "metadata.jsonl"
     if not listing.is_file():
         raise FileNotFoundError(f'{listing} is missing; write a line {{"file_name": …, "text": …}} for each picture')
+    try:
+        lines = re.split(r"\r\n|\n|\r", listing.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{listing} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
     images, captions = [], []
-    for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             item = parse_json(line)
             path, text = check_inside(folder, item["file_name"]), item["text"]

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from minisd import StableDiffusion
+from minisd.app.from_image import settings_from_image
 from minisd.app.metadata import RECORD_KEY, read_parameters, save_png
 
 Run = Callable[..., tuple[int, list[str], str]]
@@ -117,6 +119,9 @@ def test_a_picture_of_the_web_ui(run, small_model, suffix):
     ("text", "options", "words"),
     [
         (OTHER, [], ["LoRA 'ink wash' at 0.6", "--lora ink wash.safetensors"]),
+        (OTHER.replace(":0.6", ":0.5:0.8"), [], ["LoRA 'ink wash' at 0.5:0.8", "--lora ink wash.safetensors"]),
+        (OTHER.replace(":0.6", ":0.6:lbw=1,0"), [], ["<lora:ink wash:0.6:lbw=1,0>", "not supported", "another prompt"]),
+        (OTHER.replace(":0.6", ":strong"), [], ["<lora:ink wash:strong>", "other.png"]),
         (OTHER.replace("DPM++ 2M", "LMS"), ["fox"], ["unsupported sampler LMS, Karras", "--sampler"]),
         (OTHER.replace("CFG scale: 4, ", ""), ["fox"], ["has no CFG scale", "--guidance"]),
         (OTHER.replace("Seed: 7", "Seed: x"), ["fox"], ["Seed: 'x'", "--seed"]),
@@ -131,6 +136,24 @@ def test_what_is_missing_is_named_with_its_option(run, text, options, words):
     code, files, err = run("generate", *options, "--like", "other.png")
     assert (code, files) == (2, [])
     assert all(word in err.splitlines()[-1] for word in words), err
+
+
+@pytest.mark.parametrize(
+    ("label", "nearest"),
+    [
+        ("LMS", "euler"), ("LMS Karras", "euler"), ("DPM2", "heun"), ("DPM2 a Karras", "euler_a"), ("TCD", "lcm"),
+        ("DPM++ 2S a Karras", "dpmpp_sde"), ("DPM++ 3M SDE Exponential", "dpmpp_2m_sde"), ("Restart", "heun"),
+        ("DPM++ 2M SDE Heun", "dpmpp_2m_sde"), ("DPM fast", "dpmpp_2m"), ("DPM adaptive", "dpmpp_2m"),
+        ("DDIM CFG++", "ddim"), ("SA-Solver", "dpmpp_2m_sde"), ("IPNDM", "pndm"), ("Euler SMEA Dy", ""),
+    ],
+)  # fmt: skip
+def test_samplers_of_the_web_ui_are_named_with_the_nearest(tmp_path, label, nearest):
+    text = f"fox\nSteps: 2, Sampler: {label}, CFG scale: 4, Seed: 7, Size: 32x32, Model: x, Version: v1.10.1"
+    save_png(Image.new("RGB", (32, 32)), path := tmp_path / "other.png", text)
+    with pytest.warns(UserWarning, match="another program"), pytest.raises(typer.BadParameter) as caught:
+        settings_from_image(path, {})
+    assert f"unsupported sampler {label};" in str(caught.value)
+    assert (f"the nearest is {nearest} of ddpm" if nearest else "--sampler: ddpm") in str(caught.value)
 
 
 def test_an_option_makes_up_for_what_cannot_be_read(run):

@@ -26,6 +26,7 @@ import torch
 from browsers import chromium, free_port, need_chromium, wait_for_server
 from page_client import Address, page_of
 from PIL import Image
+from safetensors.torch import save_file
 
 from minisd import StableDiffusion, record_attention
 from minisd.app import cli
@@ -358,6 +359,37 @@ def test_other_hosts_than_loopback_are_warned_of(run, host, warned):
     assert ("anyone on the network" in err) == warned
 
 
+def test_the_options_for_loading_a_model(small_model, tmp_path):
+    """`serve` has those of `generate`."""
+    other = StableDiffusion.from_pretrained(small_model, device="cpu")
+    layer = other.unet.conv_in.weight
+    torch.manual_seed(3)
+    for parameter in other.autoencoder.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    other.save_pretrained(tmp_path / "other")
+    factors = {"A": torch.randn(2, *layer.shape[1:]), "B": torch.randn(len(layer), 2, 1, 1)}
+    lora = tmp_path / "style.safetensors"
+    save_file({f"unet.conv_in.lora_{name}.weight": 0.3 * value for name, value in factors.items()}, lora)
+    sd = StableDiffusion.from_pretrained(small_model, device="cpu", vae=tmp_path / "other")
+    without = sd("fox", seed=7)
+    sd.load_lora(lora, weight=0.5)
+    expected = sd("fox", seed=7)
+    assert not np.array_equal(expected, without)
+    options = (str(small_model), "--vae", str(tmp_path / "other"), "--lora", f"{lora}:0.5", "--offload")
+    with started(tmp_path, tmp_path / "log", *options) as url:
+        host, port = url.removeprefix("http://").rstrip("/").split(":")
+        *_, last = Address(host, int(port)).draw(prompt="fox", seed="7")
+    picture = Image.open(io.BytesIO(base64.b64decode(last["picture"])))
+    assert np.array_equal(picture, expected)
+    texts = parse_parameters(picture.info["parameters"]).settings
+    assert (texts["VAE"], texts["LoRA"]) == ("other", "style 0.5")
+
+
+@pytest.mark.parametrize(("prompt", "note"), [("{fox|snow}", "'{fox|snow}' in the prompt is"), ("fox++", "InvokeAI")])
+def test_warnings_of_the_model_are_on_the_page(small, prompt, note):
+    assert note in " ".join(finish(small, ask(prompt, seed="7")).notes)
+
+
 def test_help_of_the_command_waits_for_neither_torch_nor_starlette():
     code = "import sys; from minisd.app import cli; cli.main(['serve', '--help']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -368,10 +400,10 @@ def test_help_of_the_command_waits_for_neither_torch_nor_starlette():
 
 
 @contextmanager
-def started(folder: Path, log: Path) -> Iterator[str]:
-    """`minisd serve` in a folder, with the tiny model; gives the page's address."""
+def started(folder: Path, log: Path, *options: str) -> Iterator[str]:
+    """`minisd serve` in a folder, by default with the tiny model; gives the page's address."""
     port = free_port()
-    command = [sys.executable, "-m", "minisd", "serve", "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-m", "minisd", "serve", *options, "--port", str(port), "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
     with log.open("w") as output:
         # a shell that starts jobs in the background lets them ignore SIGINT, and they hand that on

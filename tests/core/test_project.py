@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
 import subprocess
 import sys
@@ -106,13 +107,32 @@ def test_links_and_pictures_exist(page):
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
-def test_security_names_tests_that_exist():
-    defined = set()
-    for path in (ROOT / "tests").rglob("test_*.py"):
-        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        defined |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+@pytest.fixture(scope="module")
+def defined() -> set[str]:
+    """The names of all tests."""
+    nodes = [ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in (ROOT / "tests").rglob("test_*.py")]
+    names = (node.name for each in nodes for node in each if isinstance(node, ast.FunctionDef))
+    return {name for name in names if name.startswith("test_")}
+
+
+def test_security_names_tests_that_exist(defined):
     named = set(re.findall(r"`(test_\w+)", (ROOT / "SECURITY.md").read_text(encoding="utf-8")))
     assert len(named) > 20 and named <= defined
+
+
+def test_what_people_bring_names_tests_that_exist(defined):
+    """Each row has a kind, its members, an oracle, and tests or "the same" as above."""
+    text = (ROOT / "tests/README.md").read_text(encoding="utf-8")
+    table = text.partition("## What people bring")[2].partition("\n## ")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 30
+    for row in rows:
+        assert len(row) == 4 and all(cell.strip() for cell in row), row
+        names = re.findall(r"`([\w*/.]+)`", row[3])
+        assert names or row[3].strip() == "the same", row
+        for name in names:
+            found = fnmatch.filter(defined, name) or (name.endswith(".py") and (ROOT / "tests" / name).is_file())
+            assert found, f"{row[0].strip()}: {name}"
 
 
 def test_versions():

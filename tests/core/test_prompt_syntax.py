@@ -98,14 +98,18 @@ def test_composition_by_hand():
 def test_tags_of_loras_by_hand():
     assert split_loras("a fox, <lora:my style:0.8> snow") == ("a fox,  snow", {"my style": 0.8})
     assert split_loras("<lora:a><lyco:b:-1>fox") == ("fox", {"a": 1.0, "b": -1.0})
+    assert split_loras("<lora:a: 0.5 :-.8>fox") == ("fox", {"a": {"text_encoder": 0.5, "unet": -0.8}})
     assert split_loras("a <unicorn> < 3 <b:1>") == ("a <unicorn> < 3 <b:1>", {})
     bad = (
         "<hypernet:a:1>",
         "<lora::1>",
         "<lora:>",
         "<lora:a:x>",
-        "<lora:a:1:0.5>",
+        "<lora:a:1:0.5:16>",
+        "<lora:a:1:x>",
+        "<lora:a:>",
         "<lora:a:te=1>",
+        "<lora:a:0.8:lbw=1,0,1>",
         "<lora:a><lora:a>",
     )
     for tag in bad:
@@ -243,13 +247,16 @@ def test_composition_adds_predictions(sd, scale):
 
 @pytest.fixture
 def folder(sd: StableDiffusion, tmp_path: Path) -> Path:
-    """A folder with the LoRAs "style" and, in a subfolder, "other"."""
-    generator, layer = torch.Generator().manual_seed(3), sd.unet.conv_in.weight
+    """A folder with the LoRAs "style" and, in a subfolder, "other", of a convolution and a linear layer."""
+    generator, text = torch.Generator().manual_seed(3), "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    linear = sd.text_encoder.get_submodule(text.partition(".")[2])
     for name in ("style", "more/other"):
-        a, b = (torch.randn(shape, generator=generator) for shape in ((2, *layer.shape[1:]), (len(layer), 2, 1, 1)))
-        path = tmp_path / f"loras/{name}.safetensors"
+        path, weights = tmp_path / f"loras/{name}.safetensors", {}
+        for layer, weight in (("unet.conv_in", sd.unet.conv_in.weight), (text, linear.weight)):
+            for factor, shape in (("A", (2, *weight.shape[1:])), ("B", (len(weight), 2, *[1] * (weight.dim() - 2)))):
+                weights[f"{layer}.lora_{factor}.weight"] = 0.3 * torch.randn(shape, generator=generator)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"unet.conv_in.lora_A.weight": a * 0.3, "unet.conv_in.lora_B.weight": b * 0.3}, path)
+        save_file(weights, path)
     return tmp_path / "loras"
 
 
@@ -271,6 +278,40 @@ def test_lora_of_a_prompt_equals_a_loaded_one(small_model, folder):
     assert sd.adapters.weights == {"style": 0.1, "other": -0.5}
 
 
+def test_weights_for_the_text_encoder_and_the_unet(small_model, folder):
+    sd = StableDiffusion.from_pretrained(small_model, device="cpu", lora_folder=folder)
+    tagged = last(sd.denoise("a fox <lora:style:0.5:-0.8>", seed=7))
+    sd.load_lora(folder / "style.safetensors", weight={"text_encoder": 0.5, "unet": -0.8})
+    assert torch.allclose(last(sd.denoise("a fox", seed=7)), tagged, atol=1e-5)
+    sd.set_adapters({"style": 0.5})
+    assert torch.allclose(last(sd.denoise("a fox <lora:style:0.5:-0.8>", seed=7)), tagged, atol=1e-5)
+    assert not torch.allclose(last(sd.denoise("a fox", seed=7)), tagged, atol=1e-2)
+
+
+FOREIGN = {
+    "{red|white} fox": "'{red|white}'", "a __color__ fox": "'__color__'", "__sub/color-*__": "__sub/color-*__",
+    "fox, embedding:bad-hands, snow": "'embedding:bad-hands'", "(embedding:bad:1.2)": "'embedding:bad'",
+    "<wildcard:color> fox": "'<wildcard:color>'", "<LORA:x:1>": "'<LORA:x:1>'", "fox++ in snow": "x++",
+    "(red fox)+, snow": "x)+", "(red fox)--": "x)--", "{{fox}}": "'{fox}'", "{fox}": "'{fox}'",
+    '("fox", "snow").blend(1, 0.5)': ").blend(", "fox ADDCOL snow": "'ADDCOL'", "fox AND_PERP snow": "'AND_PERP'",
+    "fox --ar 16:9": "'--ar'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", FOREIGN)
+def test_syntax_of_other_programs_is_named(sd, prompt):
+    for texts in ({"prompt": prompt}, {"prompt": "fox", "negative_prompt": prompt}):
+        with pytest.warns(UserWarning, match="it is drawn as words") as caught:
+            sd.denoise(**texts)  # before anything is drawn
+        assert FOREIGN[prompt] in str(caught[0].message)
+
+
+@pytest.mark.parametrize("prompt", ["a (red-haired) fox", "a well-lit C + D", "snake_case __", "(a)-b", "ADD -- b"])
+@pytest.mark.filterwarnings("error")
+def test_usual_prompts_are_not_foreign(sd, prompt):
+    sd.denoise(prompt)
+
+
 def test_invalid_prompts_are_refused_before_drawing(sd, small_model, folder):
     with pytest.raises(
         ValueError, match="names the LoRA 'style'; load it, or pass its folder as lora_folder or --lora-folder"
@@ -279,6 +320,10 @@ def test_invalid_prompts_are_refused_before_drawing(sd, small_model, folder):
     other = StableDiffusion.from_pretrained(small_model, device="cpu", lora_folder=folder)
     with pytest.raises(ValueError, match="'styel', which is not in .*: other, style"):
         other.denoise("a fox <lora:styel:1>")
+    (folder / "more/style.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"'style', which is several times in .*more.style.pt, .*style.safetensors"):
+        other.denoise("a fox <lora:style:1>")
+    (folder / "more/style.pt").unlink()
     with pytest.raises(ValueError, match="name the same LoRAs"):
         other.denoise(["a fox <lora:style:1>", "a fox"])
     for negative in ("<lora:style:1>", "fox AND snow"):

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from minisd import StableDiffusion
+from minisd.app.prompts_file import read_prompts
 from minisd.config import SD21, SD21_BASE, ScheduleConfig
 from minisd.features.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from minisd.io.checkpoint import CheckpointError, load, open_checkpoint
+from minisd.io.configs import read_json
 from minisd.io.hub import choose_files
 from minisd.io.key_names import is_leftover, single_file_sources
 from minisd.io.tensors import is_safetensors, read_header
+from minisd.training.adapting import read_examples
 
 VAE = "diffusion_pytorch_model.safetensors"
 State = dict[str, Tensor]
@@ -561,3 +565,33 @@ def test_the_option_vae(run, small_model, tmp_path):
     assert code == 0 and Image.open("again.png").tobytes() == Image.open(files[0]).tobytes(), err
     code, lines, _ = run("info", str(small_model), "--vae", "vae-ft.safetensors")
     assert code == 0 and any("vae-ft.safetensors" in line for line in lines)
+
+
+CAPTIONS = ["a fox", "Füchsin\u2028im Schnee", "狐狸"]
+EDITORS = {
+    "plain": ("utf-8", "\n", "\n"), "byte-order mark": ("utf-8-sig", "\n", ""), "old Mac": ("utf-8", "\r", ""),
+    "Windows": ("utf-8-sig", "\r\n", "\r\n"), "blank lines": ("utf-8", "\n \n\n", "\n\n"),
+    "UTF-16": ("utf-16", "\r\n", ""), "UTF-16 without a mark": ("utf-16-le", "\n", ""), "Latin-1": ("cp1252", "\n", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("editor", EDITORS)
+def test_text_files_of_editors(tmp_path, editor):
+    """Lists of pictures and prompts, and configurations, as editors of several systems save them."""
+    coding, end, last = EDITORS[editor]
+    captions = CAPTIONS[:1] + ["Füchsin"] if coding == "cp1252" else CAPTIONS
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    texts = [json.dumps({"file_name": "0.png", "text": text}, ensure_ascii=False) for text in captions]
+    (tmp_path / "metadata.jsonl").write_bytes((end.join(texts) + last).encode(coding))
+    (tmp_path / "prompts.txt").write_bytes((end.join(captions) + last).encode(coding))
+    (tmp_path / "config.json").write_bytes(json.dumps({"a": captions}, ensure_ascii=False).encode(coding))
+    if coding.startswith("utf-8"):
+        assert read_examples(tmp_path, 8)[1] == captions
+        assert [prompt.values["prompt"] for prompt in read_prompts(tmp_path / "prompts.txt")] == captions
+        assert read_json(tmp_path / "config.json") == {"a": captions}
+        return
+    for read in (partial(read_examples, tmp_path, 8), partial(read_prompts, tmp_path / "prompts.txt")):
+        with pytest.raises(ValueError, match="UTF-8|null"):
+            read()
+    with pytest.raises(CheckpointError, match="config.json is not JSON in UTF-8"):
+        read_json(tmp_path / "config.json")
