@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[Any],
         lr: float,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
