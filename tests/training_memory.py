@@ -102,6 +102,7 @@ def main() -> None:
     kind, side, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     precision, checkpointing = sys.argv[4], sys.argv[5] == "checkpointing"
     mode = register()
+    mode.number = 1  # of the optimizer's first step
     libraries = register_autocast()
     with torch.device("meta"):
         parts = TextEncoder(SD15.text_encoder), UNet(SD15.unet), Autoencoder(SD15.autoencoder)

@@ -70,6 +70,7 @@ class Adapting:
         tuning: Tuning | None = None,
     ) -> None:
         self.sd, self.seed, self.tuning = sd, seed, tuning or Tuning()
+        self.checkpointing = bool(self.tuning.checkpointing)
         self.side = self.tuning.side or sd.unet.config.sample_size * sd.downscale
         self.data = self._latents(list_examples(folder, self.tuning.caption), seed)
         self.captions, self.order = self.data.pictures.texts, self.data.order
@@ -88,7 +89,7 @@ class Adapting:
         for part in (sd.unet, sd.text_encoder, sd.autoencoder):
             part.requires_grad_(False)
         channels_last(sd.unet)
-        if self.tuning.checkpointing:
+        if self.checkpointing:
             checkpoint_blocks(sd.unet)
         torch.manual_seed(seed)
 
@@ -119,7 +120,7 @@ class Adapting:
         """Checkpoint a text encoder that is trained; of one that is not, keep what it says of the captions."""
         sd = self.sd
         if trained:
-            if self.tuning.checkpointing:
+            if self.checkpointing:
                 checkpoint_blocks(sd.text_encoder)
             return
         texts = {*self.captions, "", *(self.prior.pictures.texts if self.prior else ())}
@@ -177,10 +178,13 @@ class Adapting:
         return loss + self.tuning.prior_weight * prior, details
 
     def rest(self, dtype: torch.dtype = torch.float32) -> None:
-        """Keep what is frozen in a dtype, and move what is idle to the CPU, so that both take less memory."""
+        """Keep a frozen model in a dtype, and move what is idle to the CPU, so that both take less memory.
+
+        If the UNet is trained, all stays in float32: the parts of a model that draws have one dtype.
+        """
         parts: list[nn.Module] = [self.sd.unet, self.sd.text_encoder, self.sd.autoencoder]
-        for part in parts:
-            if not any(parameter.requires_grad for parameter in part.parameters()):
+        if not any(parameter.requires_grad for parameter in self.sd.unet.parameters()):
+            for part in parts:
                 part.to(dtype)
         for part in self.idle:
             part.to("cpu")

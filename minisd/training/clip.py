@@ -122,7 +122,6 @@ class CLIP(nn.Module):
         return model.eval()
 
 
-@torch.autocast("cpu", enabled=False)
 def contrastive_loss(
     text: Tensor, image: Tensor, scale: Tensor, rows: Tensor, lies: Tensor | None = None, lie_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -132,12 +131,19 @@ def contrastive_loss(
     captions that no picture has, and that differ from one only in left and right, or in which object has which colour:
     a batch rarely holds such a pair by chance, and without one nothing would teach the towers these things.
     """
+    with torch.autocast(text.device.type, enabled=False):
+        return _contrastive_loss(text.float(), image.float(), scale, rows, lies, lie_rows)
+
+
+def _contrastive_loss(
+    text: Tensor, image: Tensor, scale: Tensor, rows: Tensor, lies: Tensor | None, lie_rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
     # L = ½ (H(softmax(s · I Tᵀ)) + H(softmax(s · T Iᵀ)))
-    text, image, lies = text.float(), image.float(), None if lies is None else lies.float()
+    lies = None if lies is None else lies.float()
     choices, choice_rows = text, rows
     if lies is not None and lie_rows is not None:
         choices, choice_rows = torch.cat([text, lies]), torch.cat([rows, lie_rows])
-    target = torch.arange(len(text))
+    target = torch.arange(len(text), device=text.device)
     rivals = (rows[:, None] == choice_rows[None]).all(-1)
     rivals[target, target] = False
     logits = (scale * image @ choices.T).masked_fill(rivals, -torch.inf)

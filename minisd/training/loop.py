@@ -282,7 +282,8 @@ class Trainer:
         """Within this block, products and convolutions are computed as the options say."""
         half = self.options.bfloat16 or self.options.float16
         dtype = torch.float16 if self.options.float16 else torch.bfloat16
-        plain = self.options.bfloat16 and self.device.type == "cpu"
+        # what is computed again on the way back is computed outside this block
+        plain = self.options.bfloat16 and self.device.type == "cpu" and not getattr(self.task, "checkpointing", False)
         with torch.autocast(self.device.type, dtype, enabled=half), PlainAttention() if plain else nullcontext():
             yield
 
