@@ -23,7 +23,7 @@ from minisd.features.prompts import TOKENS_PER_CHUNK, read
 from minisd.features.textual_inversion import TABLE, add_token, add_word
 from minisd.features.validate import check_float, check_int, check_strings
 from minisd.images import grid
-from minisd.io.adapter_files import INVERSION_FILES, LORA_FILES, save_lora
+from minisd.io.adapter_files import INVERSION_FILES, LORA_FILES, lora_weights
 from minisd.io.atomic import save_atomically
 from minisd.lora import LoRA, LowRank
 from minisd.pipeline.stable_diffusion import StableDiffusion
@@ -31,7 +31,7 @@ from minisd.training.checkpointing import checkpoint_blocks
 from minisd.training.folder_data import Example, Pictures, list_examples
 from minisd.training.latents import Latents, draw_class_pictures
 from minisd.training.loop import channels_last, generator
-from minisd.training.lora_files import as_texts, save_kohya_lora, training_facts
+from minisd.training.lora_files import kohya_weights, save_with_facts, training_facts
 from minisd.training.objectives import Batch, tuning_loss, with_offset
 from minisd.training.tuning_options import LoRAOptions, Tuning
 
@@ -260,9 +260,10 @@ class LoRATask(Adapting):
         """Write pytorch_lora_weights.safetensors, which diffusers loads as well, or a file in kohya's layout."""
         facts = {**self.facts, **training_facts(self)}
         if self.options.layout == "kohya":
-            save_kohya_lora(self.model, folder / f"{folder.parent.name or 'lora'}.safetensors", facts)
+            name = folder.resolve().parent.name or "lora"
+            save_with_facts(kohya_weights(self.model), folder / f"{name}.safetensors", facts)
         else:
-            save_lora(self.model, folder / f"{LORA_FILES[0]}.safetensors", as_texts(facts))
+            save_with_facts(lora_weights(self.model), folder / f"{LORA_FILES[0]}.safetensors", facts)
 
 
 class Word(nn.Module):

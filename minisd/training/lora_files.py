@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from minisd.io.atomic import save_atomically
@@ -31,15 +31,18 @@ def kohya_weights(lora: LoRA) -> dict[str, Tensor]:
     return weights
 
 
-def save_kohya_lora(lora: LoRA, path: Path, facts: Mapping[str, object]) -> None:
-    """Save a LoRA in kohya's layout, with facts about its training as metadata."""
-    weights, metadata = kohya_weights(lora), {"format": "pt", **as_texts(facts)}
-    save_atomically(lambda temporary: save_file(weights, temporary, metadata=metadata), path)
+def save_with_facts(weights: dict[str, Tensor], path: Path, facts: Mapping[str, object]) -> None:
+    """Save tensors to a safetensors file with facts as metadata, turned into strings as kohya's trainer does.
 
-
-def as_texts(facts: Mapping[str, object]) -> dict[str, str]:
-    """Return facts as the strings that safetensors metadata holds, as kohya's trainer writes them."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    The same tensors and facts make the same bytes; safetensors itself writes metadata in random order.
+    """
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in sorted(facts.items())}
+    data = save(weights)
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": {"format": "pt", **texts}, **json.loads(data[8:begin])}).encode()
+    header += b" " * (-len(header) % 8)
+    content = len(header).to_bytes(8, "little") + header + data[begin:]
+    save_atomically(lambda temporary: temporary.write_bytes(content), path)
 
 
 def training_facts(task: Any) -> dict[str, object]:
