@@ -202,8 +202,10 @@ class CLIPTask:
         rows = self.rows[0, flip, indices]
         sides, tints = self.rows[0, 1 - flip, indices], self.rows[1, flip, indices]
         lie_rows = torch.cat([sides, tints])
-        images = self.scenes.images(indices[local].tolist())
-        images = torch.where(flip[local].bool()[:, None, None, None], images.flip(-1), images)
+        device = self.model.logit_scale.device
+        rows, sides, tints, lie_rows = (each.to(device) for each in (rows, sides, tints, lie_rows))
+        images = self.scenes.images(indices[local].tolist()).to(device)
+        images = torch.where(flip[local].bool().to(device)[:, None, None, None], images.flip(-1), images)
         image = self.model.encode_image(images.contiguous(memory_format=torch.channels_last))
         texts = self.model.encode_text(torch.cat([rows[local], sides[local], tints[local]]))
         text, *others = texts.chunk(3)
@@ -222,7 +224,7 @@ class CLIPTask:
         assert isinstance(model, CLIP)
         weights = {key: value.contiguous() for key, value in model.text_encoder.state_dict().items()}
         table = torch.zeros(self.full.vocab_size, self.full.hidden_size)
-        table[self.known] = weights[TABLE].float()
+        table[self.known] = weights[TABLE].float().cpu()
         weights[TABLE] = table
         config = {"architectures": ["CLIPTextModel"], **to_dict(self.full)}
         target = folder / "text_encoder"

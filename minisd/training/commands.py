@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from minisd.features.option_groups import option_groups
-from minisd.training.sitting import run
+from minisd.training.sitting import run, told
 from minisd.training.tuning_commands import dreambooth, full, inversion, lora
 
 app = typer.Typer(
@@ -32,6 +32,16 @@ MuonOption = Annotated[bool, typer.Option("--muon", help="Muon in the place of A
 From = Annotated[Path | None, typer.Option("--from", help="Start from the weights of this model folder.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder with the parts that are already trained.")]
 Autoencoders = Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Folder of your own pictures and captions, in the place of scenes.")
+]
+Side = Annotated[int, typer.Option("--side", help="Of --data: the side in pixels that they are scaled to.")]
+Sizes = Annotated[
+    Path | None, typer.Option("--config", help="Of --data: JSON file with sizes that differ from the tiny model's.")
+]
+Place = Annotated[
+    str | None, typer.Option("--device", help="Of --data: cuda, mps or cpu. [default: the first available]")
+]
 FEATURES = Path("runs/features/export/features.safetensors")
 Features = Annotated[
     Path | None, typer.Option(help="Weights of the network of features (minisd train features): adds their loss.")
@@ -73,19 +83,25 @@ def autoencoder(
     decoder_only: Annotated[bool, typer.Option(help="Keep the encoder, so that cached latents stay valid.")] = False,
     whole_from: Annotated[float, typer.Option(help="From this share of the run on, whole pictures, not crops.")] = 0.75,
     features: Features = None,
+    data: Data = None,
+    side: Side = 64,
+    config: Sizes = None,
+    device: Place = None,
 ) -> None:
     """Train the autoencoder on crops, then on whole pictures."""
-    from minisd.config import TINY
     from minisd.io.diffusers_folder import load_autoencoder
     from minisd.training.autoencoder import AutoencoderTask
-    from minisd.training.data import Scenes
     from minisd.training.features import SceneFeatures
+    from minisd.training.own_pictures import read_data
 
+    with told():
+        source, sizes, _, place = read_data(scenes, data, side, config, device)
     model = None if start is None else load_autoencoder(start / "vae")
-    config = TINY.autoencoder if model is None else model.config
+    shape = sizes.autoencoder if model is None else model.config
     network = None if features is None else SceneFeatures.load(features)
     phase: dict[str, Any] = {"whole_from": whole_from, "decoder_only": decoder_only}
-    task = AutoencoderTask(Scenes(scenes), config, seed=seed, model=model, features=network, **phase)
+    task = AutoencoderTask(source, shape, seed=seed, model=model, features=network, **phase)
+    task.model.to(place)
     choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
     run(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
@@ -152,14 +168,21 @@ def clip(
     resume: Resume = False,
     start: From = None,
     bfloat16: Mixed = False,
+    data: Data = None,
+    side: Side = 64,
+    config: Sizes = None,
+    device: Place = None,
 ) -> None:
     """Train the two towers of CLIP; the text tower becomes the model's text encoder."""
-    from minisd.config import TINY
     from minisd.training.clip import CLIPTask
-    from minisd.training.data import Scenes
+    from minisd.training.own_pictures import read_data
     from minisd.training.scenes import vocabulary
 
-    task = CLIPTask(Scenes(scenes), vocabulary(), TINY.text_encoder, seed=seed, start=start)
+    with told():
+        source, sizes, image, place = read_data(scenes, data, side, config, device)
+    words = vocabulary() if data is None else ()
+    task = CLIPTask(source, words, sizes.text_encoder, image, seed=seed, start=start)
+    task.model.to(place)
     run(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
 
 
@@ -198,26 +221,34 @@ def unet(
     muon: MuonOption = False,
     compile: Compiled = False,
     ceiling: Annotated[float, typer.Option(help="Of the loss's weight, as an error of clean latents.")] = 5.0,
+    data: Data = None,
+    side: Side = 64,
+    config: Sizes = None,
+    device: Place = None,
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
-    from minisd.config import TINY
     from minisd.io.diffusers_folder import load_autoencoder, load_text_encoder, load_unet
-    from minisd.training.data import Scenes
     from minisd.training.layout_loss import layouts
+    from minisd.training.own_pictures import own_latents, read_data, sheet_prompts
     from minisd.training.unet import UNetTask
 
-    data = Scenes(scenes)
+    with told():
+        source, sizes, _, place = read_data(scenes, data, side, config, device)
+    autoencoder, text_encoder = load_autoencoder(vae / "vae").to(place), load_text_encoder(text / "text_encoder")
+    cached = scenes / "latents.safetensors" if data is None else own_latents(output, autoencoder, source)
     task = UNetTask(
-        scenes / "latents.safetensors",
-        data.captions,
-        load_autoencoder(vae / "vae"),
-        load_text_encoder(text / "text_encoder"),
-        TINY,
+        cached,
+        source.captions,
+        autoencoder,
+        text_encoder.to(place),
+        sizes,
         seed=seed,
         model=None if start is None else load_unet(start / "unet"),
-        layout=layouts(data.descriptions),
+        layout=layouts(source.descriptions) if data is None else None,
         ceiling=ceiling,
+        prompts=sheet_prompts(source),
     )
+    task.model.to(place)
     choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon, "compile": compile}
     run(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 

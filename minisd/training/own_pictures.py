@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from minisd.autoencoder import Autoencoder
 from minisd.config import TINY, ModelConfig
+from minisd.features.distributed import local_device, process_group
 from minisd.images import to_images, to_pixels
 from minisd.io.configs import check_config, read_json
+from minisd.pipeline.memory import best_device, usable_device
 from minisd.training.clip import ImageEncoderConfig
 from minisd.training.data import Scenes
 from minisd.training.folder_data import Pictures, list_examples
+from minisd.training.unet import PROMPTS, cache_latents
 
 PARTS = ("text_encoder", "autoencoder", "unet", "schedule")
 
@@ -73,3 +79,35 @@ def read_sizes(path: Path | None, side: int) -> tuple[ModelConfig, ImageEncoderC
     latent = side // config.autoencoder.downscale
     sized = replace(config, autoencoder=replace(config.autoencoder, sample_size=side))
     return replace(sized, unet=replace(config.unet, sample_size=latent)), image
+
+
+def read_data(
+    scenes: Path, data: Path | None, side: int, sizes: Path | None, device: str | None
+) -> tuple[Scenes, ModelConfig, ImageEncoderConfig, torch.device]:
+    """Return what a command trains on: the data, the sizes of the model and of CLIP's image tower, and the device.
+
+    Scenes are trained on with the sizes of the tiny model, on the CPU. Raises ValueError for options of the other kind.
+    """
+    if data is not None:
+        chosen = local_device(device)
+        place = best_device() if chosen is None else usable_device(chosen)
+        return OwnPictures(data, side), *read_sizes(sizes, side), place
+    if sizes is not None or device is not None:
+        raise ValueError("--config and --device go with --data; scenes have the sizes of the tiny model, on the CPU")
+    return Scenes(scenes), TINY, ImageEncoderConfig(), torch.device("cpu")
+
+
+def own_latents(output: Path, autoencoder: Autoencoder, data: Scenes) -> Path:
+    """Encode the pictures; return the file of their latents."""
+    path = output / "latents.safetensors"
+    with process_group(autoencoder.quant_conv.weight.device):
+        cache_latents(autoencoder, data, path)
+    return path
+
+
+def sheet_prompts(data: Scenes) -> Sequence[str]:
+    """Return the prompts of the sheet: sixteen captions of own pictures, or the fixed ones for scenes."""
+    if not isinstance(data, OwnPictures):
+        return PROMPTS
+    different = list(dict.fromkeys(data.captions))
+    return different[:: max(len(different) // 16, 1)][:16]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from minisd.features.distributed import local_device, process_group, show
+from minisd.features.distributed import local_device, process_group, rank, show
 from minisd.training.sitting import check_new, run, told
 from minisd.training.tuning_options import LoRAOptions, Running, Tuning
 
@@ -117,7 +117,7 @@ def tune(kind: str, make: Callable[..., Any], running: Running, tuning: Tuning) 
         if kind == "lora":
             task.facts = _facts(choices, precision)
         run(task, output, **choices)
-    for path in sorted((output / "export").glob("*")):
+    for path in sorted((output / "export").glob("*")) if rank() == 0 else ():
         show(path)
 
 

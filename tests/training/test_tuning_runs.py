@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -127,6 +131,27 @@ def test_options_that_make_no_sense(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Options(tmp_path, steps=1, **choices)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_step_of_one(small_model, pictures, tmp_path):
+    """With class pictures, which the first process draws while the other waits."""
+    classes = ["--class-prompt", "a fox", "--class-count", "2", "--flip", "--caption-dropout", "0.3"]
+    run = ["lora", "--model", str(small_model), "--device", "cpu", "--pictures", str(pictures), "--steps", "3"]
+    run += ["--batch", "4", "--sheet-every", "0", *classes]
+    places = {name: ["--output", str(tmp_path / name), "--class-pictures", f"{tmp_path / name}-class"] for name in "12"}
+    assert main(["train", *run, *places["1"]]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "minisd.training.commands", *run, *places["2"]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("pytorch_lora_weights.safetensors") == 1
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "losses.jsonl").read_text().splitlines()]
+        for name in "12"
+    )
+    assert two == pytest.approx(one, abs=1e-5) and len(one) == 3 and max(one) - min(one) > 1e-3
 
 
 def test_commands(small_model, pictures, tmp_path, capsys):
