@@ -11,7 +11,7 @@ from torch import Tensor
 from minisd.features.validate import check_int, check_strings
 from minisd.io.atomic import save_atomically
 from minisd.pipeline.stable_diffusion import StableDiffusion
-from minisd.training.folder_data import CENTER, BucketOrder, Pictures
+from minisd.training.folder_data import CENTER, SUFFIXES, BucketOrder, Pictures
 
 
 class Latents:
@@ -53,7 +53,8 @@ def draw_class_pictures(sd: StableDiffusion, folder: Path, prompt: str, count: i
     """Draw pictures of a prompt into a folder until it has `count`; picture i has seed i and is only drawn once."""
     check_int("class_count", count, 1, 1_000_000)
     check_strings("class_prompt", prompt)
-    for number in range(count):
+    others = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.name[:6] != "class-"]
+    for number in range(count - len(others)):
         path = folder / f"class-{number:06d}.png"
         if not path.exists():
             picture = sd(prompt, seed=number, width=side, height=side, progress=False)

@@ -15,6 +15,8 @@ from minisd.training.sitting import check_new, run, told
 from minisd.training.tuning_options import LoRAOptions, Running, Tuning
 
 if TYPE_CHECKING:
+    import torch
+
     from minisd.pipeline.stable_diffusion import StableDiffusion
     from minisd.training.adapting import Adapting
 
@@ -110,6 +112,7 @@ def tune(kind: str, make: Callable[..., Any], running: Running, tuning: Tuning) 
         precision = running.precision or ("bfloat16" if sd.device.type == "cuda" else "float32")
         large = sd.unet.config.sample_size * sd.downscale >= LARGE
         choices = _choices(kind, running, large, precision)
+        choices["optimizer"] = running.optimizer or default_optimizer(kind, sd.device)
         tuning = replace(tuning, checkpointing=large if tuning.checkpointing is None else tuning.checkpointing)
         task = make(sd, running.pictures or EXAMPLES, tuning)
         # on a CPU mixed precision computes with weights in float32
@@ -149,11 +152,19 @@ def _choices(kind: str, running: Running, large: bool, precision: str) -> dict[s
     return {name: getattr(running, name) for name in names} | {
         "batch": (1 if large else 8) if running.batch is None else running.batch,
         "lr": RATES[kind][large] if running.lr is None else running.lr,
-        "optimizer": running.optimizer or "adamw",
         "decays": small_average if running.ema is None else (running.ema,),
         "bfloat16": precision == "bfloat16",
         "float16": precision == "float16",
     }
+
+
+def default_optimizer(kind: str, device: torch.device) -> str:
+    """Return "adamw", or "adafactor" where a GPU of less than 18 GB is to hold a whole model in training."""
+    import torch
+
+    if kind not in ("full", "dreambooth") or device.type != "cuda":
+        return "adamw"
+    return "adafactor" if torch.cuda.get_device_properties(device).total_memory < 18e9 else "adamw"
 
 
 def _facts(choices: dict[str, Any], precision: str) -> dict[str, object]:

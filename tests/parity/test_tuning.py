@@ -117,9 +117,10 @@ def test_full(small_model, pictures, kind, gamma):
 def test_dreambooth(small_model, pictures, tmp_path):
     """With pictures of the class, drawn by the model itself."""
     sd, theirs = load(small_model), Theirs(small_model, "epsilon")
+    Image.new("RGB", (40, 32), "gray").save(tmp_path / "photo.png")
     tuning = Tuning(class_pictures=tmp_path, class_prompt="a fox", class_count=4, prior_weight=0.7)
     task = FullTask(sd, pictures, tuning=tuning)
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f"class-00000{i}.png" for i in range(3)), "photo.png"]
     theirs.unet.requires_grad_(True)
     check(task, theirs, dict(sd.unet.named_parameters()), dict(theirs.unet.named_parameters()), prior_weight=0.7)
     assert task.batch(0, range(4), slice(1, 3)).captions[2:] == ["a fox"] * 2
