@@ -319,6 +319,8 @@ class Trainer:
         self.save()
         if options.sheet_every != 0:
             self.draw_sheet()
+        if self.writer is not None:
+            self.writer.close()
 
     def _save_due(self, seconds: float) -> bool:
         every = self.options.save_every
