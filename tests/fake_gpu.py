@@ -34,13 +34,14 @@ GPU = "fakegpu:0"
 
 
 class FakeGPU(fake_tensor.FakeTensorMode):
-    """Tensors with a shape, a dtype and a device, and no numbers: who asks for one is told True, or 0."""
+    """Tensors with a shape, a dtype and a device, and no numbers: who asks for one is told True, or `number`."""
 
+    number = 0
     avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
-            return True if args[0].dtype == torch.bool else 0
+            return True if args[0].dtype == torch.bool else self.number
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 

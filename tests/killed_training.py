@@ -1,8 +1,8 @@
 """Kills a small training again and again, at random points, and checks that nothing was lost each time.
 
-python tests/killed_training.py autoencoder|clip|unet|lora|inversion DATA MODEL OUTPUT KILLS SEED
+python tests/killed_training.py autoencoder|clip|unet|lora|inversion|dreambooth|full DATA MODEL OUTPUT KILLS SEED
 
-DATA: rendered scenes, or for lora and inversion a folder of pictures. MODEL: the folder of a small model for these two.
+DATA: rendered scenes, or for the last four a folder of pictures. MODEL: the folder of a small model for these.
 In turn a run is killed by another process after a random time, in the middle of writing the checkpoint, and just before
 or just after a finished file takes its place. Runs are forks of this process, which imports everything once.
 """
@@ -30,9 +30,17 @@ from small_training import assert_same_run, small_task
 from minisd import StableDiffusion
 from minisd.training import loop
 from minisd.training.adapting import InversionTask, LoRATask
+from minisd.training.fine_tuning import FullTask
 from minisd.training.loop import Options, Task, train
+from minisd.training.tuning_options import LoRAOptions, Tuning
 
 STEPS = 6
+# a batch of tuning is computed in two pieces
+MORE: dict[str, dict[str, Any]] = {
+    "lora": {"accumulate": 2},
+    "full": {"accumulate": 2, "bfloat16": True},
+    "dreambooth": {"float16": True, "optimizer": "adafactor"},
+}
 KINDS = ("after a random time", "in the middle of writing the checkpoint", "around the move of a file")
 
 
@@ -40,7 +48,15 @@ def make_task(part: str, data: Path, model: Path, output: Path) -> Task:
     if part in ("autoencoder", "clip", "unet"):
         return small_task(part, data, output)
     sd = StableDiffusion.from_pretrained(model, device="cpu")
-    return LoRATask(sd, data, rank=2) if part == "lora" else InversionTask(sd, data, "<it>", "thing", "fox")
+    if part == "lora":
+        tuning = Tuning(flip=True, caption_dropout=0.5, min_snr=5.0, noise_offset=0.1)
+        return LoRATask(sd, data, rank=2, options=LoRAOptions(text_encoder=True), tuning=tuning)
+    if part == "inversion":
+        return InversionTask(sd, data, "<it>", "thing", "fox", tuning=Tuning(crop="random"))
+    if part == "full":
+        return FullTask(sd, data, text_encoder=True, tuning=Tuning(checkpointing=True))
+    classes = {"class_pictures": data.parent / "class", "class_prompt": "a fox", "class_count": 3}
+    return FullTask(sd, data, tuning=Tuning(**classes))  # type: ignore[arg-type]
 
 
 def die() -> None:
@@ -90,7 +106,8 @@ def run(part: str, data: Path, model: Path, output: Path, kind: int | None, rng:
             task.sheet = lambda model: None  # type: ignore[method-assign]
             loop.draw_curves = lambda lines, path: None or path.write_text(str(len(lines)))  # type: ignore[assignment]
             resume = (output / "checkpoint.pt").exists()
-            options = Options(output, steps=STEPS, batch=4, lr=1e-3, warmup=2, save_minutes=0.0, resume=resume)
+            more = MORE.get(part, {})
+            options = Options(output, steps=STEPS, batch=4, lr=1e-3, warmup=2, save_minutes=0.0, resume=resume, **more)
             if kind == 1:
                 die_while_saving(1 + number // 3, share)
             if kind == 2:

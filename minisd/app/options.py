@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass, make_dataclass
-from functools import wraps
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from minisd.app.provenance import split_lora
 from minisd.features import distributed
 from minisd.features.distributed import local_device
+from minisd.features.option_groups import option_groups as option_groups
 from minisd.features.presets import PRESETS
 from minisd.pipeline.settings import SETTINGS, Setting
 
@@ -182,35 +181,3 @@ SettingsOptions: Any = make_dataclass(
     [(name, _option(setting), None) for name, setting in SETTINGS.items() if setting.option],
     frozen=True,
 )
-
-
-def option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command to replace its dataclass parameters by their fields, as options for typer."""
-    signature = inspect.signature(command, eval_str=True)
-    parameters: list[inspect.Parameter] = []
-    groups: dict[str, Any] = {}
-    for parameter in signature.parameters.values():
-        if not is_dataclass(parameter.annotation):
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-            continue
-        groups[parameter.name] = parameter.annotation
-        hints = get_type_hints(parameter.annotation, include_extras=True)
-        for item in fields(parameter.annotation):
-            parameters.append(
-                inspect.Parameter(
-                    item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hints[item.name]
-                )
-            )
-
-    @wraps(command)
-    def flat(**values: Any) -> None:
-        made = {
-            name: group(**{item.name: values.pop(item.name) for item in fields(group)})
-            for name, group in groups.items()
-        }
-        command(**values, **made)
-
-    flat.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del flat.__wrapped__  # type: ignore[attr-defined]  # typer would read its signature
-    return flat

@@ -107,13 +107,19 @@ def read_bundled_words(path: str | PathLike[str]) -> dict[str, Tensor]:
     return words
 
 
-def save_lora(lora: LoRA, path: Path) -> None:
-    """Save a LoRA to a safetensors file in diffusers format. B is scaled by α/r, since that format implies α = r."""
+def lora_weights(lora: LoRA) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA in diffusers format. B is scaled by α/r, since that format implies α = r."""
     weights = {}
     for name, update in lora.items():
         a, b = update.lora_A.detach().cpu(), update.scale * update.lora_B.detach().cpu()
         weights[f"{name}.lora_A.weight"] = a.contiguous()
         weights[f"{name}.lora_B.weight"] = b.reshape(*b.shape, *(1 for _ in a.shape[2:])).contiguous()
+    return weights
+
+
+def save_lora(lora: LoRA, path: Path) -> None:
+    """Save a LoRA to a safetensors file in diffusers format."""
+    weights = lora_weights(lora)
     save_atomically(lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}), path)
 
 

@@ -1,7 +1,6 @@
-"""Adapting a finished model to a few pictures on a CPU, in minutes: LoRA and textual inversion.
+"""Adapting a finished model to a few pictures: LoRA and textual inversion, which train nothing of the model itself.
 
-Nothing of the model itself is trained. The pictures lie in a folder as Hugging Face's `imagefolder` has it: beside them
-`metadata.jsonl`, where each line names a picture and its caption, {"file_name": "00.webp", "text": "a unicorn"}.
+`folder_data` says how the pictures and their captions lie in a folder.
 """
 
 from __future__ import annotations
@@ -19,20 +18,29 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minisd.features.adapters import layers_of
-from minisd.features.prompts import TOKENS_PER_CHUNK, check_length, read
+from minisd.features.distributed import log, rank_zero_first
+from minisd.features.prompts import TOKENS_PER_CHUNK, read
 from minisd.features.textual_inversion import TABLE, add_token, add_word
-from minisd.features.validate import check_inside, check_int, check_strings
-from minisd.images import from_pil, grid
-from minisd.io.adapter_files import INVERSION_FILES, LORA_FILES, save_lora
+from minisd.features.validate import check_float, check_int, check_strings
+from minisd.images import grid
+from minisd.io.adapter_files import INVERSION_FILES, LORA_FILES, lora_weights
 from minisd.io.atomic import save_atomically
-from minisd.io.configs import parse_json
-from minisd.io.pictures import read_picture
 from minisd.lora import LoRA, LowRank
 from minisd.pipeline.stable_diffusion import StableDiffusion
-from minisd.training.loop import Shuffled, channels_last, generator
+from minisd.training.checkpointing import checkpoint_blocks
+from minisd.training.folder_data import Example, Pictures, list_examples
+from minisd.training.latents import Latents, draw_class_pictures
+from minisd.training.loop import channels_last, generator
+from minisd.training.lora_files import kohya_weights, save_with_facts, training_facts
+from minisd.training.objectives import Batch, tuning_loss, with_offset
+from minisd.training.tuning_options import LoRAOptions, Tuning
 
 EXAMPLES = Path(__file__).parent.parent / "assets" / "examples"
-LAYERS = {"attention": r"unet\..*\.to_(q|k|v|out\.0)", "all": r"unet\..*"}
+TEXT_LAYERS = r"text_encoder\..*\."
+LAYERS = {
+    "attention": rf"unet\..*\.to_(q|k|v|out\.0)|{TEXT_LAYERS}(q|k|v|out)_proj",
+    "all": rf"unet\..*|{TEXT_LAYERS}((q|k|v|out)_proj|fc[12])",
+}
 
 
 def read_examples(folder: Path, side: int) -> tuple[Tensor, list[str]]:
@@ -40,82 +48,163 @@ def read_examples(folder: Path, side: int) -> tuple[Tensor, list[str]]:
 
     Raises FileNotFoundError and ValueError, which name what is missing or wrong.
     """
-    listing = folder / "metadata.jsonl"
-    if not listing.is_file():
-        raise FileNotFoundError(f'{listing} is missing; write a line {{"file_name": …, "text": …}} for each picture')
-    try:
-        lines = re.split(r"\r\n|\n|\r", listing.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{listing} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    images, captions = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = parse_json(line)
-            path, text = check_inside(folder, item["file_name"]), item["text"]
-            check_length(text)
-            picture = read_picture(path, side, side)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(
-                f"{listing}, line {number}: expected a picture and its text ({type(error).__name__}: {error})"
-            ) from error
-        images.append(from_pil(picture))
-        captions.append(text)
-    if not images:
-        raise ValueError(f"{listing} names no picture; one is enough to begin with, twenty are good")
-    return torch.cat(images), captions
+    pictures = Pictures(list_examples(folder), side, 1)
+    return torch.cat([pictures.image(index) for index in range(len(pictures.sizes))]), pictures.texts
 
 
 class Adapting:
-    """What both ways of adapting share: the frozen model predicts the noise in the pictures, under their captions.
+    """What all ways of tuning a model share: it predicts the noise in the pictures, under their captions.
 
-    model: what is trained. prompts: for the sheet, by default some of the captions.
+    model: what is trained. prompts: for the sheet, by default some of the captions. idle: parts of the model that are
+    not needed between sheets, and may rest on the CPU.
     """
 
     model: nn.Module
 
-    def __init__(self, sd: StableDiffusion, folder: Path, seed: int = 0, prompts: Sequence[str] = ()) -> None:
-        side = sd.unet.config.sample_size * sd.autoencoder.config.downscale
-        images, self.captions = read_examples(folder, side)
-        self.latents = torch.cat([sd.encode_image(image) for image in images.split(8)]).clone()
-        self.sd, self.seed = sd, seed
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        folder: Path,
+        seed: int = 0,
+        prompts: Sequence[str] = (),
+        tuning: Tuning | None = None,
+    ) -> None:
+        self.sd, self.seed, self.tuning = sd, seed, tuning or Tuning()
+        self.checkpointing = bool(self.tuning.checkpointing)
+        self.side = self.tuning.side or sd.unet.config.sample_size * sd.downscale
+        self.data = self._latents(list_examples(folder, self.tuning.caption), seed)
+        self.captions, self.order = self.data.pictures.texts, self.data.order
+        self.prior: Latents | None = None
+        if self.tuning.class_pictures is not None and self.tuning.class_prompt is not None:
+            place, prompt = self.tuning.class_pictures, self.tuning.class_prompt
+            rank_zero_first(lambda: draw_class_pictures(sd, place, prompt, self.tuning.class_count, self.side))
+            self.prior = self._latents(list_examples(place, prompt), seed + 1)
+        self._warn_of_long_captions()
         for prompt in prompts:  # a sheet that cannot be drawn would end the training with an error
             check_strings("prompt", prompt)
             read(prompt, sd.tokenizer)
         self.prompts = list(prompts) or self.captions[:: max(len(self.captions) // 4, 1)][:4]
-        self.order = Shuffled(len(self.captions), seed)
+        self.contexts: dict[str, Tensor] = {}
+        self.idle: list[nn.Module] = [sd.autoencoder] if self.data.cached else []
+        for part in (sd.unet, sd.text_encoder, sd.autoencoder):
+            part.requires_grad_(False)
         channels_last(sd.unet)
+        if self.checkpointing:
+            checkpoint_blocks(sd.unet)
         torch.manual_seed(seed)
+
+    def _latents(self, examples: list[Example], seed: int) -> Latents:
+        tuning = self.tuning
+        pictures = Pictures(examples, self.side, self.sd.downscale, tuning.buckets, tuning.crop)
+        return Latents(self.sd, pictures, tuning.flip, seed)
+
+    def _warn_of_long_captions(self) -> None:
+        cut = [text for text in self.captions if self.sd.tokenizer.truncated(text)]
+        if cut:
+            log(
+                f"{len(cut)} captions have more than 75 tokens; the rest of them is not seen, such as in {cut[0]!r:.80}"
+            )
+
+    @property
+    def latents(self) -> Tensor:
+        """The cached latents (n, 4, h, w) of pictures of one size."""
+        return torch.cat([sides[0] for sides in self.data.cached])
 
     def context(self, captions: list[str]) -> Tensor:
         """What the text encoder says of n captions, (n, 77, width), with gradients to what is trained."""
-        raise NotImplementedError
+        if self.contexts:
+            return torch.cat([self.contexts[caption] for caption in captions]).to(self.sd.device)
+        return self.sd.text_encoder(self.sd.tokenizer(captions).to(self.sd.device))  # type: ignore[no-any-return]
+
+    def _prepare_text_encoder(self, trained: bool) -> None:
+        """Checkpoint a text encoder that is trained; of one that is not, keep what it says of the captions."""
+        sd = self.sd
+        if trained:
+            if self.checkpointing:
+                checkpoint_blocks(sd.text_encoder)
+            return
+        texts = {*self.captions, "", *(self.prior.pictures.texts if self.prior else ())}
+        with torch.no_grad():
+            self.contexts = {text: sd.text_encoder(sd.tokenizer([text]).to(sd.device)).cpu() for text in sorted(texts)}
+        self.idle.append(sd.text_encoder)
 
     def adapted(self) -> tuple[StableDiffusion, list[str]]:
         """The model as it is adapted by now, and the prompts as it takes them."""
         raise NotImplementedError
 
-    def loss(self, step: int, positions: range, local: slice, progress: float) -> tuple[Tensor, dict[str, float]]:
-        rng, count, schedule = generator(self.seed, step), len(positions), self.sd.schedule
+    def batch(self, step: int, positions: range, local: slice) -> Batch:
+        """Draw this process's share of a batch: a function of the seed and the step alone."""
+        count, tuning = len(positions), self.tuning
+        indices = self.order(positions)
+        latents = self.data(indices, local, generator(self.seed, step, 1))
+        captions = [self.captions[index] for index in indices[local]]
+        noise, timesteps = self._noise(generator(self.seed, step), count, latents, local)
+        dropped = torch.rand(count, generator=generator(self.seed, step, 2)) < tuning.caption_dropout
+        captions = ["" if drop else text for text, drop in zip(captions, dropped[local].tolist(), strict=True)]
+        if self.prior is None:
+            return Batch(latents, noise, timesteps, captions)
+        indices = self.prior.order(positions)
+        known = self.prior(indices, local, generator(self.seed, step, 3))
+        if known.shape != latents.shape:
+            raise ValueError("prior preservation takes pictures of one size; leave out buckets")
+        more_noise, more_timesteps = self._noise(generator(self.seed, step, 4), count, known, local)
+        return Batch(
+            torch.cat([latents, known]),
+            torch.cat([noise, more_noise]),
+            torch.cat([timesteps, more_timesteps]),
+            captions + [self.prior.pictures.texts[index] for index in indices[local]],
+            prior=len(known),
+        )
+
+    def _noise(self, rng: torch.Generator, count: int, latents: Tensor, local: slice) -> tuple[Tensor, Tensor]:
         # one timestep from each of `count` equal slices of the schedule: every step sees all noise levels
         slices = (torch.randperm(count, generator=rng) + torch.rand(count, generator=rng)) / count
-        timesteps = (slices * self.sd.config.schedule.num_train_timesteps).long()[local].to(self.sd.device)
-        noise = torch.randn(count, *self.latents.shape[1:], generator=rng)[local].to(self.sd.device)
-        indices = self.order(positions)[local]
-        latents = self.latents[indices]
-        noisy = schedule.add_noise(latents, noise, timesteps)
-        prediction = self.sd.unet(noisy, timesteps, self.context([self.captions[index] for index in indices]))
-        # L = ‖prediction − target‖², the target being ε or v, as the model was trained
-        return (prediction - schedule.target(latents, noise, timesteps)).square().mean(), {}
+        timesteps = (slices * self.sd.config.schedule.num_train_timesteps).long()[local]
+        noise = torch.randn(count, *latents.shape[1:], generator=rng)
+        noise = with_offset(noise, self.tuning.noise_offset, rng)[local]
+        return noise.to(latents.device), timesteps.to(latents.device)
+
+    def loss(self, step: int, positions: range, local: slice, progress: float) -> tuple[Tensor, dict[str, float]]:
+        return self.loss_of(self.batch(step, positions, local))
+
+    def loss_of(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a batch and, with class pictures, both parts of it."""
+        noisy = self.sd.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+        prediction = self.sd.unet(noisy, batch.timesteps, self.context(batch.captions))
+        loss, prior = tuning_loss(prediction, batch, self.sd.schedule, self.tuning)
+        if self.prior is None:
+            return loss, {}
+        details = {"pictures": float(loss.detach()), "prior": float(prior.detach())}
+        return loss + self.tuning.prior_weight * prior, details
+
+    def rest(self, dtype: torch.dtype = torch.float32) -> None:
+        """Keep a frozen model in a dtype, and move what is idle to the CPU, so that both take less memory.
+
+        If the UNet is trained, all stays in float32: the parts of a model that draws have one dtype.
+        """
+        parts: list[nn.Module] = [self.sd.unet, self.sd.text_encoder, self.sd.autoencoder]
+        if not any(parameter.requires_grad for parameter in self.sd.unet.parameters()):
+            for part in parts:
+                part.to(dtype)
+        for part in self.idle:
+            part.to("cpu")
 
     @torch.no_grad()
     def sheet(self, model: nn.Module) -> Image.Image:
         """The prompts drawn with the same seed without the adapter, above, and with it, below."""
+        device = self.sd.device
         choices: dict[str, Any] = {"seed": [0] * len(self.prompts), "progress": False}
-        sd, prompts = self.adapted()
-        after = sd(prompts, **choices)
-        return grid([*self.before(choices), *after], columns=len(self.prompts), captions=[*self.prompts, *prompts])
+        choices |= {"width": self.side, "height": self.side}
+        for part in self.idle:
+            part.to(device)
+        # an adapter in float32 beside a frozen model in half precision
+        with torch.autocast(device.type, self.sd.dtype, enabled=self.sd.dtype != torch.float32):
+            sd, prompts = self.adapted()
+            before, after = self.before(choices), sd(prompts, **choices)
+        for part in self.idle:
+            part.to("cpu")
+        captions = [*self.prompts, *prompts] if before else prompts
+        return grid([*before, *after], columns=len(prompts), captions=captions)
 
     def before(self, choices: dict[str, Any]) -> list[Image.Image]:
         """The prompts, drawn by the model as it was."""
@@ -123,7 +212,7 @@ class Adapting:
 
 
 class LoRATask(Adapting):
-    """Trains low-rank updates of the UNet's layers.
+    """Trains low-rank updates of the UNet's layers, and of the text encoder's if wanted.
 
     layers: "attention" for the projections of attention, "all" for the other linear layers and convolutions as well.
     """
@@ -136,19 +225,26 @@ class LoRATask(Adapting):
         layers: str = "all",
         seed: int = 0,
         prompts: Sequence[str] = (),
+        options: LoRAOptions | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
-        super().__init__(sd, folder, seed, prompts)
-        found = {
-            name: layer for name, layer in layers_of({"unet": sd.unet}).items() if re.fullmatch(LAYERS[layers], name)
-        }
+        super().__init__(sd, folder, seed, prompts, tuning)
+        self.options, self.facts = options or LoRAOptions(), dict[str, object]()  # facts: more for the file's metadata
+        alpha, text = self.options.alpha, self.options.text_encoder
+        if alpha is not None and not check_float("alpha", alpha, 0) > 0:
+            raise ValueError("alpha=0 would leave the model as it is; expected a positive number, such as the rank")
+        parts = {"unet": sd.unet, "text_encoder": sd.text_encoder} if text else {"unet": sd.unet}
+        found = {name: layer for name, layer in layers_of(parts).items() if re.fullmatch(LAYERS[layers], name)}
         check_int("rank", rank, 1, max(min(len(layer.weight), layer.weight[0].numel()) for layer in found.values()))
-        self.model: LoRA = LoRA({name: LowRank(layer, rank) for name, layer in found.items()}).to(sd.device)
+        self.model: LoRA = LoRA({name: LowRank(layer, rank, alpha) for name, layer in found.items()}).to(sd.device)
         self.model.attach(found)
-        with torch.no_grad():
-            self.contexts = {text: sd.text_encoder(sd.tokenizer([text]).to(sd.device)) for text in set(self.captions)}
-
-    def context(self, captions: list[str]) -> Tensor:
-        return torch.cat([self.contexts[caption] for caption in captions])
+        self.rate_factors = {
+            parameter: self.options.text_factor
+            for name, update in self.model.items()
+            for parameter in update.parameters()
+            if name.startswith("text_encoder.")
+        }
+        self._prepare_text_encoder(text)
 
     def adapted(self) -> tuple[StableDiffusion, list[str]]:
         return self.sd, self.prompts
@@ -161,8 +257,13 @@ class LoRATask(Adapting):
             self.model.weight = 1.0
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        """Write pytorch_lora_weights.safetensors, which diffusers loads as well."""
-        save_lora(self.model, folder / f"{LORA_FILES[0]}.safetensors")
+        """Write pytorch_lora_weights.safetensors, which diffusers loads as well, or a file in kohya's layout."""
+        facts = {**self.facts, **training_facts(self)}
+        if self.options.layout == "kohya":
+            name = folder.resolve().parent.name or "lora"
+            save_with_facts(kohya_weights(self.model), folder / f"{name}.safetensors", facts)
+        else:
+            save_with_facts(lora_weights(self.model), folder / f"{LORA_FILES[0]}.safetensors", facts)
 
 
 class Word(nn.Module):
@@ -191,8 +292,9 @@ class InversionTask(Adapting):
         vectors: int = 1,
         seed: int = 0,
         prompts: Sequence[str] = (),
+        tuning: Tuning | None = None,
     ) -> None:
-        super().__init__(sd, folder, seed, prompts)
+        super().__init__(sd, folder, seed, prompts, tuning)
         self.token, self.word = token, word
         check_int("vectors", vectors, 1, TOKENS_PER_CHUNK)
         if not word.strip():
@@ -204,12 +306,13 @@ class InversionTask(Adapting):
         self.tokenizer = add_token(sd.tokenizer, token, vectors)
         for prompt in self.prompts:
             read(self.renamed(prompt), self.tokenizer)
+        self._prepare_text_encoder(True)
         ids = sd.tokenizer.encode(initial)
         self.table = sd.text_encoder.token_embedding.weight.detach()
         self.model: Word = Word(self.table[[ids[i % len(ids)] for i in range(vectors)]].clone())
 
     def renamed(self, caption: str) -> str:
-        """The caption with the new word in the place of the old one."""
+        """The caption with the new word in the place of the old one; class pictures keep theirs."""
         return re.sub(rf"\b{re.escape(self.word)}\b", lambda _: self.token, caption, flags=re.IGNORECASE)
 
     def context(self, captions: list[str]) -> Tensor:

@@ -104,7 +104,7 @@ class AdversarialTask:
 
     def sheet(self, model: nn.Module) -> Image.Image:
         """Held-out pictures above their reconstructions."""
-        return sheet(self.autoencoder)
+        return sheet(self.autoencoder, self.scenes.held_out())
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write `vae/` as diffusers does."""

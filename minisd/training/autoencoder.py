@@ -29,9 +29,6 @@ from minisd.training.data import Scenes
 from minisd.training.features import SceneFeatures
 from minisd.training.loop import Shuffled, channels_last, generator
 from minisd.training.losses import perceptual_loss
-from minisd.training.scenes import render, scene
-
-HELD_OUT_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,8 @@ class AutoencoderTask:
     crop: side of the random crops of most of the run; from `whole_from` of the run on, whole pictures are used, a
     quarter as many, since normalisation sees whole pictures in use. decoder_only freezes the encoder, so that latents
     cached from it stay valid while the decoder gets sharper. model: train this one further, its latents whitened first.
-    features: the network whose features the reconstructions should share, or None for no perceptual loss.
+    features: the network whose features the reconstructions should share, or None for no perceptual loss. The model is
+    trained on the device that it is moved to after this.
     """
 
     def __init__(
@@ -107,15 +105,17 @@ class AutoencoderTask:
         assert isinstance(self.model, Autoencoder)
         rng = generator(self.seed, step)
         whole = progress >= self.whole_from
-        images = self.scenes.images(self.order(positions[local]))
+        device = self.model.quant_conv.weight.device
+        images = self.scenes.images(self.order(positions[local])).to(device)
         if whole:
             images = images[::4]
         else:
-            places = torch.randint(0, images.shape[-1] - self.crop + 1, (len(positions), 2), generator=rng)[local]
+            crop = min(self.crop, images.shape[-1])
+            places = torch.randint(0, images.shape[-1] - crop + 1, (len(positions), 2), generator=rng)[local]
             flips = torch.rand(len(positions), generator=rng)[local] < 0.5
-            images = _crop(images, places, flips, self.crop)
+            images = _crop(images, places, flips, crop)
         side = images.shape[-1] // self.model.config.downscale
-        noise = torch.randn(len(positions), 4, side, side, generator=rng)[local][:: 4 if whole else 1]
+        noise = torch.randn(len(positions), 4, side, side, generator=rng)[local][:: 4 if whole else 1].to(device)
         images = images.contiguous(memory_format=torch.channels_last)
         output, posterior = self.model(images, noise)
         reconstruction = reconstruction_loss(output, images, self.weights)
@@ -133,7 +133,7 @@ class AutoencoderTask:
 
     def sheet(self, model: nn.Module) -> Image.Image:
         """Held-out pictures above their reconstructions."""
-        return sheet(model)
+        return sheet(model, self.scenes.held_out())
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Normalise the latents' channels, and write `vae/` as diffusers does."""
@@ -143,10 +143,9 @@ class AutoencoderTask:
 
 
 @torch.no_grad()
-def sheet(model: nn.Module) -> Image.Image:
-    """Eight held-out pictures above what the autoencoder makes of them."""
-    pixels = np.stack([render(scene(HELD_OUT_SEED, i)) for i in range(8)])
-    output, _ = model(to_images(pixels))
+def sheet(model: nn.Module, pixels: np.ndarray) -> Image.Image:
+    """Pictures (n, h, w, 3) uint8 above what the autoencoder makes of them."""
+    output, _ = model(to_images(pixels).to(next(model.parameters()).device))
     again = to_pixels(output)
     return Image.fromarray(np.vstack([np.hstack(list(pixels)), np.hstack(list(again))]))
 
@@ -180,8 +179,9 @@ def normalised(model: Autoencoder, scenes: Scenes, count: int = 512) -> Autoenco
     """
     model.eval()
     batches = torch.arange(min(count, len(scenes))).split(16)
-    means = torch.cat([model.encode(scenes.images(batch.tolist())).mean for batch in batches])
-    values = rearrange(means, "n c h w -> c (n h w)").double()
+    device = model.quant_conv.weight.device
+    means = torch.cat([model.encode(scenes.images(batch.tolist()).to(device)).mean for batch in batches])
+    values = rearrange(means, "n c h w -> c (n h w)").cpu().double()  # MPS has no float64
     mean, covariance = values.mean(1), torch.cov(values)
     overall = float(covariance.diag().mean().sqrt())
     spread, directions = torch.linalg.eigh(covariance)

@@ -122,7 +122,6 @@ class CLIP(nn.Module):
         return model.eval()
 
 
-@torch.autocast("cpu", enabled=False)
 def contrastive_loss(
     text: Tensor, image: Tensor, scale: Tensor, rows: Tensor, lies: Tensor | None = None, lie_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -132,12 +131,19 @@ def contrastive_loss(
     captions that no picture has, and that differ from one only in left and right, or in which object has which colour:
     a batch rarely holds such a pair by chance, and without one nothing would teach the towers these things.
     """
+    with torch.autocast(text.device.type, enabled=False):
+        return _contrastive_loss(text.float(), image.float(), scale, rows, lies, lie_rows)
+
+
+def _contrastive_loss(
+    text: Tensor, image: Tensor, scale: Tensor, rows: Tensor, lies: Tensor | None, lie_rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
     # L = ½ (H(softmax(s · I Tᵀ)) + H(softmax(s · T Iᵀ)))
-    text, image, lies = text.float(), image.float(), None if lies is None else lies.float()
+    lies = None if lies is None else lies.float()
     choices, choice_rows = text, rows
     if lies is not None and lie_rows is not None:
         choices, choice_rows = torch.cat([text, lies]), torch.cat([rows, lie_rows])
-    target = torch.arange(len(text))
+    target = torch.arange(len(text), device=text.device)
     rivals = (rows[:, None] == choice_rows[None]).all(-1)
     rivals[target, target] = False
     logits = (scale * image @ choices.T).masked_fill(rivals, -torch.inf)
@@ -196,8 +202,10 @@ class CLIPTask:
         rows = self.rows[0, flip, indices]
         sides, tints = self.rows[0, 1 - flip, indices], self.rows[1, flip, indices]
         lie_rows = torch.cat([sides, tints])
-        images = self.scenes.images(indices[local].tolist())
-        images = torch.where(flip[local].bool()[:, None, None, None], images.flip(-1), images)
+        device = self.model.logit_scale.device
+        rows, sides, tints, lie_rows = (each.to(device) for each in (rows, sides, tints, lie_rows))
+        images = self.scenes.images(indices[local].tolist()).to(device)
+        images = torch.where(flip[local].bool().to(device)[:, None, None, None], images.flip(-1), images)
         image = self.model.encode_image(images.contiguous(memory_format=torch.channels_last))
         texts = self.model.encode_text(torch.cat([rows[local], sides[local], tints[local]]))
         text, *others = texts.chunk(3)
@@ -216,7 +224,7 @@ class CLIPTask:
         assert isinstance(model, CLIP)
         weights = {key: value.contiguous() for key, value in model.text_encoder.state_dict().items()}
         table = torch.zeros(self.full.vocab_size, self.full.hidden_size)
-        table[self.known] = weights[TABLE].float()
+        table[self.known] = weights[TABLE].float().cpu()
         weights[TABLE] = table
         config = {"architectures": ["CLIPTextModel"], **to_dict(self.full)}
         target = folder / "text_encoder"

@@ -1,21 +1,22 @@
-"""`minisd train …`: the commands that make the tiny model, in the order in which they are run."""
+"""`minisd train …`: the commands that make the tiny model, in the order in which they are run.
+
+Those that tune a finished model are in `tuning_commands`.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from minisd.features.distributed import show
+from minisd.features.option_groups import option_groups
+from minisd.training.sitting import run, told
+from minisd.training.tuning_commands import dreambooth, full, inversion, lora
 
-if TYPE_CHECKING:
-    from minisd.pipeline.stable_diffusion import StableDiffusion
-
-app = typer.Typer(no_args_is_help=True, help="Train the parts of the tiny model, one after the other.")
+app = typer.Typer(
+    no_args_is_help=True, help="Train the parts of the tiny model one after the other, or tune a finished model."
+)
 
 SceneFolder = Annotated[Path, typer.Option("--scenes", help="Folder of rendered scenes (minisd train scenes).")]
 Output = Annotated[Path, typer.Option("--output", help="Where checkpoints, curves and sheets go.")]
@@ -30,12 +31,17 @@ Compiled = Annotated[bool, typer.Option("--compile", help="Compile the model fir
 MuonOption = Annotated[bool, typer.Option("--muon", help="Muon in the place of AdamW.")]
 From = Annotated[Path | None, typer.Option("--from", help="Start from the weights of this model folder.")]
 Model = Annotated[Path, typer.Option("--model", help="Folder with the parts that are already trained.")]
-Base = Annotated[str | None, typer.Option("--model", help="Folder, file or hub id. [default: the tiny one]")]
 Autoencoders = Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")]
-Pictures = Annotated[
-    Path | None, typer.Option(help="Folder of pictures and metadata.jsonl. [default: a unicorn's, shipped]")
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Folder of your own pictures and captions, in the place of scenes.")
 ]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Draw this for the sheet. May be repeated.")]
+Side = Annotated[int, typer.Option("--side", help="Of --data: the side in pixels that they are scaled to.")]
+Sizes = Annotated[
+    Path | None, typer.Option("--config", help="Of --data: JSON file with sizes that differ from the tiny model's.")
+]
+Place = Annotated[
+    str | None, typer.Option("--device", help="Of --data: cuda, mps or cpu. [default: the first available]")
+]
 FEATURES = Path("runs/features/export/features.safetensors")
 Features = Annotated[
     Path | None, typer.Option(help="Weights of the network of features (minisd train features): adds their loss.")
@@ -77,21 +83,27 @@ def autoencoder(
     decoder_only: Annotated[bool, typer.Option(help="Keep the encoder, so that cached latents stay valid.")] = False,
     whole_from: Annotated[float, typer.Option(help="From this share of the run on, whole pictures, not crops.")] = 0.75,
     features: Features = None,
+    data: Data = None,
+    side: Side = 64,
+    config: Sizes = None,
+    device: Place = None,
 ) -> None:
     """Train the autoencoder on crops, then on whole pictures."""
-    from minisd.config import TINY
     from minisd.io.diffusers_folder import load_autoencoder
     from minisd.training.autoencoder import AutoencoderTask
-    from minisd.training.data import Scenes
     from minisd.training.features import SceneFeatures
+    from minisd.training.own_pictures import read_data
 
+    with told():
+        source, sizes, _, place = read_data(scenes, data, side, config, device)
     model = None if start is None else load_autoencoder(start / "vae")
-    config = TINY.autoencoder if model is None else model.config
+    shape = sizes.autoencoder if model is None else model.config
     network = None if features is None else SceneFeatures.load(features)
     phase: dict[str, Any] = {"whole_from": whole_from, "decoder_only": decoder_only}
-    task = AutoencoderTask(Scenes(scenes), config, seed=seed, model=model, features=network, **phase)
+    task = AutoencoderTask(source, shape, seed=seed, model=model, features=network, **phase)
+    task.model.to(place)
     choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
+    run(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()
@@ -113,7 +125,7 @@ def features(
 
     task = FeaturesTask(Scenes(scenes), seed=seed)
     choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon}
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
+    run(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()
@@ -141,7 +153,7 @@ def decoder(
     autoencoder, network = load_autoencoder(start / "vae"), SceneFeatures.load(features)
     task = AdversarialTask(Scenes(scenes), autoencoder, network, seed, adversary=Adversary(share=share, alone=alone))
     choices = {"betas": (0.5, 0.9), "decays": (0.997,), "resume": resume, "bfloat16": bfloat16}
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
+    run(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()
@@ -156,15 +168,22 @@ def clip(
     resume: Resume = False,
     start: From = None,
     bfloat16: Mixed = False,
+    data: Data = None,
+    side: Side = 64,
+    config: Sizes = None,
+    device: Place = None,
 ) -> None:
     """Train the two towers of CLIP; the text tower becomes the model's text encoder."""
-    from minisd.config import TINY
     from minisd.training.clip import CLIPTask
-    from minisd.training.data import Scenes
+    from minisd.training.own_pictures import read_data
     from minisd.training.scenes import vocabulary
 
-    task = CLIPTask(Scenes(scenes), vocabulary(), TINY.text_encoder, seed=seed, start=start)
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
+    with told():
+        source, sizes, image, place = read_data(scenes, data, side, config, device)
+    words = vocabulary() if data is None else ()
+    task = CLIPTask(source, words, sizes.text_encoder, image, seed=seed, start=start)
+    task.model.to(place)
+    run(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume, bfloat16=bfloat16)
 
 
 @app.command()
@@ -202,78 +221,36 @@ def unet(
     muon: MuonOption = False,
     compile: Compiled = False,
     ceiling: Annotated[float, typer.Option(help="Of the loss's weight, as an error of clean latents.")] = 5.0,
+    data: Data = None,
+    side: Side = 64,
+    config: Sizes = None,
+    device: Place = None,
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
-    from minisd.config import TINY
     from minisd.io.diffusers_folder import load_autoencoder, load_text_encoder, load_unet
-    from minisd.training.data import Scenes
     from minisd.training.layout_loss import layouts
+    from minisd.training.own_pictures import own_latents, read_data, sheet_prompts
     from minisd.training.unet import UNetTask
 
-    data = Scenes(scenes)
+    with told():
+        source, sizes, _, place = read_data(scenes, data, side, config, device)
+    autoencoder, text_encoder = load_autoencoder(vae / "vae").to(place), load_text_encoder(text / "text_encoder")
+    cached = scenes / "latents.safetensors" if data is None else own_latents(output, autoencoder, source)
     task = UNetTask(
-        scenes / "latents.safetensors",
-        data.captions,
-        load_autoencoder(vae / "vae"),
-        load_text_encoder(text / "text_encoder"),
-        TINY,
+        cached,
+        source.captions,
+        autoencoder,
+        text_encoder.to(place),
+        sizes,
         seed=seed,
         model=None if start is None else load_unet(start / "unet"),
-        layout=layouts(data.descriptions),
+        layout=layouts(source.descriptions) if data is None else None,
         ceiling=ceiling,
+        prompts=sheet_prompts(source),
     )
+    task.model.to(place)
     choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon, "compile": compile}
-    _train(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
-
-
-@app.command()
-def lora(
-    pictures: Pictures = None,
-    output: Output = Path("runs/lora"),
-    base: Base = None,
-    rank: Annotated[int, typer.Option(min=1, help="Of the updates: more can hold more, in a larger file.")] = 8,
-    layers: Annotated[Literal["attention", "all"], typer.Option(help="Which layers of the UNet are updated.")] = "all",
-    prompts: Prompts = None,
-    steps: Steps = None,
-    minutes: Minutes = None,
-    batch: Batch = 8,
-    lr: Rate = 1e-3,
-    seed: Seed = 0,
-    resume: Resume = False,
-) -> None:
-    """Teach a model a thing or a style from a few pictures: a LoRA, for `minisd generate --lora`."""
-    from minisd.training.adapting import EXAMPLES, LoRATask
-
-    sd = _base(base)
-    with _told():
-        task = LoRATask(sd, pictures or EXAMPLES, rank=rank, layers=layers, seed=seed, prompts=prompts or ())
-    _adapt(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
-
-
-@app.command()
-def inversion(
-    token: Annotated[str, typer.Option(help="The new word.")] = "<unicorn>",
-    word: Annotated[str, typer.Option(help="The word of the captions in whose place it stands.")] = "unicorn",
-    initial: Annotated[str, typer.Option(help="The word, known to the model, from whose vector it begins.")] = "horse",
-    vectors: Annotated[int, typer.Option(min=1, help="How many vectors the word has.")] = 4,
-    pictures: Pictures = None,
-    output: Output = Path("runs/inversion"),
-    base: Base = None,
-    prompts: Prompts = None,
-    steps: Steps = None,
-    minutes: Minutes = None,
-    batch: Batch = 8,
-    lr: Rate = 5e-3,
-    seed: Seed = 0,
-    resume: Resume = False,
-) -> None:
-    """Teach a model a word from a few pictures: a textual inversion, for `minisd generate --textual-inversion`."""
-    from minisd.training.adapting import EXAMPLES, InversionTask
-
-    sd = _base(base)
-    with _told():
-        task = InversionTask(sd, pictures or EXAMPLES, token, word, initial, vectors, seed=seed, prompts=prompts or ())
-    _adapt(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, resume=resume)
+    run(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()
@@ -291,7 +268,7 @@ def judge(
 
     task = JudgeTask(seed=seed)
     choices = {"steps": steps, "minutes": minutes, "resume": resume, "decays": (0.995,), "decay_from": 0.35}
-    _train(task, output, batch=batch, lr=lr, seed=seed, **choices)
+    run(task, output, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()
@@ -330,69 +307,8 @@ def sheet(
     grid(blocks, columns=4, captions=PROMPTS).save(output, quality=92)
 
 
-def _base(model: str | None) -> StableDiffusion:
-    import torch
-
-    from minisd.pipeline.stable_diffusion import StableDiffusion
-
-    return StableDiffusion.from_pretrained(model, dtype=torch.float32)
-
-
-def _adapt(task: Any, output: Path, **choices: Any) -> None:
-    """Run a short training and say where the adapter is."""
-    _train(task, output, decays=(0.99,), warmup=20, **choices)
-    for path in sorted((output / "export").glob("*.safetensors")):
-        show(path)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Within this block wrong values and missing files are the caller's fault, and told as such."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _train(task: Any, output: Path, **choices: Any) -> None:
-    """Run the task, and add a line about this sitting to `log.jsonl` in its folder."""
-    from minisd.features.distributed import rank
-    from minisd.training.export import Sitting, log_sitting
-    from minisd.training.loop import CHECKPOINT, Options, train
-
-    if (output / CHECKPOINT).exists() and not choices["resume"]:
-        raise typer.BadParameter(
-            f"{output / CHECKPOINT} is that of an earlier training, which would be lost; "
-            "add --resume to go on with it, or choose another --output"
-        )
-    try:
-        options = Options(folder=output, **choices)
-        trainer = train(task, options)
-    except (ValueError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
-    if rank() == 0:
-        steps, last = trainer.step - trainer.began[0], trainer.losses[-100:]
-        log_sitting(
-            output / "log.jsonl",
-            Sitting(
-                part=output.name,
-                command=_command(),
-                minutes=round((trainer.elapsed - trainer.began[1]) / 60, 1),
-                steps=steps,
-                samples=steps * options.batch,
-                loss=round(sum(line["loss"] for line in last) / max(len(last), 1), 5),
-            ),
-        )
-
-
-def _command() -> str:
-    """What was typed: `minisd train …`, or this module under torchrun."""
-    from minisd.features.distributed import world_size
-
-    words = sys.argv[2:] if sys.argv[1:2] == ["train"] else sys.argv[1:]
-    together = f"torchrun --nproc-per-node {world_size()} -m minisd.training.commands"
-    return " ".join(["minisd train" if world_size() == 1 else together, *words])
-
+for command in (lora, dreambooth, inversion, full):
+    app.command()(option_groups(command))
 
 if __name__ == "__main__":
     app()

@@ -18,6 +18,8 @@ from minisd.io.atomic import save_atomically
 from minisd.training.backgrounds import SIZE
 from minisd.training.scenes import render, scene
 
+HELD_OUT_SEED = 1_000_003
+
 
 def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> None:
     """Render scenes 0…count−1 of stream `seed` into `folder`: scenes.npy (count, 192, 192, 3) and scenes.jsonl.
@@ -62,3 +64,7 @@ class Scenes:
     def images(self, indices: list[int]) -> Tensor:
         """Pictures (n, 3, 192, 192) in [-1, 1], channels last in memory."""
         return to_images(self.pixels[indices])
+
+    def held_out(self) -> np.ndarray:
+        """Eight scenes (8, 192, 192, 3) uint8 of another stream, for the sheet."""
+        return np.stack([render(scene(HELD_OUT_SEED, index)) for index in range(8)])

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,57 +25,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minisd.features.distributed import process_group, rank, world_size
-from minisd.features.validate import check_float, check_int, check_writable
 from minisd.io.atomic import save_atomically
 from minisd.io.tensors import CheckpointError, read_pickle
-from minisd.training.muon import Muon
+from minisd.training.options import Options as Options
+from minisd.training.options import learning_rate as learning_rate
+from minisd.training.options import make_optimizer
 from minisd.training.plain_attention import PlainAttention
+from minisd.training.sampling_order import Shuffled as Shuffled
+from minisd.training.sampling_order import generator as generator
 
 CHECKPOINT = "checkpoint.pt"  # of a training, in its folder
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a training runs.
-
-    folder: where checkpoints, curves and sheets go. steps: the length of the whole run. minutes: stop (and save) after
-    so long; with steps=None the learning rate follows the clock instead and reaches its end at `minutes`. batch: the
-    global batch, over all processes. decays: of the exponential moving averages kept beside the weights. bfloat16:
-    mixed precision, products and convolutions in bfloat16 and all weights in float32, faster on a CPU with AMX. muon:
-    Muon in the place of AdamW. compile: torch.compile the model first, which takes minutes and a C++ compiler.
-    """
-
-    folder: Path
-    steps: int | None = None
-    minutes: float | None = None
-    batch: int = 32
-    lr: float = 5e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    warmup: int = 100
-    decay_from: float = 0.3
-    clip: float = 1.0
-    decays: tuple[float, ...] = (0.999,)
-    seed: int = 0
-    save_minutes: float = 5.0
-    resume: bool = False
-    bfloat16: bool = False
-    muon: bool = False
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise ValueError("say how long to train: steps, minutes, or both")
-        if self.steps is not None:
-            check_int("steps", self.steps, 1, 2**31)
-        if self.minutes is not None:
-            check_float("minutes", self.minutes, 0, 1e6)
-        check_int("batch", self.batch, 1, 2**20)
-        check_int("seed", self.seed, 0, 2**63 - 1)
-        check_float("lr", self.lr, 0)
-        check_writable(self.folder)
-        if self.batch % world_size():
-            raise ValueError(f"batch={self.batch} does not divide over {world_size()} processes; choose a multiple")
 
 
 class Task(Protocol):
@@ -98,14 +58,6 @@ class Task(Protocol):
         ...
 
 
-def generator(*numbers: int) -> torch.Generator:
-    """A CPU generator whose state depends on all the given numbers, and on nothing else."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % 2**63
-    return torch.Generator().manual_seed(seed)
-
-
 Part = TypeVar("Part", bound=nn.Module)
 
 
@@ -114,37 +66,12 @@ def channels_last(module: Part) -> Part:
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-class Shuffled:
-    """An endless stream of indices below `count`: every epoch is another permutation, any position can be asked for."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def __call__(self, positions: Iterable[int]) -> list[int]:
-        return [self._index(position) for position in positions]
-
-    def _index(self, position: int) -> int:
-        epoch, place = divmod(position, self.count)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = torch.randperm(self.count, generator=generator(self.seed, epoch))
-        return int(self._order[place])
-
-
-def learning_rate(options: Options, step: int, progress: float) -> float:
-    """A short linear warm-up, a plateau, and from `decay_from` of the run on a linear descent to zero."""
-    warm = min(1.0, (step + 1) / max(options.warmup, 1))
-    descent = min(1.0, (1 - min(progress, 1.0)) / max(1 - options.decay_from, 1e-9))
-    return options.lr * warm * descent
-
-
 def average_gradients(parameters: list[nn.Parameter], *numbers: float) -> tuple[float, ...]:
     """Replace every gradient by its mean over all processes; return the means of the numbers too."""
     if world_size() == 1:
         return numbers
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients] + [torch.tensor(numbers, dtype=torch.float32)])
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [gradients[0].new_tensor(numbers)])
     dist.all_reduce(flat)
     flat /= world_size()
     pieces = flat.split([gradient.numel() for gradient in gradients] + [len(numbers)])
@@ -169,6 +96,23 @@ def draw_curves(lines: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, format="png", dpi=72)
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def tensorboard_writer(folder: Path, step: int) -> Any:
+    """Open TensorBoard's log from a step on. Raises ValueError if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("TensorBoard is not installed; run pip install tensorboard") from error
+    return SummaryWriter(folder, purge_step=step)  # type: ignore[no-untyped-call]
+
+
 class Trainer:
     """The state of a run (weights, their averages, optimiser, step, seconds) and the loop around it."""
 
@@ -177,15 +121,20 @@ class Trainer:
         if options.compile:
             task.model.compile(dynamic=False)
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
-        settings: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
-        self.optimizer: torch.optim.Optimizer = (
-            Muon(self.parameters, **settings)
-            if options.muon
-            else torch.optim.AdamW(self.parameters, fused=True, **settings)
-        )
+        self.device = self.parameters[0].device
+        factors = getattr(task, "rate_factors", {})
+        groups = [
+            {"params": params, "factor": factor}
+            for factor in sorted({factors.get(p, 1.0) for p in self.parameters}, reverse=True)
+            if (params := [p for p in self.parameters if factors.get(p, 1.0) == factor])
+        ]
+        self.optimizer = make_optimizer(options, groups)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.float16)
         self.averages = {decay: [p.detach().clone() for p in self.parameters] for decay in options.decays}
         self.step, self.elapsed = 0, 0.0
         self.losses: list[dict[str, float]] = []
+        self.writer: Any = None
+        self.sheet_seconds, self.sheet_due = 0.0, 0.0  # how long the last sheet took, and when the next may come
         if options.resume:
             self.load()
         self.began = self.step, self.elapsed  # of this sitting
@@ -196,7 +145,7 @@ class Trainer:
         return self.options.folder / CHECKPOINT
 
     def save(self) -> None:
-        """Write losses, state, curves and sample sheet; each file appears whole or not at all.
+        """Write losses, state, curves and what is exported; each file appears whole or not at all.
 
         The losses come first: after a kill between the two they know a few steps too many, which `load` drops.
         """
@@ -208,17 +157,30 @@ class Trainer:
             "model": self.task.model.state_dict(),
             "averages": {str(decay): values for decay, values in self.averages.items()},
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
         lines = "".join(json.dumps(line) + "\n" for line in self.losses)
         save_atomically(lambda path: path.write_text(lines, encoding="utf-8"), self.options.folder / "losses.jsonl")
         save_atomically(lambda path: torch.save(state, path), self.checkpoint)
         save_atomically(lambda path: draw_curves(self.losses, path), self.options.folder / "curves.png")
         with self.averaged() as model:
+            self.task.export(model, self.options.folder / "export")
+            if self.options.keep:
+                self.task.export(model, self.options.folder / f"export-{self.step:06d}")
+
+    def draw_sheet(self) -> None:
+        """Draw samples with the averaged weights."""
+        if rank():
+            return
+        began = time.monotonic()
+        with self.averaged() as model:
             sheet = self.task.sheet(model)
         if sheet is not None:
             save_atomically(
                 lambda path: sheet.save(path, format="PNG"), self.options.folder / f"sheet-{self.step:06d}.png"
             )
+        self.sheet_seconds = time.monotonic() - began
+        self.sheet_due = time.monotonic() + 9 * self.sheet_seconds
 
     def load(self) -> None:
         """Continue from the folder's checkpoint.
@@ -227,12 +189,13 @@ class Trainer:
         """
         if not self.checkpoint.exists():
             raise FileNotFoundError(f"nothing to resume: {self.checkpoint} does not exist; start without --resume")
-        for path in self.options.folder.rglob(".*.tmp") if rank() == 0 else ():
-            path.unlink(missing_ok=True)  # what a killed run was writing
+        for path in list(self.options.folder.rglob(".*.tmp")) if rank() == 0 else ():
+            remove(path)  # what a killed run was writing
         try:
             state = read_pickle(self.checkpoint)
             self.task.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state.get("scaler", {}) if self.options.float16 else {})
             self.averages = {float(decay): values for decay, values in state["averages"].items()}
             self.step, self.elapsed = state["step"], state["elapsed"]
             losses = self.options.folder / "losses.jsonl"
@@ -247,9 +210,12 @@ class Trainer:
 
     @contextmanager
     def averaged(self, decay: float | None = None) -> Iterator[nn.Module]:
-        """Within this block the model has its averaged weights (of the slowest average, unless one is named)."""
-        values = self.averages[decay or max(self.averages)]
-        own = [p.detach().clone() for p in self.parameters]
+        """Within this block the model has its averaged weights (of the slowest average, unless one is named).
+
+        Without averages it has those of the last step.
+        """
+        values = self.averages[decay or max(self.averages)] if self.averages else []
+        own = [p.detach().clone() for p in self.parameters] if values else []
         self._assign(values)
         self.task.model.eval()
         try:
@@ -260,7 +226,7 @@ class Trainer:
 
     @torch.no_grad()
     def _assign(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
+        for parameter, value in zip(self.parameters if values else (), values, strict=True):
             parameter.copy_(value)
 
     def progress(self) -> float:
@@ -272,28 +238,54 @@ class Trainer:
     def advance(self, progress: float) -> dict[str, float]:
         """Make one step: loss, gradients, clipping, AdamW, averages. Raises FloatingPointError for a loss of NaN."""
         options = self.options
-        first = self.step * options.batch
-        share = options.batch // world_size()
-        local = slice(rank() * share, (rank() + 1) * share)
-        attention = PlainAttention() if options.bfloat16 else nullcontext()
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16), attention:
-            loss, details = self.task.loss(self.step, range(first, first + options.batch), local, progress)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        values = average_gradients(self.parameters, float(loss.detach()), *details.values())
+        loss, details = self._backward(progress)
+        values = average_gradients(self.parameters, loss, *details.values())
         if not math.isfinite(values[0]):
             raise FloatingPointError(f"the loss is {values[0]} at step {self.step}; lower the learning rate")
+        self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, options.clip)
         lr = learning_rate(options, self.step, progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+            group["lr"] = lr * group.get("factor", 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
         for decay, average in self.averages.items():
             # a young average forgets faster, so that it does not remember the random start
             weight = 1 - min(decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(average, [p.detach() for p in self.parameters], weight)
         return {"loss": values[0]} | dict(zip(details, values[1:], strict=True)) | {"lr": lr}
+
+    def _backward(self, progress: float) -> tuple[float, dict[str, float]]:
+        """Set the gradients of this process's share of the batch, piece by piece; return the loss and the details."""
+        options = self.options
+        first, pieces = self.step * options.batch, options.accumulate
+        share = options.batch // world_size() // pieces
+        sums: Counter[str] = Counter()
+        total = 0.0
+        for piece in range(pieces):
+            start = (rank() * pieces + piece) * share
+            with self.precision():
+                loss, details = self.task.loss(
+                    self.step, range(first, first + options.batch), slice(start, start + share), progress
+                )
+            if piece == 0:
+                self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss / pieces).backward()
+            total += float(loss.detach()) / pieces
+            for name, value in details.items():
+                sums[name] += value / pieces  # type: ignore[assignment]
+        return total, dict(sums)
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Within this block, products and convolutions are computed as the options say."""
+        half = self.options.bfloat16 or self.options.float16
+        dtype = torch.float16 if self.options.float16 else torch.bfloat16
+        # what is computed again on the way back is computed outside this block
+        plain = self.options.bfloat16 and self.device.type == "cpu" and not getattr(self.task, "checkpointing", False)
+        with torch.autocast(self.device.type, dtype, enabled=half), PlainAttention() if plain else nullcontext():
+            yield
 
     def run(self) -> None:
         """Train until the steps or the minutes are over, saving on the way and at the end."""
@@ -310,33 +302,55 @@ class Trainer:
             out_of_time = options.minutes is not None and self.elapsed >= 60 * options.minutes
             if progress >= 1 or out_of_time:
                 break
-            if since_save > 60 * options.save_minutes:
+            if self._save_due(since_save):
                 self.save()
                 saved = time.monotonic()
+                if options.sheet_every is None and time.monotonic() >= self.sheet_due:
+                    self.draw_sheet()
             self.losses.append(self.advance(progress))
+            self._log()
             bar.update()
+            if options.sheet_every and self.step % options.sheet_every == 0 and self.step != options.steps:
+                self.draw_sheet()
             if self.step % 20 == 0:
                 recent = self.losses[-100:]
                 bar.set_postfix({key: f"{sum(x[key] for x in recent) / len(recent):.4g}" for key in recent[-1]})
         bar.close()
         self.save()
+        if options.sheet_every != 0:
+            self.draw_sheet()
+        if self.writer is not None:
+            self.writer.close()
+
+    def _save_due(self, seconds: float) -> bool:
+        every = self.options.save_every
+        if every is None:
+            return seconds > 60 * self.options.save_minutes
+        return self.step % every == 0 and self.step > self.began[0]
+
+    def _log(self) -> None:
+        """Write the last line for TensorBoard, if that is wanted."""
+        if self.options.tensorboard and rank() == 0:
+            if self.writer is None:
+                self.writer = tensorboard_writer(self.options.folder / "tensorboard", self.step)
+            for name, value in self.losses[-1].items():
+                self.writer.add_scalar(name, value, self.step)
 
     def _agree(self, *numbers: float) -> tuple[float, ...]:
         if world_size() == 1:
             return numbers
-        values = torch.tensor(numbers, dtype=torch.float64)
+        values = torch.tensor(numbers, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+        values = values.to(self.device)  # NCCL knows GPUs only
         dist.broadcast(values, 0)
         return tuple(values.tolist())
 
 
 def train(task: Task, options: Options) -> Trainer:
     """Run a training to its end, export the averaged weights to `options.folder / "export"`, and return the trainer."""
-    with process_group():
+    joined = nullcontext() if dist.is_initialized() else process_group(next(task.model.parameters()).device)
+    with joined:
         trainer = Trainer(task, options)
         trainer.run()
-        if rank() == 0:
-            with trainer.averaged() as model:
-                task.export(model, options.folder / "export")
         if world_size() > 1:
             dist.barrier()
     return trainer

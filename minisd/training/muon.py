@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[Any],
         lr: float,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),

@@ -66,12 +66,15 @@ def cache_latents(autoencoder: Autoencoder, scenes: Scenes, path: Path, batch: i
     """
     check_writable(path.parent)
     autoencoder = channels_last(autoencoder.eval())
+    device = autoencoder.quant_conv.weight.device
     share = torch.arange(len(scenes)).tensor_split(world_size())[rank()]
     parts = [
-        autoencoder.encode(scenes.images(indices.tolist()).contiguous(memory_format=torch.channels_last)).mean
+        autoencoder.encode(
+            scenes.images(indices.tolist()).to(device).contiguous(memory_format=torch.channels_last)
+        ).mean
         for indices in tqdm(share.split(batch), unit="batch", mininterval=10, disable=rank() > 0)
     ]
-    latents = torch.cat(parts).float() * autoencoder.config.scaling_factor
+    latents = torch.cat(parts).float().cpu() * autoencoder.config.scaling_factor
     shares: list[Any] = [None] * world_size()
     if world_size() > 1:
         dist.gather_object(latents, shares if rank() == 0 else None)
@@ -87,7 +90,7 @@ class UNetTask:
     dropout: the share of captions replaced by the empty one, which is what guidance needs.
     model: train this one further. layout: where the objects are; the UNet is asked for it too (see `layout.py`), with a
     weight that falls from `ask` to 0 in the course of the run. ceiling: see `loss_weight`; a higher one gives more
-    weight to the steps of least noise, where outlines are settled.
+    weight to the steps of least noise, where outlines are settled. prompts: for the sheet.
     """
 
     def __init__(
@@ -103,7 +106,9 @@ class UNetTask:
         layout: Layout | None = None,
         ask: float = 0.05,
         ceiling: float = 5.0,
+        prompts: Sequence[str] = PROMPTS,
     ) -> None:
+        self.prompts = list(prompts)
         self.latents = load_file(latents)["latents"]
         if len(self.latents) != len(captions):
             raise ValueError(f"{latents} holds {len(self.latents)} latents for {len(captions)} captions; encode again")
@@ -127,9 +132,11 @@ class UNetTask:
         dropped = torch.rand(count, generator=rng) < self.dropout
         noise = torch.randn(count, *self.latents.shape[1:], generator=rng)[local]
         indices = torch.tensor(self.order(positions))[local]
-        latents, timesteps = self.latents[indices], timesteps[local]
+        device = next(self.model.parameters()).device
+        latents, timesteps, noise = (each.to(device) for each in (self.latents[indices], timesteps[local], noise))
         with torch.no_grad():
-            context = self.text_encoder(self.ids[torch.where(dropped[local], len(self.ids) - 1, indices)])
+            ids = self.ids[torch.where(dropped[local], len(self.ids) - 1, indices)]
+            context = self.text_encoder(ids.to(device))
         noisy = self.schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         output = self.model(noisy, timesteps, context)
         prediction, answers = output if self.layout else (output, [])
@@ -147,10 +154,10 @@ class UNetTask:
 
     @torch.no_grad()
     def sheet(self, model: nn.Module) -> Image.Image:
-        """The fixed prompts, drawn with seed 0."""
+        """The prompts, drawn with seed 0."""
         model = _unet(model)
         sd = StableDiffusion(self.config, self.tokenizer, self.text_encoder, model, self.autoencoder, SAMPLING)
-        return grid(sd(list(PROMPTS), seed=[0] * len(PROMPTS), progress=False), columns=8)
+        return grid(sd(self.prompts, seed=[0] * len(self.prompts), progress=False), columns=8)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write `unet/` as diffusers does."""

@@ -1,7 +1,7 @@
 """Trainings killed at random points, in the middle of a save too: what is resumed equals what was never killed.
 
-Usually three parts are killed three times each. MINISD_KILLS=60 kills sixty times, twelve times
-each of five parts.
+Usually four parts are killed three times each. MINISD_KILLS=70 kills seventy times, ten times
+each of seven parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from PIL import Image
 from minisd.training.data import render_scenes
 
 SCRIPT = Path(__file__).parents[1] / "killed_training.py"
-PARTS = ["autoencoder", "lora", "inversion", *(["clip", "unet"] if "MINISD_KILLS" in os.environ else [])]
+TUNED = ("lora", "inversion", "dreambooth", "full")
+PARTS = ["autoencoder", "lora", "inversion", "dreambooth"]
+PARTS += ["full", "clip", "unet"] if "MINISD_KILLS" in os.environ else []
 SEED = os.environ.get("MINISD_SEED", "0")
 KILLS = max(3, int(os.environ.get("MINISD_KILLS", 0)) // len(PARTS))
 
@@ -40,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(120 + 60 * KILLS)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_killed_training_loses_nothing(part, data, small_model, tmp_path, record_property):
-    source = data / ("pictures" if part in ("lora", "inversion") else "scenes")
+    source = data / ("pictures" if part in TUNED else "scenes")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), part, str(source), str(small_model), str(tmp_path), str(KILLS), SEED],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
