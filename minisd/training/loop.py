@@ -80,7 +80,7 @@ class Options:
 class Task(Protocol):
     """What a part brings to the loop."""
 
-    model: nn.Module
+    model: nn.Module  # may be accompanied by `rates`: modules, and by what their learning rate is multiplied
 
     def loss(self, step: int, positions: range, local: slice, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Return the mean loss over this process's slice of the global batch, and numbers worth logging.
@@ -178,10 +178,12 @@ class Trainer:
             task.model.compile(dynamic=False)
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         settings: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "weight_decay": options.weight_decay}
+        groups = [
+            {"params": [p for p in part.parameters() if p.requires_grad], "factor": factor}
+            for part, factor in getattr(task, "rates", {task.model: 1.0}).items()
+        ]
         self.optimizer: torch.optim.Optimizer = (
-            Muon(self.parameters, **settings)
-            if options.muon
-            else torch.optim.AdamW(self.parameters, fused=True, **settings)
+            Muon(self.parameters, **settings) if options.muon else torch.optim.AdamW(groups, fused=True, **settings)
         )
         self.averages = {decay: [p.detach().clone() for p in self.parameters] for decay in options.decays}
         self.step, self.elapsed = 0, 0.0
@@ -286,7 +288,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.parameters, options.clip)
         lr = learning_rate(options, self.step, progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("factor", 1.0)
         self.optimizer.step()
         self.step += 1
         for decay, average in self.averages.items():
