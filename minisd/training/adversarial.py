@@ -32,6 +32,7 @@ class Adversary:
     share: the adversarial loss's gradient at the decoder's last layer, as a multiple of the reconstruction loss's.
     alone: for the first steps only the discriminator learns, since an untrained one gives no direction.
     ramp: over how many steps after these the share grows to its full size. ceiling: of the adaptive weight.
+    faster: the discriminator's learning rate, as a multiple of the decoder's; with equal rates it lost.
     mix: how far the exported weights lie on the way from the first ones to the last; below 1 there are fewer halos.
     """
 
@@ -39,6 +40,7 @@ class Adversary:
     alone: int = 800
     ramp: int = 100
     ceiling: float = 2.0
+    faster: float = 4.0
     mix: float = 0.9
 
     def at(self, step: int) -> float:
@@ -71,6 +73,7 @@ class AdversarialTask:
         self.autoencoder, self.discriminator = autoencoder, PatchDiscriminator()
         parts = {"autoencoder": self.autoencoder, "discriminator": self.discriminator}
         self.model: nn.Module = channels_last(nn.ModuleDict(parts))
+        self.rate_factors = dict.fromkeys(self.discriminator.parameters(), self.adversary.faster)
         self.first = deepcopy(autoencoder).requires_grad_(False)
         self.order = Shuffled(len(scenes), seed)
 

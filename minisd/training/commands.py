@@ -139,7 +139,7 @@ def decoder(
     steps: Steps = None,
     minutes: Minutes = None,
     batch: Batch = 4,
-    lr: Rate = 2.5e-4,
+    lr: Rate = 1e-4,
     seed: Seed = 0,
     resume: Resume = False,
     bfloat16: Mixed = False,

@@ -92,7 +92,7 @@ def _listed(folder: Path, listing: Path) -> Iterator[Example]:
 
 
 def _lines(listing: Path) -> Iterable[Any]:
-    """The lines of a listing: text for JSON, dictionaries for CSV. A caption may hold any character but a line's end."""
+    """The lines of a listing: text for JSON, dictionaries for CSV. Only \\r and \\n end a line."""
     try:
         text = listing.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
