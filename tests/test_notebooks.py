@@ -32,6 +32,7 @@ LESSONS = [page for page in PAGES if page.parent == FOLDER]
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|work|opt|usr|var|mnt|private)/|[A-Z]:\\\\?\w")
 IMAGES = ("image/png", "image/jpeg")
 WITH_A_BLANK_LINE = ("00_tour", "02_autoencoder", "03_tokenizer", "04_text_encoder")
+TWO_LAYERS = ("05_attention", "06_schedule", "07_unet", "08_samplers", "09_guidance")
 ANY_MODEL = ("00_tour.ipynb", "05_attention.ipynb", "07_unet.ipynb", "10_pipeline.ipynb")
 
 
@@ -180,6 +181,29 @@ def test_blank_lines_have_a_folded_answer_and_the_next_cell_has_it(path):
             r"<details><summary>Answer</summary>\n\n```python\n(.*?)\n```\n\n</details>", cells[i + 1].source, re.DOTALL
         )
         assert answer and answer[1] in cells[i + 2].source and cells[i + 2].cell_type == "code"
+
+
+@pytest.mark.parametrize("name", TWO_LAYERS)
+def test_core_path_is_read_in_half_an_hour(name):
+    """Sections headed "Deeper" are folded. What is left before the exercises is at most 25 cells and 1,800 words.
+
+    Formulas count as nothing, or as one word within a line; folded answers are not counted.
+    """
+    cells = nbformat.read(FOLDER / f"{name}.ipynb", 4).cells
+    core, words, deeper = 0, 0, False
+    for cell in cells[: your_turn(cells)]:
+        heads = [line for line in cell.source.splitlines() if line.startswith("## ") and cell.cell_type == "markdown"]
+        assert heads in ([], cell.source.splitlines()[:1]), f"a heading within a cell: {heads}"
+        deeper = heads[0].startswith("## Deeper") if heads else deeper
+        assert bool(cell.metadata.get("jp-MarkdownHeadingCollapsed")) == bool(heads and deeper), heads
+        core += not deeper
+        if cell.cell_type == "markdown" and not deeper:
+            prose = re.sub(r"<details>.*?</details>|\$\$.*?\$\$|```.*?```", "", cell.source, flags=re.DOTALL)
+            words += len(re.findall(r"[^\W_]+(?:['’.\-][^\W_]+)*", re.sub(r"\$[^$]*\$", "x", prose)))
+    assert core <= 25 and words <= 1800, (core, words)
+    assert "**Core path**" in cells[0].source
+    questions = sum(cell.source.count("<details><summary>Question") for cell in cells)
+    assert 3 <= questions <= 5
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
