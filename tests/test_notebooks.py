@@ -31,6 +31,7 @@ PAGES = [*sorted(FOLDER.glob("*.ipynb")), *sorted(FOLDER.glob("solutions/*.ipynb
 LESSONS = [page for page in PAGES if page.parent == FOLDER]
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|work|opt|usr|var|mnt|private)/|[A-Z]:\\\\?\w")
 IMAGES = ("image/png", "image/jpeg")
+LAYERED = LESSONS[10:]  # with a core path, and deeper sections that are folded
 WITH_A_BLANK_LINE = ("00_tour", "02_autoencoder", "03_tokenizer", "04_text_encoder")
 TWO_LAYERS = ("05_attention", "06_schedule", "07_unet", "08_samplers", "09_guidance")
 ANY_MODEL = ("00_tour.ipynb", "05_attention.ipynb", "07_unet.ipynb", "10_pipeline.ipynb")
@@ -155,6 +156,44 @@ def test_answers_are_folded_until_they_are_asked_for(path, regenerate):
         assert cells[i + 1].cell_type == "markdown", f"no words about the output of cell {i}"
     assert len(folded) >= len(asked) > 0
     assert [cell.metadata for cell in regenerate.strip(notebook).cells] == [cell.metadata for cell in cells]
+
+
+def core_path(cells: list[NotebookNode]) -> list[NotebookNode]:
+    """The cells that JupyterLab shows before the questions: a folded heading hides all up to the next of its level."""
+    found, hidden = [], 0
+    for cell in cells:
+        heading = re.match(r"(#+) ", cell.source) if cell.cell_type == "markdown" else None
+        if "## Check yourself" in cell.source:
+            break
+        if heading and len(heading[1]) <= hidden:
+            hidden = 0
+        if cell.metadata.get("jp-MarkdownHeadingCollapsed"):
+            assert heading, "only a heading can be folded"
+            hidden = hidden or len(heading[1])
+        if not hidden:
+            found.append(cell)
+    return found
+
+
+@pytest.mark.parametrize("path", LAYERED, ids=lambda path: path.stem)
+def test_core_path_is_short_and_the_rest_is_folded(path):
+    cells = nbformat.read(path, 4).cells
+    core = core_path(cells)
+    assert len(core) <= 25
+    assert sum(len(cell.source.split()) for cell in core if cell.cell_type == "markdown") <= 1800
+    for cell in cells:
+        deeper = cell.cell_type == "markdown" and re.findall(r"^#+ (Deeper:)?.*$", cell.source, re.MULTILINE)
+        assert bool(deeper and deeper[0]) == cell.metadata.get("jp-MarkdownHeadingCollapsed", False), cell.source[:40]
+        assert not deeper or not any(deeper[1:]), f"a second heading to fold in {cell.source[:40]!r}"
+    assert "**Core path**" in cells[0].source
+    asked = next(cell.source for cell in cells if "## Check yourself" in cell.source)
+    assert 3 <= asked.count("<details><summary>Answer</summary>") == asked.count("</details>") <= 5
+
+
+@pytest.mark.parametrize("path", LAYERED, ids=lambda path: path.stem)
+def test_lines_of_code_are_short(path):
+    lines = [line for cell in code_cells(nbformat.read(path, 4)) for line in cell.source.splitlines()]
+    assert [line for line in lines if len(line) > 100] == []
 
 
 def your_turn(cells: list[NotebookNode]) -> int:

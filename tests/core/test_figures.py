@@ -168,3 +168,12 @@ def test_slider_redraws_when_it_moves(shown, monkeypatch):
     handle.value = 4
     assert drawn == [0, 4] and frame.value != before
     assert Image.open(io.BytesIO(frame.value)).getpixel((0, 0)) == (4, 0, 0)
+
+
+def test_load_model_takes_the_dtype_that_minisd_dtype_names(monkeypatch, small_model):
+    monkeypatch.setenv("MINISD_MODEL", str(small_model))
+    monkeypatch.setenv("MINISD_DTYPE", "float16")
+    assert figures.load_model().dtype == torch.float16
+    monkeypatch.setenv("MINISD_DTYPE", "float8")
+    with pytest.raises(ValueError, match="MINISD_DTYPE='float8'; expected float32, float16 or bfloat16"):
+        figures.load_model()
