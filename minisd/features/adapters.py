@@ -172,8 +172,13 @@ def layers_of(parts: Mapping[str, nn.Module]) -> dict[str, Layer]:
 
 
 def default_name(path: Path, taken: Collection[str]) -> str:
-    """Return the name of a LoRA: the file's stem or, if that is taken, folder/stem."""
-    return path.stem if path.stem not in taken else f"{path.resolve().parent.name}/{path.stem}"
+    """Return the name of a LoRA: the file's stem or, while that is taken, one with another folder before it."""
+    name = path.stem
+    for folder in path.resolve().parents:
+        if name not in taken:
+            break
+        name = f"{folder.name}/{name}"
+    return name
 
 
 def _check_weight(name: str, weight: Any, parts: Collection[str]) -> dict[str, float]:

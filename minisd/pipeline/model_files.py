@@ -98,7 +98,7 @@ class ModelFiles:
 
         Args:
             path: A .safetensors, .bin or .pt file in diffusers, peft or kohya format, or a folder containing one.
-            name: A unique name, by default the file's stem or, if that is taken, folder/stem.
+            name: A unique name, by default the file's stem or, if that is taken, folder/stem, and so on.
             weight: The factor to scale the updates by, or one per part: {"unet": 0.8, "text_encoder": 0.5}. The update
                 of a DoRA is scaled as a whole, as in the web UI.
 
@@ -138,16 +138,27 @@ class ModelFiles:
                 raise ValueError(
                     f"the prompt names the LoRA {name!r}; load it, or pass its folder as lora_folder or --lora-folder"
                 )
-            files = [path for path in sorted(check_path("lora_folder", self.lora_folder).rglob("*")) if path.is_file()]
-            paths = {path.stem: path for path in files if path.suffix in (".safetensors", ".pt", ".bin")}
-            if name not in paths:
-                known = ", ".join(paths) or "none"
-                raise ValueError(f"the prompt names the LoRA {name!r}, which is not in {self.lora_folder}: {known}")
-            if paths[name] not in self._folder_loras:
+            path = self._find_file(check_path("lora_folder", self.lora_folder), name)
+            if path not in self._folder_loras:
                 parts = {"unet": self.unet, "text_encoder": self.text_encoder}
-                self._folder_loras[paths[name]] = read_lora(paths[name], parts)
-            found[name] = self._folder_loras[paths[name]]
+                self._folder_loras[path] = read_lora(path, parts)
+            found[name] = self._folder_loras[path]
         return found
+
+    @staticmethod
+    def _find_file(folder: Path, name: str) -> Path:
+        """Return the only LoRA of this name, or folder/name, in a folder and its subfolders."""
+        files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".pt", ".bin")]
+        paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files if path.is_file()}
+        fitting = [each for each in paths if f"/{each}".endswith(f"/{name}")]
+        if not fitting:
+            known = ", ".join(path.stem for path in paths.values()) or "none"
+            raise ValueError(f"the prompt names the LoRA {name!r}, which is not in {folder}: {known}")
+        if len(fitting) > 1 and name not in fitting:
+            raise ValueError(
+                f"the prompt names the LoRA {name!r}, and {folder} has several: {', '.join(fitting)}; name one of these"
+            )
+        return paths[name if name in fitting else fitting[0]]
 
     def set_adapters(self: StableDiffusion, weights: Mapping[str, Weight]) -> None:
         """Set the weights of the named LoRAs, each a number or one per part, and disable all others.

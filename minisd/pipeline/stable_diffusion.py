@@ -235,7 +235,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
         active = ", ".join(self.adapters.active) if self.adapters.loras else ""
         return check_finite(output, f"{part} with LoRA {active}" if active else part)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_text(self, prompts: Prompt, clip_skip: int = 1) -> Tensor:
         """Encode prompts, with optional weights in brackets, to text embeddings (n, 77·k, width).
 
@@ -254,7 +254,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
 
         return encode_prompts(texts, self.tokenizer, encode)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_image(self, image: ImageInput) -> Tensor:
         """Encode a PIL image or a tensor (n, 3, h, w) in [-1, 1] to latents (n, 4, h/8, w/8): the scaled mean.
 
@@ -267,12 +267,12 @@ class StableDiffusion(ImageEditing, ModelFiles):
             mean = self._tiled(lambda x: self.autoencoder.encode(x).mean, images.to(self.device, self.dtype))
         return check_finite(mean * self.config.autoencoder.scaling_factor, "autoencoder's encoder")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Decode scaled latents (n, 4, h/8, w/8), of roughly unit variance, to PIL images; see `decode_to_tensor`."""
         return to_pil(self.decode_to_tensor(latents))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_to_tensor(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (n, 4, h/8, w/8) to images (n, 3, h, w), roughly in [-1, 1] and not clamped.
 

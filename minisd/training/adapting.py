@@ -47,7 +47,7 @@ def read_examples(folder: Path, side: int) -> tuple[Tensor, list[str]]:
     for number, line in enumerate(listing.read_text(encoding="utf-8-sig").splitlines(), start=1):
         try:
             item = parse_json(line)
-            path, text = check_inside(folder, item["file_name"]), item["text"]
+            path, (text,) = check_inside(folder, item["file_name"]), check_strings("text", item["text"])
             check_length(text)
             picture = read_picture(path, side, side)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

@@ -219,7 +219,7 @@ def unet(
         TINY,
         seed=seed,
         model=None if start is None else load_unet(start / "unet"),
-        layout=layouts(data.descriptions),
+        layout=layouts(data.descriptions) if all("things" in scene for scene in data.descriptions) else None,
         ceiling=ceiling,
     )
     choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon, "compile": compile}
