@@ -7,22 +7,28 @@ import os
 import socket
 import webbrowser
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from minisd.app.options import Device, LoraFolder, Precision
+from minisd.app.options import LoadOptions, option_groups
 from minisd.features.distributed import log, show
 
 
+@dataclass(frozen=True)
+class ServedModel(LoadOptions):
+    """The options for loading a model, with the model as an argument."""
+
+    model: Annotated[str | None, typer.Argument(help="Hub id, folder, .safetensors or .ckpt. [default: tiny]")] = None
+
+
+@option_groups
 def serve(
-    model: Annotated[str | None, typer.Argument(help="Hub id, folder, .safetensors or .ckpt. [default: tiny]")] = None,
+    loading: ServedModel,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
-    device: Device = None,
-    dtype: Precision = None,
-    lora_folder: LoraFolder = None,
     browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Draw pictures in the browser, with step-by-step previews and attention maps for each word.
@@ -33,6 +39,7 @@ def serve(
     Examples:
       minisd serve
       minisd serve stable-diffusion-v1-5/stable-diffusion-v1-5 --port 8080 --open
+      minisd serve model.safetensors --vae vae.safetensors --lora style.safetensors:0.8 --offload
     """
     for package in ("starlette", "uvicorn"):
         try:
@@ -46,13 +53,10 @@ def serve(
                 f"warning: --host {host} lets anyone on the network use this page and draw on this machine; "
                 "there is no password. Omit --host to restrict access to this machine"
             )
-        from minisd.app.provenance import Provenance
-        from minisd.features.validate import dtype_of
-        from minisd.pipeline.stable_diffusion import StableDiffusion
+        from minisd.pipeline.provenance import Provenance
 
-        precision = None if dtype is None else dtype_of(dtype)
-        sd = StableDiffusion.from_pretrained(model, device=device, dtype=precision, lora_folder=lora_folder)
-        provenance = Provenance.of(sd, model)
+        sd = loading.load()
+        provenance = Provenance.of(sd, loading.model, loading.vae)
         log(f"{provenance.model} on {sd.device} in {provenance.precision}")
         from minisd.app.web import build, server
 

@@ -1,4 +1,4 @@
-"""What a user meets who trains: missing packages, other options on resuming, captions and scenes that lack something."""
+"""Short trainings without matplotlib, resumed with other options, and on data that lacks something."""
 
 from __future__ import annotations
 
