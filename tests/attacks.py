@@ -32,7 +32,6 @@ from safetensors.torch import save_file
 
 from minisd import StableDiffusion
 from minisd.app import cli
-from minisd.app.metadata import read_parameters, write_png
 from minisd.bench import compare
 from minisd.bench.process import Process
 from minisd.features.distributed import show
@@ -45,6 +44,7 @@ from minisd.io.configs import parse_json
 from minisd.io.pictures import read_picture
 from minisd.io.tensors import CheckpointError, read_header
 from minisd.lora import LoRA, LowRank
+from minisd.pipeline.metadata import read_parameters, write_png
 from minisd.tokenizer import Tokenizer
 
 Attack = Callable[[int, random.Random, Path], Counter[str]]

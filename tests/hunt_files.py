@@ -306,11 +306,11 @@ class Hunt:
         self.strange += [path.read_bytes() for path in sorted({self.folder / name for name, _ in self.cases})]
 
     def _cases(self) -> list[tuple[str, Callable[[Path], Any]]]:
-        from minisd.app.metadata import read_parameters
         from minisd.io import checkpoint
         from minisd.io.adapter_files import read_lora, read_textual_inversion
         from minisd.io.pictures import read_picture
         from minisd.io.tokenizer_files import read_tokenizer
+        from minisd.pipeline.metadata import read_parameters
 
         def model(path: Path) -> Any:
             loaded = checkpoint.load(path, config=self.config) if path.is_file() else checkpoint.load(path)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from minisd import StableDiffusion
-from minisd.app.provenance import Provenance
 from minisd.app.serve import _listen
 from minisd.app.web import build, server
+from minisd.pipeline.provenance import Provenance
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ everything else to stderr. Exit codes: 0 success, 1 failure, 2 invalid request, 
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import sys
 import time
@@ -20,6 +22,7 @@ import typer
 
 from minisd import __version__
 from minisd.app.export import export
+from minisd.app.merge import merge
 from minisd.app.options import (
     MAX_IMAGES,
     PICTURES,
@@ -27,6 +30,7 @@ from minisd.app.options import (
     Output,
     Overwrite,
     Prediction,
+    Preset,
     RequestOptions,
     SettingsOptions,
     Vae,
@@ -63,12 +67,22 @@ app.command()(bench)
 app.command()(evaluate)
 app.command()(export)
 app.command()(serve)
+app.command()(merge)
+
+
+class LogHandler(logging.Handler):
+    """Prints what the library logs like the command's own lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        distributed.log(record.getMessage())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Errors are printed as one line, or as a traceback if MINISD_DEBUG=1."""
     if isinstance(sys.stdout, TextIOWrapper):  # as on stderr: characters that its encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+    handler = LogHandler()
+    logging.getLogger("minisd").addHandler(handler)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: distributed.log(f"warning: {message}")
         try:
@@ -78,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             code, message = _explain(error)
             distributed.log(message)
+        finally:
+            logging.getLogger("minisd").removeHandler(handler)
     if code == 130:
         distributed.log("interrupted")
     return code
@@ -113,8 +129,9 @@ def generate(context: typer.Context, request: RequestOptions, changes: SettingsO
 
     --prompts reads a .txt file with one prompt per line, skipping lines that start with #, or a .jsonl file with one
     object per line: {"prompt": "a fox", "seed": 7, "name": "fox"}. Further keys are negative_prompt, images, preset,
-    and settings by their Python names, such as num_inference_steps; they default to the options of the command. All
-    lines are validated before the first picture is drawn. Rerun the command to draw missing pictures, and use
+    image, mask, outpaint, loras as in {"style": 0.8}, and settings by their Python names, such as num_inference_steps;
+    they default to the options of the command. Pictures are looked for in the folder of the file. All lines are
+    validated before the first picture is drawn. Rerun the command to draw missing pictures, and use
     `torchrun --nproc-per-node 2 -m minisd generate …` to distribute the work.
     """
     _check_modes(context, request)
@@ -151,13 +168,14 @@ def _draw(
     from minisd.app.jobs import Job, Source, Target, draw_folder, draw_images, folder_sources, model_side
     from minisd.app.manifest import draw_missing
     from minisd.app.prompts_file import plan_jobs
-    from minisd.app.provenance import Provenance
+    from minisd.pipeline.provenance import Provenance
     from minisd.pipeline.settings import Settings
 
     images, batch = values.get("images") or 1, request.batch or 4
     same_images = like is not None and request.images is None and request.image is None
     grid = request.grid or (same_images and images > 1)
-    inputs = request.mask, values.get("outpaint"), values.get("strength")
+    # of a prompts file, a line without an image is checked on its own
+    inputs = request.mask, values.get("outpaint"), None if prompts else values.get("strength")
     folder = request.image if request.image is not None and request.image.is_dir() else None
     sources = [Source.read(request.image, *inputs)] if folder is None else folder_sources(folder, *inputs)
     source = sources[0]
@@ -211,8 +229,11 @@ def interpolate(
     loading: LoadOptions,
     seeds: Annotated[tuple[int, int], typer.Option(help="Seeds of the first and last picture.")] = (0, 1),
     count: Annotated[int, typer.Option("--images", "-n", min=2, max=MAX_IMAGES, help="Number of pictures.")] = 8,
+    negative: Annotated[str, typer.Option(help="Negative prompt: what to avoid.")] = "",
+    preset: Preset = None,
     output: Output = None,
     overwrite: Overwrite = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the file name.")] = False,
 ) -> None:
     """Interpolate between two prompts and seeds, and save the pictures side by side in one file.
 
@@ -221,15 +242,18 @@ def interpolate(
       minisd interpolate "a red car on the beach" "a blue car in the snow" --seeds 3 3
     """
     from minisd.app.jobs import Job, Target, model_side
-    from minisd.app.provenance import Provenance
     from minisd.images import grid
+    from minisd.pipeline.provenance import Provenance
 
     target = Target.parse(output, f"{start} to {end}", several=False, overwrite=overwrite)
-    sd = loading.load()
-    _log_notices(sd, [{"prompt": start}, {"prompt": end}], distributed.log)
-    values = {"prompt": f"{start} to {end}", "seed": seeds[0]} | vars(changes)
+    log = _ignore if quiet else distributed.log
+    sd = loading.load(log=log)
+    shared = {"negative_prompt": negative, "preset": preset}
+    _log_notices(sd, [{"prompt": start} | shared, {"prompt": end}], log)
+    values = {"prompt": f"{start} to {end}", "seed": seeds[0]} | shared | vars(changes)
     job = Job.create(values, sd.defaults, model_side(sd))
-    pictures = sd.interpolate((start, end), seeds, count, **job.arguments)
+    options = job.arguments | {"negative_prompt": negative, "progress": False if quiet else None}
+    pictures = sd.interpolate((start, end), seeds, count, **options)
     job = replace(job, images=count, interpolation=seeds)
     target.save(grid(pictures, columns=count), job, Provenance.of(sd, loading.model, loading.vae))
 
@@ -241,6 +265,7 @@ def info(
     vae: Vae = None,
     prediction: Prediction = None,
     raw: Annotated[bool, typer.Option("--raw", help="Print a picture's raw metadata text.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for other programs.")] = False,
 ) -> None:
     """Show information about a model, or the settings of a picture drawn by minisd, AUTOMATIC1111's web UI or similar.
 
@@ -250,17 +275,23 @@ def info(
       minisd info v1-5-pruned-emaonly.safetensors
       minisd info fox.png
       minisd info fox.png --raw
+      minisd info fox.png --json
     """
     if not source.lower().endswith(PICTURES):
         from minisd.io.checkpoint import open_checkpoint
 
-        show(open_checkpoint(source, variant=variant, vae=vae, prediction_type=prediction).describe())
+        checkpoint = open_checkpoint(source, variant=variant, vae=vae, prediction_type=prediction)
+        show(json.dumps(checkpoint.summary(), ensure_ascii=False) if as_json else checkpoint.describe())
         return
-    from minisd.app.metadata import describe, no_metadata, parse_parameters, read_texts
+    from minisd.pipeline.metadata import describe, no_metadata, parse_parameters, read_texts
 
-    text, _, program = read_texts(source)
+    text, record, program = read_texts(source)
     if text is None:
         raise no_metadata(source, program)
+    if as_json:
+        parsed = parse_parameters(text)
+        show(json.dumps(vars(parsed) | {"settings": {**parsed.settings}, "record": record}, ensure_ascii=False))
+        return
     show(text if raw else describe(parse_parameters(text)))
 
 

@@ -17,9 +17,7 @@ import typer
 from PIL import Image
 
 from minisd import __version__
-from minisd.app.metadata import parameters_text, save_png
 from minisd.app.options import PICTURES
-from minisd.app.provenance import Provenance, file_hash
 from minisd.editing import extend_canvas
 from minisd.features.distributed import show
 from minisd.features.pictures import to_rgb
@@ -30,6 +28,8 @@ from minisd.images import grid as lay_out
 from minisd.io.diffusers_folder import Defaults
 from minisd.io.pictures import opened_picture, read_picture
 from minisd.pipeline.checks import check_margins, resolve_seeds
+from minisd.pipeline.metadata import parameters_text, save_png
+from minisd.pipeline.provenance import Provenance, file_hash
 from minisd.pipeline.settings import SETTINGS, Settings, format_number
 from minisd.pipeline.stable_diffusion import StableDiffusion
 

@@ -19,13 +19,13 @@ from typing import Any
 from PIL import Image
 
 from minisd.app.jobs import Job, batches, draw
-from minisd.app.metadata import KEY, save_png
-from minisd.app.provenance import Provenance
 from minisd.features.distributed import process_group, rank, rank_zero_first, show, sum_over_ranks, world_size
 from minisd.io.atomic import save_atomically
 from minisd.io.configs import parse_json
 from minisd.pipeline.checks import resolve_seeds
+from minisd.pipeline.metadata import KEY, save_png
 from minisd.pipeline.prompting import read_prompts
+from minisd.pipeline.provenance import Provenance
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
 MANIFEST = "manifest.jsonl"

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from minisd.app.provenance import split_lora
 from minisd.features import distributed
 from minisd.features.distributed import local_device
 from minisd.features.option_groups import option_groups as option_groups
 from minisd.features.presets import PRESETS
+from minisd.pipeline.provenance import split_lora
 from minisd.pipeline.settings import SETTINGS, Setting
 
 if TYPE_CHECKING:
@@ -38,6 +38,12 @@ Output = Annotated[
     str | None, typer.Option("--output", "-o", help="A .png file or a folder. [default: named after the prompt]")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files instead of numbering them.")]
+
+
+Preset: Any = Annotated[
+    Literal[tuple(PRESETS)] | None,
+    typer.Option(help="Named group of settings that trades a little quality for speed."),
+]
 
 
 def existing(help: str, folder: bool = False) -> Any:
@@ -68,10 +74,7 @@ class RequestOptions:
         tuple[int, int, int, int] | None,
         typer.Option(help="Extend --image by pixels on the left, right, top and bottom.", metavar="L R T B"),
     ] = None
-    preset: Annotated[
-        Literal[tuple(PRESETS)] | None,  # type: ignore[valid-type]
-        typer.Option(help="Named group of settings that trades a little quality for speed."),
-    ] = None
+    preset: Preset = None
     output: Output = None
     overwrite: Overwrite = False
     grid: Annotated[bool, typer.Option("--grid", help="Arrange the pictures in a grid in one file.")] = False

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from minisd.app.jobs import Job, Source, assign_batches, slug
 from minisd.io.configs import parse_json
 from minisd.io.diffusers_folder import Defaults
-from minisd.pipeline.settings import SETTINGS, Setting, Settings
+from minisd.pipeline.settings import SETTINGS, Setting, Settings, format_number
 
 MAX_IMAGES = 1_000_000  # per line
 NAME = re.compile(r"\w(?:[\w .,()+=@-]*[\w)+=@-])?")
@@ -24,15 +28,20 @@ KEYS: Mapping[str, Setting] = {
     "preset": Setting(str),
     "images": Setting(int),
     "name": Setting(str),
-} | {name: setting for name, setting in SETTINGS.items() if setting.in_file}
+    "image": Setting(str),
+    "mask": Setting(str),
+    **SETTINGS,
+}
+OTHERS = ("outpaint", "loras")  # keys whose values are lists or objects
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A line of a prompts file: its location, for error messages, and its values."""
+    """A line of a prompts file: its location, for error messages, its values, and the folder of its pictures."""
 
     where: str
     values: Mapping[str, Any]
+    folder: Path = Path()
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -60,7 +69,7 @@ def read_prompts(path: Path) -> list[Prompt]:
                     raise ValueError(f"{name} has a null or surrogate character, which is not text: {value!r}")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        prompts.append(Prompt(where, values))
+        prompts.append(Prompt(where, values, path.parent))
     if not prompts:
         raise ValueError(f"{path} contains no prompts; expected one per line")
     return prompts
@@ -76,9 +85,19 @@ def _parse(text: str) -> dict[str, Any]:
     if "prompt" not in values:
         raise ValueError('missing key "prompt"; expected {"prompt": "a fox"}')
     for name in values:
-        if name not in KEYS:
-            raise ValueError(f"{name!r} is not a setting; expected one of {', '.join(KEYS)}")
-    return {name: KEYS[name].from_json(name, value) for name, value in values.items()}
+        if name not in KEYS and name not in OTHERS:
+            raise ValueError(f"{name!r} is not a setting; expected one of {', '.join((*KEYS, *OTHERS))}")
+    margins, loras = values.pop("outpaint", None), values.pop("loras", {})
+    parsed = {name: KEYS[name].from_json(name, value) for name, value in values.items()}
+    if margins is not None:
+        if not isinstance(margins, list) or len(margins) != 4 or any(type(side) is not int for side in margins):
+            raise ValueError(f"outpaint is {json.dumps(margins)}; expected pixels on the left, right, top and bottom")
+        parsed["outpaint"] = tuple(margins)
+    kinds = isinstance(loras, dict) and all(type(weight) in (int, float) for weight in loras.values())
+    if not kinds or not all(re.fullmatch("[^<>:]+", name) for name in loras):
+        raise ValueError(f'loras is {json.dumps(loras)}; expected weights by name, such as {{"style": 0.8}}')
+    parsed["prompt"] += "".join(f" <lora:{name}:{format_number(weight)}>" for name, weight in loras.items())
+    return parsed
 
 
 def plan_jobs(
@@ -101,13 +120,16 @@ def plan_jobs(
     jobs: list[Job] = []
     taken: dict[str, str] = {}
     digits = max(4, len(str(len(prompts))))
+    read = cache(partial(_read_source, source or Source()))  # many lines may begin with one picture
     for number, prompt in enumerate(prompts, 1):
         try:
             values = {**options, **prompt.values}
             images = 1 if values.get("images") is None else values["images"]
             if not 1 <= images <= MAX_IMAGES:
                 raise ValueError(f"images={images}; expected an integer from 1 to {MAX_IMAGES}")
-            job = Job.create(values, defaults, side, source)
+            files = (prompt.values.get(name) for name in ("image", "mask"))
+            own = read(*(file and prompt.folder / file for file in files), prompt.values.get("outpaint"))
+            job = Job.create(values, defaults, side, own)
             job = replace(job, where=prompt.where, seed_drawn=job.seed is None)
             name = prompt.values.get("name")
             stem = f"{number:0{digits}}-{slug(job.prompt)}" if name is None else _check_name(name)
@@ -119,9 +141,22 @@ def plan_jobs(
                     raise ValueError(f"duplicate file name {file}, also used by {taken[same]}; choose another name")
                 taken[same] = prompt.where
                 jobs.append(replace(job, file=file, seed=None if job.seed is None else job.seed + at))
-        except ValueError as error:
+        except (ValueError, typer.BadParameter) as error:
             raise ValueError(f"{prompt.where}: {error}") from error
     return assign_batches(jobs, batch)
+
+
+def _read_source(
+    default: Source, image: Path | None, mask: Path | None, outpaint: tuple[int, int, int, int] | None
+) -> Source:
+    """Return the source of a line, whose own pictures and margins come before those of the command's options."""
+    if not (image or mask or outpaint):
+        return default
+    for name, path in (("image", image), ("mask", mask)):
+        if path and not path.is_file():
+            raise ValueError(f"{name} {path} is not a file; paths start from the folder of the prompts file")
+    mask = mask or (None if outpaint else default.mask)
+    return Source.read(image or default.image, mask, outpaint or (None if mask else default.outpaint))
 
 
 def _check_name(name: str) -> str:

@@ -39,6 +39,7 @@ def serve(
     Examples:
       minisd serve
       minisd serve stable-diffusion-v1-5/stable-diffusion-v1-5 --port 8080 --open
+      minisd serve model.safetensors --vae vae.safetensors --lora style.safetensors:0.8 --offload
     """
     for package in ("starlette", "uvicorn"):
         try:
@@ -52,7 +53,7 @@ def serve(
                 f"warning: --host {host} lets anyone on the network use this page and draw on this machine; "
                 "there is no password. Omit --host to restrict access to this machine"
             )
-        from minisd.app.provenance import Provenance
+        from minisd.pipeline.provenance import Provenance
 
         sd = loading.load()
         provenance = Provenance.of(sd, loading.model, loading.vae)

@@ -35,11 +35,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minisd.app.jobs import model_side
-from minisd.app.provenance import Provenance
 from minisd.app.web_drawing import Preview, Request, Result, draw, overlay
 from minisd.features.distributed import log
 from minisd.features.prompts import MAX_CHARACTERS
 from minisd.io.configs import parse_json
+from minisd.pipeline.provenance import Provenance
 from minisd.pipeline.settings import SAMPLER_LABELS, SETTINGS, Settings
 from minisd.pipeline.stable_diffusion import StableDiffusion
 

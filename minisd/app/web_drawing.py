@@ -17,12 +17,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from minisd.app.jobs import Job, model_side, slug, unknown_words_warning
-from minisd.app.metadata import write_png
-from minisd.app.provenance import Provenance
 from minisd.features.attention_maps import Word, WordMaps, split_words
 from minisd.features.prompt_syntax import AND, split_loras, texts_by_step
 from minisd.features.prompts import BREAK, TOKENS_PER_CHUNK, Chunk, read
 from minisd.pipeline.checks import resolve_seeds
+from minisd.pipeline.metadata import write_png
+from minisd.pipeline.provenance import Provenance
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
 

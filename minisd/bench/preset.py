@@ -188,7 +188,7 @@ def _draw_in_turn(
         log(f"pictures {first + 1} to {first + len(batch)} of {len(prompts)}, without and with the preset")
         for way, choices in enumerate(ways):
             seeds = list(range(first, first + len(batch)))
-            draw = partial(sd, batch, seed=seeds, progress=False, **choices)
+            draw: Callable[[], Any] = partial(sd, batch, seed=seeds, progress=False, **choices)
             started = time.perf_counter()
             pictures, batch_calls = record(sd, draw)
             times[way].append((time.perf_counter() - started) / len(batch))

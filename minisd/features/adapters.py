@@ -176,8 +176,13 @@ def split_parts(lora: LoRA, weights: Mapping[str, float]) -> dict[str, LoRA]:
 
 
 def default_name(path: Path, taken: Collection[str]) -> str:
-    """Return the name of a LoRA: the file's stem or, if that is taken, folder/stem."""
-    return path.stem if path.stem not in taken else f"{path.resolve().parent.name}/{path.stem}"
+    """Return the name of a LoRA: the file's stem or, while that is taken, one with another folder before it."""
+    name = path.stem
+    for folder in path.resolve().parents:
+        if name not in taken:
+            break
+        name = f"{folder.name}/{name}"
+    return name
 
 
 def part_weights(name: str, weight: Any, parts: Collection[str]) -> dict[str, float]:

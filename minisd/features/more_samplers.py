@@ -211,3 +211,13 @@ class Sampler(samplers.Sampler):
         # float32 leaves a whole number just short of itself, so that the first timestep is 998
         timesteps = (max(schedule.timestep_at(sigma) - 1e-6, 0.0) for sigma in plan.sigmas[: plan.num_calls])
         return replace(plan, timesteps=tuple(float(int(t)) for t in timesteps))
+
+
+def own_sampler(function: Callable[..., Plan], **options: Any) -> Sampler:
+    """Return the sampler of a function like those of `samplers.py`, and its options.
+
+    Raises ValueError for an option that the function does not take.
+    """
+    known = MappingProxyType({**Sampler.functions, function.__name__: function})
+    kind: type[Sampler] = type("OwnSampler", (Sampler,), {"functions": known})
+    return kind(function.__name__, **options)

@@ -34,6 +34,11 @@ def to_brightness(picture: Image.Image) -> np.ndarray:
     return np.asarray(_to_eight_bits(picture, "L"), dtype=np.float32) / 255
 
 
+def to_gray(picture: Image.Image) -> Image.Image:
+    """Convert a PIL image to mode L, like `to_brightness`."""
+    return Image.fromarray((to_brightness(picture) * 255).round().astype(np.uint8))
+
+
 def _upright(picture: Image.Image) -> Image.Image:
     if not isinstance(picture, Image.Image):
         raise TypeError(f"expected a PIL image, got {type(picture).__name__}; open files with PIL.Image.open(path)")

@@ -90,28 +90,39 @@ class Checkpoint:
         text_encoder, vae, unet = modules.values()
         return Loaded(self.config, self.tokenizer, text_encoder, unet, vae, self.defaults)
 
+    def summary(self) -> dict[str, Any]:
+        """Return the facts of `minisd info --json`, without reading the weights."""
+        infos = {prefix + key: (path, info) for path, prefix, header in self.files for key, info in header.items()}
+        parts: dict[str, Any] = {}
+        for part, module in _meta_modules(self.config).items():
+            found = [infos[self.sources[f"{part}.{name}"].key] for name in module.state_dict()]
+            parts[part] = {
+                "parameters": sum(p.numel() for p in module.parameters()),
+                "dtypes": sorted({info.dtype for _, info in found}),
+                "files": sorted({path.name for path, _ in found}),
+            }
+        side, defaults = self.config.unet.sample_size * self.config.autoencoder.downscale, self.defaults
+        facts = {"path": str(self.path), "layout": self.layout, "pixels": side, "parts": parts}
+        facts |= {name: getattr(defaults, name) for name in ("num_inference_steps", "guidance_scale")}
+        facts |= {"sampler": defaults.sampler.name, "prediction_type": self.config.schedule.prediction_type}
+        return facts | {"bytes": sum(path.stat().st_size for path, _, _ in self.files)}
+
     def describe(self) -> str:
         """Return a summary for `minisd info`, without reading the weights."""
-        infos = {prefix + key: (path, info) for path, prefix, header in self.files for key, info in header.items()}
-        size = sum(path.stat().st_size for path, _, _ in self.files)
-        pixels, defaults = self.config.unet.sample_size * self.config.autoencoder.downscale, self.defaults
-        steps, guidance = f"{defaults.num_inference_steps} steps", f"guidance {defaults.guidance_scale:g}"
+        facts = self.summary()
+        size, steps = facts["bytes"], f"{facts['num_inference_steps']} steps"
         rows = {
             "layout": self.layout,
             "size on disk": f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB",
-            "prediction": self.config.schedule.prediction_type,
-            "picture": f"{pixels}×{pixels} pixels",
-            "sampler": f"{defaults.sampler.name}, {steps}, {guidance}",
+            "prediction": facts["prediction_type"],
+            "picture": f"{facts['pixels']}×{facts['pixels']} pixels",
+            "sampler": f"{facts['sampler']}, {steps}, guidance {facts['guidance_scale']:g}",
         }
         lines = [str(self.path), *(f"  {name:<13}{value}" for name, value in rows.items())]
-        total = 0
-        for part, module in _meta_modules(self.config).items():
-            count = sum(p.numel() for p in module.parameters())
-            found = [infos[self.sources[f"{part}.{name}"].key] for name in module.state_dict()]
-            dtypes = ", ".join(sorted({info.dtype for _, info in found}))
-            names = ", ".join(sorted({path.name for path, _ in found}))
-            lines.append(f"  {part:<13}{count:>13,} parameters  {dtypes}  {names}")
-            total += count
+        for part, row in facts["parts"].items():
+            names = f"{', '.join(row['dtypes'])}  {', '.join(row['files'])}"
+            lines.append(f"  {part:<13}{row['parameters']:>13,} parameters  {names}")
+        total = sum(row["parameters"] for row in facts["parts"].values())
         return "\n".join([*lines, f"  {'in all':<13}{total:>13,} parameters"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -12,7 +13,6 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import HfApi, constants, errors
 
-from minisd.features.distributed import log
 from minisd.io.atomic import save_atomically
 from minisd.io.configs import read_json, write_json
 from minisd.io.diffusers_folder import STEMS, pick_weights
@@ -67,7 +67,7 @@ def download(repo: str, variant: str | None = None, revision: str | None = None,
     new = [name for name in chosen if not isinstance(find(repo, name, revision=info.sha), str)]
     size = sum(files[name].size or 0 for name in new)
     if new:
-        log(f"{repo}: downloading {len(new)} files, {size / 1e9:.2f} GB")
+        logging.getLogger("minisd").warning(f"{repo}: downloading {len(new)} files, {size / 1e9:.2f} GB")
     bar = _limited_bar(2**24 + 2 * size)
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=chosen, tqdm_class=bar))

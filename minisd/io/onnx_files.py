@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,10 +113,11 @@ def write_part(part: Part, folder: Path, kind: str) -> float:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, network = folder / "model.onnx", part.network.eval().requires_grad_(False)
-    names: dict[str, Sequence[str]] = {"input_names": part.inputs, "output_names": [part.output]}
     with _quiet():
         program = torch.export.export(network, part.examples[0], dynamic_shapes=_shapes(part))
-        torch.onnx.export(program, dynamo=True, verbose=False, **names).save(path, external_data=True)
+        names = {"input_names": part.inputs, "output_names": [part.output]}
+        graph: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)  # type: ignore[arg-type]
+        graph.save(path, external_data=True)
     run = _onnx_runner(path) if kind == "onnx" else _openvino_runner(path)
     apart = 0.0
     for inputs in part.examples:

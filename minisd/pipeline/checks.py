@@ -26,6 +26,7 @@ from minisd.features.validate import (
 )
 from minisd.guidance import Guidance
 from minisd.images import from_pil
+from minisd.pipeline.arguments import Callback
 from minisd.pipeline.memory import check_memory
 from minisd.pipeline.prompting import Loras, Texts, read_prompts
 from minisd.pipeline.settings import Settings
@@ -63,6 +64,7 @@ class Request:
     latents: Tensor | None = None
     prompt_embeds: Tensor | None = None
     area: MaskedArea | None = None
+    callback: Callback | None = None
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -262,6 +264,8 @@ def check_feature_reuse(value: Any, sd: StableDiffusion) -> None:
     """Check a DeepCache setting: (interval, depth) or None."""
     if value is None:
         return
+    if not hasattr(sd.unet, "up_blocks"):
+        raise ValueError("feature_reuse needs the blocks of minisd's UNet, and this model has another one; omit it")
     if not isinstance(value, Sequence) or len(value) != 2:
         raise TypeError(f"feature_reuse={value!r}; expected a pair (interval, depth), such as (3, 1)")
     check_int("feature_reuse", value[0], 1, 1000)

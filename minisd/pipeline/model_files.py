@@ -12,11 +12,14 @@ import torch
 
 from minisd.features.adapters import Weight, default_name, layers_of
 from minisd.features.textual_inversion import add_word
-from minisd.features.validate import check_dtype, check_path
+from minisd.features.validate import check_dtype, check_float, check_path
 from minisd.io import checkpoint
 from minisd.io.adapter_files import read_bundled_words, read_lora, read_textual_inversion
+from minisd.io.single_file import save_single_file
 from minisd.lora import LoRA
 from minisd.pipeline import memory
+from minisd.pipeline.merging import merge
+from minisd.pipeline.provenance import display_name
 
 if TYPE_CHECKING:
     from minisd.pipeline.stable_diffusion import StableDiffusion
@@ -35,6 +38,8 @@ class ModelFiles:
     _lora_files: Mapping[str, Path] = {}
 
     if TYPE_CHECKING:
+        name: str
+        vae_name: str
 
         def __init__(self, *parts: Any, **options: Any) -> None: ...
 
@@ -75,6 +80,8 @@ class ModelFiles:
         if place.type == "cuda" and not offload:
             memory.move(loaded.unet, place)
         sd = cls(loaded.config, *parts, loaded.defaults, offload=place if offload else None, tile=tile)
+        sd.name, vae = display_name(None if source is None else str(source)), options.get("vae")
+        sd.vae_name = "" if vae is None else display_name(str(vae))
         sd.lora_folder = None if lora_folder is None else check_path("lora_folder", lora_folder)
         return sd
 
@@ -84,10 +91,63 @@ class ModelFiles:
         `dtype` defaults to that of the weights. Fused LoRAs are saved as part of the weights, and the words of textual
         inversions as part of tokenizer and text encoder. Raises ValueError if unfused LoRAs are loaded.
         """
-        if self.adapters.loras and not self.adapters.fused:
-            raise ValueError(f"{', '.join(self.adapters.loras)} is not fused; call fuse_lora() or unload_lora() first")
+        target = check_path("folder", folder)
+        if target.suffix in checkpoint.SINGLE_FILES and not target.is_dir():
+            raise ValueError(f"{target.name} names a file; expected a folder, or use save_single_file(…) for one file")
+        self._check_fused()
         loaded = checkpoint.Loaded(**vars(self.model), defaults=self.defaults)
         checkpoint.save(loaded, folder, None if dtype is None else check_dtype(dtype))
+
+    def save_single_file(self: StableDiffusion, path: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Save the model as one .safetensors file in CompVis layout, which the web UI, ComfyUI and diffusers load.
+
+        Like `save_pretrained`, but the words of textual inversions have no place there, nor the sizes of a model other
+        than Stable Diffusion 1 or 2: those are needed to load it again, as `from_pretrained(path, config=sd.config)`.
+        """
+        self._check_fused()
+        save_single_file(self.model, path, None if dtype is None else check_dtype(dtype))
+
+    def _check_fused(self: StableDiffusion) -> None:
+        if self.adapters.loras and not self.adapters.fused:
+            raise ValueError(f"{', '.join(self.adapters.loras)} is not fused; call fuse_lora() or unload_lora() first")
+
+    def to(
+        self: StableDiffusion, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> StableDiffusion:
+        """Move the model, with its LoRAs, to another device or dtype, and return it.
+
+        Raises ValueError if the device is not available, a LoRA is fused, or the model was loaded with `offload`.
+        """
+        if self.offload is not None:
+            raise ValueError("the model was loaded with offload=True, which moves its modules; load it again instead")
+        if self.adapters.fused:
+            raise ValueError(f"{', '.join(self.adapters.loras)} is fused; call unfuse_lora() first")
+        place = self.device if device is None else memory.usable_device(device)
+        target = self.dtype if dtype is None else check_dtype(dtype)
+        with self.usage.changing():
+            for part in (self.text_encoder, self.unet, self.autoencoder, *self.adapters.loras.values()):
+                part.to(place, target)
+            if place.type == "cuda":
+                memory.move(self.unet, place)
+            self._folder_loras.clear()
+        return self
+
+    def merge(
+        self: StableDiffusion, other: StableDiffusion, weight: float = 0.5, base: StableDiffusion | None = None
+    ) -> None:
+        """Mix the text encoder and the UNet with those of another model of the same architecture, in place.
+
+        Args:
+            other: The other model.
+            weight: Its share w: the result is (1 − w) · own + w · other or, with `base`, own + w · (other − base),
+                which adds what the other model has learned since it was `base`.
+            base: The model that the other one was fine-tuned from.
+
+        Raises:
+            ValueError: If the models differ in architecture, prediction type or vocabulary, or have LoRAs.
+        """
+        with self.usage.changing():
+            merge(self, other, check_float("weight", weight, hint=", such as 0.5"), base)
 
     def load_lora(
         self: StableDiffusion, path: str | PathLike[str], name: str | None = None, weight: Weight = 1.0
@@ -98,7 +158,7 @@ class ModelFiles:
 
         Args:
             path: A .safetensors, .bin or .pt file in diffusers, peft or kohya format, or a folder containing one.
-            name: A unique name, by default the file's stem or, if that is taken, folder/stem.
+            name: A unique name, by default the file's stem or, if that is taken, folder/stem, and so on.
             weight: The factor to scale the updates by, or one per part: {"unet": 0.8, "text_encoder": 0.5}. The update
                 of a DoRA is scaled as a whole, as in the web UI.
 
@@ -138,18 +198,27 @@ class ModelFiles:
                 raise ValueError(
                     f"the prompt names the LoRA {name!r}; load it, or pass its folder as lora_folder or --lora-folder"
                 )
-            files = [path for path in sorted(check_path("lora_folder", self.lora_folder).rglob("*")) if path.is_file()]
-            files = [path for path in files if path.suffix in (".safetensors", ".pt", ".bin")]
-            paths = [path for path in files if path.stem == name]
-            if len(paths) != 1:
-                problem = "is several times" if paths else "is not"
-                known = ", ".join(map(str, paths) if paths else dict.fromkeys(path.stem for path in files)) or "none"
-                raise ValueError(f"the prompt names the LoRA {name!r}, which {problem} in {self.lora_folder}: {known}")
-            if paths[0] not in self._folder_loras:
+            path = self._find_file(check_path("lora_folder", self.lora_folder), name)
+            if path not in self._folder_loras:
                 parts = {"unet": self.unet, "text_encoder": self.text_encoder}
-                self._folder_loras[paths[0]] = read_lora(paths[0], parts)
-            found[name] = self._folder_loras[paths[0]]
+                self._folder_loras[path] = read_lora(path, parts)
+            found[name] = self._folder_loras[path]
         return found
+
+    @staticmethod
+    def _find_file(folder: Path, name: str) -> Path:
+        """Return the only LoRA of this name, or folder/name, in a folder and its subfolders."""
+        files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".pt", ".bin")]
+        paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files if path.is_file()}
+        fitting = [each for each in paths if f"/{each}".endswith(f"/{name}")]
+        if not fitting:
+            known = ", ".join(path.stem for path in paths.values()) or "none"
+            raise ValueError(f"the prompt names the LoRA {name!r}, which is not in {folder}: {known}")
+        if len(fitting) > 1 and name not in fitting:
+            raise ValueError(
+                f"the prompt names the LoRA {name!r}, and {folder} has several: {', '.join(fitting)}; name one of these"
+            )
+        return paths[name if name in fitting else fitting[0]]
 
     def set_adapters(self: StableDiffusion, weights: Mapping[str, Weight]) -> None:
         """Set the weights of the named LoRAs, each a number or one per part, and disable all others.

@@ -17,6 +17,7 @@ from minisd.features.presets import find_preset
 if TYPE_CHECKING:  # the command line reads the settings before it imports torch
     from minisd.features.more_samplers import Sampler
     from minisd.io.diffusers_folder import Defaults
+    from minisd.pipeline.arguments import PlanFunction
 
 # Sampler names in AUTOMATIC1111's web UI.
 SAMPLER_LABELS: Mapping[str, str] = MappingProxyType(
@@ -48,7 +49,6 @@ class Setting:
         option: The command-line option, such as "--steps", or "" for none.
         png: The key in the `parameters` text of a PNG, such as "Steps", or "" for none.
         label: The label on the web page, or "" to hide it.
-        in_file: Whether the setting is allowed in prompts files.
         choices: The valid values of an enumeration.
         metavar: The placeholder for the value in `--help`.
     """
@@ -58,7 +58,6 @@ class Setting:
     option: str = ""
     png: str = ""
     label: str = ""
-    in_file: bool = True
     choices: tuple[str, ...] = ()
     metavar: str | None = None
 
@@ -102,7 +101,7 @@ class Settings:
     """
 
     num_inference_steps: int = setting(int, "Number of sampling steps.", option="--steps", png="Steps", label="Steps")
-    sampler: str = setting(
+    sampler: str | PlanFunction = setting(
         str, "Sampling method.", option="--sampler", png="Sampler", label="Sampler", choices=tuple(SAMPLER_LABELS)
     )
     guidance_scale: float | tuple[float, ...] = setting(
@@ -172,7 +171,6 @@ class Settings:
         None,
         option="--strength",
         png="Denoising strength",
-        in_file=False,
     )
     mask_blur: float | None = setting(
         float,
@@ -180,7 +178,6 @@ class Settings:
         None,
         option="--mask-blur",
         png="Mask blur",
-        in_file=False,
     )
     padding_mask_crop: int | None = setting(
         int,
@@ -188,7 +185,6 @@ class Settings:
         None,
         option="--only-masked",
         png="Masked area padding",
-        in_file=False,
         metavar="PADDING",
     )
 
@@ -199,8 +195,8 @@ class Settings:
         Changing the sampler also resets its spacing, noise levels and eta.
 
         Args:
-            changes: Values by field name, and optionally `preset`. None leaves a setting unchanged. `sampler` is a name
-                or a `Sampler`.
+            changes: Values by field name, and optionally `preset`. None leaves a setting unchanged. `sampler` is a
+                name, a `Sampler`, or a function that returns a `Plan`.
             defaults: The defaults of the model, or the settings of another image.
 
         Raises:
@@ -221,11 +217,14 @@ class Settings:
     @property
     def sampler_object(self) -> Sampler:
         """The sampler with its options. Raises ValueError if it does not support them."""
-        from minisd.features.more_samplers import Sampler
+        from minisd.features.more_samplers import Sampler, own_sampler
 
         if not isinstance(self.karras, bool):
             raise TypeError(f"karras={self.karras!r}; expected True or False")
-        return Sampler(self.sampler, **{name: getattr(self, name) for name in SAMPLER_PARTS})
+        options = {name: getattr(self, name) for name in SAMPLER_PARTS}
+        if isinstance(self.sampler, str):
+            return Sampler(self.sampler, **options)
+        return own_sampler(self.sampler, **options)
 
     def arguments(self) -> dict[str, Any]:
         """Return keyword arguments for `StableDiffusion.denoise`, without the settings that are None."""
@@ -257,8 +256,8 @@ def _merge(values: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any
 
     changes = {name: value for name, value in layer.items() if value is not None}
     sampler = changes.get("sampler")
-    if sampler is not None and not isinstance(sampler, (str, Sampler)):
-        raise TypeError(f"sampler must be a name or a Sampler, got {type(sampler).__name__}")
+    if sampler is not None and not isinstance(sampler, (str, Sampler)) and not callable(sampler):
+        raise TypeError(f"sampler must be a name, a Sampler or a function, got {type(sampler).__name__}")
     if isinstance(sampler, Sampler):
         parts = {name: getattr(sampler, name, None) for name in SAMPLER_PARTS}
         changes = parts | changes | {"sampler": sampler.name}
@@ -266,9 +265,10 @@ def _merge(values: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any
     return below | {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
 
 
-def sampler_label(name: str, karras: bool = False) -> str:
+def sampler_label(sampler: str | PlanFunction, karras: bool = False) -> str:
     """Return a sampler's name in the web UI, such as "DPM++ 2M Karras" for "dpmpp_2m" with `karras`."""
-    return SAMPLER_LABELS[name] + (" Karras" if karras else "")
+    name = SAMPLER_LABELS[sampler] if isinstance(sampler, str) else f"{sampler.__name__} (own)"
+    return name + (" Karras" if karras else "")
 
 
 def format_number(value: float) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import ModelConfig
@@ -38,11 +37,12 @@ from minisd.images import to_pil
 from minisd.io.diffusers_folder import Defaults
 from minisd.lora import LoRA
 from minisd.pipeline import memory
-from minisd.pipeline.checks import Request, check_image, check_request, check_size
-from minisd.pipeline.editing import ImageEditing, ImageInput, Prompt
+from minisd.pipeline.arguments import Hooks, ImageList, MaskList, Prompt
+from minisd.pipeline.checks import Request, check_image, check_size
+from minisd.pipeline.drawing import Drawing, with_callback
+from minisd.pipeline.editing import ImageEditing
 from minisd.pipeline.model_files import ModelFiles
 from minisd.pipeline.prompting import denoiser
-from minisd.pipeline.settings import Settings
 from minisd.preview import linear_preview
 from minisd.schedule import Schedule
 from minisd.text_encoder import TextEncoder
@@ -50,7 +50,7 @@ from minisd.tokenizer import Tokenizer
 from minisd.unet import UNet
 
 
-class StableDiffusion(ImageEditing, ModelFiles):
+class StableDiffusion(Drawing, ImageEditing, ModelFiles):
     """Pipeline for text-to-image, image-to-image and inpainting.
 
     The modules are plain attributes: tokenizer, text_encoder, unet, autoencoder, schedule. Drawing is stateless and
@@ -83,7 +83,8 @@ class StableDiffusion(ImageEditing, ModelFiles):
         self.config, self.defaults = config, defaults or Defaults()
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.unet, self.autoencoder = unet, autoencoder
-        speed_up(unet)
+        if type(unet) is UNet:  # layers of others may rely on inputs that stay as they are
+            speed_up(unet)
         speed_up(autoencoder)
         self.schedule = Schedule(config.schedule)
         self.adapters, self.usage = Adapters(), memory.Usage()
@@ -99,56 +100,25 @@ class StableDiffusion(ImageEditing, ModelFiles):
     @property
     def device(self) -> torch.device:
         """The device that the modules run on."""
-        return self.offload or self.unet.conv_in.weight.device
+        return self.offload or next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.unet.conv_in.weight.dtype
-
-    def __call__(
-        self,
-        prompt: Prompt,
-        *,
-        negative_prompt: Prompt = "",
-        seed: int | Sequence[int] | None = None,
-        num_images_per_prompt: int = 1,
-        preset: str | None = None,
-        progress: bool | None = None,
-        **settings: Any,
-    ) -> Any:
-        """Draw images from text.
-
-        Args:
-            prompt, negative_prompt, seed, preset, settings: See `denoise`.
-            num_images_per_prompt: The number of images per prompt, with consecutive seeds.
-            progress: Whether to show a progress bar. By default it is shown on a terminal only.
-
-        Returns:
-            A PIL image for a single prompt, otherwise a list. The seed of each image is in `image.info["seed"]`.
-        """
-        chosen = self._settings(preset, settings)
-        count = check_int("num_images_per_prompt", num_images_per_prompt, 1, 2**31)
-        prompts, negatives = check_strings("prompt", prompt), check_strings("negative_prompt", negative_prompt)
-        check_size(self, chosen.height, chosen.width, count * len(prompts))  # before allocating lists of that length
-        prompts = [text for text in prompts for _ in range(count)]
-        if len(negatives) > 1:
-            negatives = [text for text in negatives for _ in range(count)]
-        pictures = self._draw(check_request(self, prompts, negatives, chosen, seed), progress)
-        return pictures[0] if isinstance(prompt, str) and count == 1 else pictures
+        return next(self.unet.parameters()).dtype
 
     def denoise(
         self,
         prompt: Prompt,
-        image: ImageInput | Sequence[Image.Image] | None = None,
-        mask_image: ImageInput | Sequence[ImageInput] | None = None,
+        image: ImageList | None = None,
+        mask_image: MaskList | None = None,
         *,
         negative_prompt: Prompt = "",
         seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
-        preset: str | None = None,
-        **settings: Any,
+        strength: float | None = None,
+        **options: Unpack[Hooks],
     ) -> Iterator[Step]:
         """Run the sampler and yield a `Step` per UNet call. `decode(step.latents)` of the last step is the result.
 
@@ -165,37 +135,25 @@ class StableDiffusion(ImageEditing, ModelFiles):
             seed: A seed from 0 to 2⁶³ − 1 (image i uses seed + i), or one per image.
             latents: The initial noise, unit Gaussian (n, 4, h/8, w/8). Overrides the noise drawn from the seed.
             prompt_embeds: Text embeddings (n, 77·k, width). Overrides the encoding of the prompt.
-            preset: The name of a preset, see `features.presets`.
-            settings: Any fields of `pipeline.settings.Settings`. Others default to the preset, then to the model.
+            options: `preset`, `guidance` and `callback`, see `pipeline.arguments.Hooks`, and any fields of
+                `pipeline.settings.Settings`. Others default to the preset, then to the model.
 
         Raises:
             TypeError, ValueError: If an argument has the wrong type or an invalid value.
             FloatingPointError: If a module returns NaN or infinity.
             MemoryError: If the device runs out of memory.
         """
-        chosen = self._settings(preset, settings)
-        return self._denoise(
-            check_request(self, prompt, negative_prompt, chosen, seed, image, mask_image, latents, prompt_embeds)
-        )
-
-    def _settings(self, preset: str | None, settings: Mapping[str, Any]) -> Settings:
-        return Settings.choose({**settings, "preset": preset}, self.defaults)
-
-    def _draw(self, request: Request, progress: bool | None) -> list[Image.Image]:
-        with tqdm(disable=None if progress is None else not progress, unit="step", leave=False) as bar:
-            for step in self._denoise(request):
-                bar.total = step.num_calls
-                bar.update()
-        pictures = self.decode(step.latents)
-        for picture, seed in zip(pictures, request.seeds, strict=True):
-            picture.info["seed"] = seed
-        return pictures
+        arguments = {**options, "seed": seed, "strength": strength}
+        texts = {"prompt": prompt, "negative_prompt": negative_prompt}
+        tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+        return self._denoise(self._check(arguments, image=image, mask_image=mask_image, **texts, **tensors))
 
     def _denoise(self, request: Request) -> Iterator[Step]:
+        # a callback may compute gradients
+        mode = torch.inference_mode() if request.callback is None else torch.no_grad()
         with self.usage.drawing():
-            yield from self._steps(request)
+            yield from mode(self._steps)(request)
 
-    @torch.inference_mode()
     def _steps(self, request: Request) -> Iterator[Step]:
         noise = gaussian_noise(request.seeds, request.shape, self.device)
         if request.latents is not None:
@@ -216,8 +174,9 @@ class StableDiffusion(ImageEditing, ModelFiles):
                 denoise = with_channels(denoise, torch.cat([mask.expand(len(masked), -1, -1, -1), masked], dim=1))
             # at strength 1 inpainting starts from pure noise, so nothing under the mask shows through
             latents = None if request.strength == 1 else latents
+        after = with_callback(request.callback, after_step)
         with self._on_device(self.unet):
-            for step in sample(denoise, request.plan, noise, latents, after_step):
+            for step in sample(denoise, request.plan, noise, latents, after):
                 check_finite(step.latents, "UNet")
                 yield step
 
@@ -235,7 +194,7 @@ class StableDiffusion(ImageEditing, ModelFiles):
         active = ", ".join(self.adapters.active) if self.adapters.loras else ""
         return check_finite(output, f"{part} with LoRA {active}" if active else part)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_text(self, prompts: Prompt, clip_skip: int = 1) -> Tensor:
         """Encode prompts, with optional weights in brackets, to text embeddings (n, 77·k, width).
 
@@ -254,9 +213,9 @@ class StableDiffusion(ImageEditing, ModelFiles):
 
         return encode_prompts(texts, self.tokenizer, encode)
 
-    @torch.inference_mode()
-    def encode_image(self, image: ImageInput) -> Tensor:
-        """Encode a PIL image or a tensor (n, 3, h, w) in [-1, 1] to latents (n, 4, h/8, w/8): the scaled mean.
+    @torch.no_grad()
+    def encode_image(self, image: ImageList) -> Tensor:
+        """Encode PIL images or a tensor (n, 3, h, w) in [-1, 1] to latents (n, 4, h/8, w/8): the scaled mean.
 
         Values slightly outside the range are allowed. Raises ValueError for values outside [-2, 2] (such as pixels in
         0…255) and for a height or width that is not a multiple of 8.
@@ -267,12 +226,12 @@ class StableDiffusion(ImageEditing, ModelFiles):
             mean = self._tiled(lambda x: self.autoencoder.encode(x).mean, images.to(self.device, self.dtype))
         return check_finite(mean * self.config.autoencoder.scaling_factor, "autoencoder's encoder")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Decode scaled latents (n, 4, h/8, w/8), of roughly unit variance, to PIL images; see `decode_to_tensor`."""
         return to_pil(self.decode_to_tensor(latents))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_to_tensor(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (n, 4, h/8, w/8) to images (n, 3, h, w), roughly in [-1, 1] and not clamped.
 

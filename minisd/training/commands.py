@@ -235,6 +235,7 @@ def unet(
     with told():
         source, sizes, _, place = read_data(scenes, data, side, config, device)
     autoencoder, text_encoder = load_autoencoder(vae / "vae").to(place), load_text_encoder(text / "text_encoder")
+    composed = source.descriptions
     cached = scenes / "latents.safetensors" if data is None else own_latents(output, autoencoder, source)
     task = UNetTask(
         cached,
@@ -244,7 +245,7 @@ def unet(
         sizes,
         seed=seed,
         model=None if start is None else load_unet(start / "unet"),
-        layout=layouts(source.descriptions) if data is None else None,
+        layout=layouts(composed) if composed and all("things" in each for each in composed) else None,
         ceiling=ceiling,
         prompts=sheet_prompts(source),
     )

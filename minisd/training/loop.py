@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minisd.features.distributed import process_group, rank, world_size
+from minisd.features.distributed import log, process_group, rank, world_size
 from minisd.io.atomic import save_atomically
 from minisd.io.tensors import CheckpointError, read_pickle
 from minisd.training.options import Options as Options
@@ -135,6 +136,7 @@ class Trainer:
         self.losses: list[dict[str, float]] = []
         self.writer: Any = None
         self.sheet_seconds, self.sheet_due = 0.0, 0.0  # how long the last sheet took, and when the next may come
+        self.told = False  # that curves need matplotlib
         if options.resume:
             self.load()
         self.began = self.step, self.elapsed  # of this sitting
@@ -162,7 +164,11 @@ class Trainer:
         lines = "".join(json.dumps(line) + "\n" for line in self.losses)
         save_atomically(lambda path: path.write_text(lines, encoding="utf-8"), self.options.folder / "losses.jsonl")
         save_atomically(lambda path: torch.save(state, path), self.checkpoint)
-        save_atomically(lambda path: draw_curves(self.losses, path), self.options.folder / "curves.png")
+        if find_spec("matplotlib") is not None:
+            save_atomically(lambda path: draw_curves(self.losses, path), self.options.folder / "curves.png")
+        elif not self.told:
+            self.told = True
+            log(f"matplotlib is not installed, so no curves are drawn; the losses are in {self.options.folder}")
         with self.averaged() as model:
             self.task.export(model, self.options.folder / "export")
             if self.options.keep:
@@ -204,8 +210,11 @@ class Trainer:
                     : self.step
                 ]
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            more = f" and {len(lines) - 2} more" if len(lines) > 2 else ""
             raise CheckpointError(
-                f"{self.checkpoint} cannot be resumed ({error}); delete it, or choose another folder"
+                f"{self.checkpoint} cannot be resumed with these options ({' '.join(lines[:2])}{more}); "
+                "repeat those that it began with, or delete it"
             ) from error
 
     @contextmanager

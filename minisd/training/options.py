@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def make_optimizer(options: Options, groups: list[dict[str, Any]]) -> torch.opti
         return torch.optim.Adafactor(groups, **settings)
     if options.optimizer == "adamw8bit":
         try:
-            from bitsandbytes.optim import AdamW8bit
+            AdamW8bit = import_module("bitsandbytes.optim").AdamW8bit
         except ImportError as error:
             raise ValueError("adamw8bit needs bitsandbytes; run pip install bitsandbytes, or use adafactor") from error
         return AdamW8bit(groups, betas=options.betas, **settings)  # type: ignore[no-any-return]

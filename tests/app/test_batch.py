@@ -23,10 +23,10 @@ from PIL import Image
 from minisd import Sampler, StableDiffusion
 from minisd.app.jobs import batches
 from minisd.app.manifest import read_manifest, write_manifest
-from minisd.app.metadata import parse_parameters, read_parameters
 from minisd.app.prompts_file import Prompt, plan_jobs, read_prompts
-from minisd.app.provenance import Provenance
 from minisd.io.diffusers_folder import Defaults
+from minisd.pipeline.metadata import parse_parameters, read_parameters
+from minisd.pipeline.provenance import Provenance
 
 KILLS = int(os.environ.get("MINISD_KILLS", "3"))
 PROVENANCE = Provenance("small", "float32", "cpu", "epsilon", "0123456789")

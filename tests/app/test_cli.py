@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 
 from minisd import StableDiffusion, __version__
 from minisd.app import cli
-from minisd.app.metadata import Parameters, parameters_text, parse_parameters, read_parameters, save_png
 from minisd.config import ModelConfig
+from minisd.pipeline.metadata import Parameters, parameters_text, parse_parameters, read_parameters, save_png
 from minisd.unet import UNet
 
 

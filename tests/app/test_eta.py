@@ -12,9 +12,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from minisd import Sampler, StableDiffusion
-from minisd.app.metadata import parse_parameters, read_parameters, read_texts, save_png
-from minisd.app.provenance import Provenance
 from minisd.app.web_drawing import Request, Result, draw
+from minisd.pipeline.metadata import parse_parameters, read_parameters, read_texts, save_png
+from minisd.pipeline.provenance import Provenance
 
 Run = Callable[..., tuple[int, list[str], str]]
 OPTIONS = ("--seed", "7", "--sampler", "ddim", "--eta", "0.5")

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from minisd import StableDiffusion
 from minisd.app.from_image import settings_from_image
-from minisd.app.metadata import RECORD_KEY, read_parameters, save_png
+from minisd.pipeline.metadata import RECORD_KEY, read_parameters, save_png
 
 Run = Callable[..., tuple[int, list[str], str]]
 CASES: dict[str, list[str]] = {

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from minisd.app.metadata import (
+from minisd.pipeline.metadata import (
     Parameters,
     describe,
     parameters_text,

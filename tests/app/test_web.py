@@ -30,11 +30,11 @@ from safetensors.torch import save_file
 
 from minisd import StableDiffusion, record_attention
 from minisd.app import cli
-from minisd.app.metadata import parse_parameters
-from minisd.app.provenance import Provenance
 from minisd.app.web import MAX_RESULTS, MAX_WAITING
 from minisd.app.web_drawing import Preview, Request, Result, draw, overlay
 from minisd.features.attention_maps import Word, WordMaps, split_words
+from minisd.pipeline.metadata import parse_parameters
+from minisd.pipeline.provenance import Provenance
 
 PROMPT = "a red car on the beach"
 

@@ -22,6 +22,7 @@ import minisd
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PAGES = ["README.md", "docs/structure.md", "docs/performance.md"]
+ENGLISH = ["docs/library.md", "CHANGELOG.md", "tests/README.md", "SECURITY.md"]
 CHINESE = [page.replace(".md", ".zh-CN.md") for page in PAGES]
 PYTHON = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
 
@@ -101,7 +102,7 @@ def test_public_names():
         minisd.UNNet  # noqa: B018
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CHINESE, "tests/README.md", "SECURITY.md"])
+@pytest.mark.parametrize("page", [*PAGES, *CHINESE, *ENGLISH])
 def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisd import StableDiffusion
-from minisd.app.provenance import Provenance
 from minisd.app.web_drawing import Request, Result, draw
 from minisd.features.attention_maps import split_words
 from minisd.features.prompt_syntax import plain, split_composition, split_loras, texts_by_step
 from minisd.features.prompts import parse, read
 from minisd.generate import gaussian_noise, sample
+from minisd.pipeline.provenance import Provenance
 from minisd.tokenizer import Tokenizer
 
 # The example in the web UI's documentation, at 100 steps.

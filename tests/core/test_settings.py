@@ -53,7 +53,7 @@ def test_settings_of_another_picture_as_defaults():
     [
         ({"steps": 3}, TypeError, "'steps' is not a setting; expected one of num_inference_steps"),
         ({"preset": "quick"}, ValueError, "unknown preset 'quick'"),
-        ({"sampler": 3}, TypeError, "sampler must be a name or a Sampler, got int"),
+        ({"sampler": 3}, TypeError, "sampler must be a name, a Sampler or a function, got int"),
         ({"sampler": "magic"}, ValueError, "'magic'"),
         ({"sampler": "ddim", "karras": True}, ValueError, "'ddim' does not support karras"),
         ({"spacing": "odd"}, ValueError, "spacing='odd'"),

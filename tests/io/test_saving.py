@@ -26,13 +26,13 @@ from torch import nn
 
 from minisd import StableDiffusion
 from minisd.app.cli import main
-from minisd.app.metadata import read_parameters, save_png
 from minisd.features.adapters import layers_of
 from minisd.io.adapter_files import save_lora
 from minisd.io.atomic import save_atomically
 from minisd.io.checkpoint import CheckpointError, load
 from minisd.io.tensors import read_pickle
 from minisd.lora import LoRA, LowRank
+from minisd.pipeline.metadata import read_parameters, save_png
 from minisd.training.adapting import EXAMPLES
 from minisd.training.loop import Options, Trainer
 
@@ -49,7 +49,7 @@ from PIL import Image
 from minisd import StableDiffusion
 from minisd.features.adapters import layers_of
 from minisd.lora import LoRA, LowRank
-from minisd.app.metadata import save_png
+from minisd.pipeline.metadata import save_png
 from minisd.io.adapter_files import save_lora
 from minisd.io.atomic import save_atomically
 

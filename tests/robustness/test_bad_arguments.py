@@ -84,10 +84,13 @@ BAD: dict[str, list[Any]] = {
     "seeds": [(1,), (1, 2, 3), (-1, 0), (0.5, 1), (None, 1), "12", (True, 1), 1.5],
     "count": [1, 0, -1, 2.0, "2", True, None, 10**9, 2**70],
     "t": [NAN, "5", True, [5]],
+    "callback": [5, "print", [print], True],
+    "guidance": [5, 7.5, "7", [7.5], True],
+    "output_type": ["jpg", "", None, 5, ["pil"]],
 }  # fmt: skip
 SETTINGS = (
     "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "guidance_interval", "seed",
-    "sampler", "clip_skip", "feature_reuse", "preset",
+    "sampler", "clip_skip", "feature_reuse", "preset", "callback", "guidance",
 )  # fmt: skip
 
 
@@ -99,11 +102,14 @@ def bad(*names: str, **own: list[Any]) -> dict[str, list[Any]]:
 TENSORS = [IMAGES, IMAGES.half()]  # where pixels are handed back, a picture is needed
 NOT_LATENTS = [LATENTS[0], LATENTS[:, :3], LATENTS.long(), with_nan(1, 4, 4, 4), LATENTS[:0], "x", None]
 CALLS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
-    "__call__": ({"prompt": "fox"}, bad("prompt", *SETTINGS, "height", "width", "num_images_per_prompt")),
+    "__call__": (
+        {"prompt": "fox"},
+        bad("prompt", *SETTINGS, "height", "width", "num_images_per_prompt", "output_type"),
+    ),
     "denoise": ({"prompt": "fox"}, bad("prompt", *SETTINGS, "latents", "prompt_embeds")),
     "image_to_image": (
         {"prompt": "fox", "image": PICTURE},
-        bad("prompt", *SETTINGS, "strength", image=[*BAD["image"], None, [], picture(520, 8)]),
+        bad("prompt", *SETTINGS, "strength", "output_type", image=[*BAD["image"], None, [], picture(520, 8)]),
     ),
     "inpaint": (
         {"prompt": "fox", "image": PICTURE, "mask_image": Image.fromarray(MASK)},
@@ -114,6 +120,7 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
             "mask_blur",
             "padding_mask_crop",
             "strength",
+            "output_type",
             image=[*BAD["image"], None, *TENSORS],
         ),
     ),

@@ -61,6 +61,8 @@ COMMANDS: dict[str, dict[str, list[str]]] = {
         "--guidance": ["nan", "inf", "x"],
         "--output": ["a.jpg", "text.txt/a.png", "x" * 300 + ".png"],
     },
+    "merge model model --output new": {"--weight": ["nan", "inf", "x"], "--base": ["none", "text.txt"]},
+    "merge model model": {"--output": [".", *PLACES]},
     "train scenes new": {
         "--count": ["0", "-1", "1000000000000", "x", "1.5"],
         "--seed": ["-1", "x"],

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image
 
-from minisd.app.metadata import read_parameters
 from minisd.io.pictures import read_picture
+from minisd.pipeline.metadata import read_parameters
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -128,7 +128,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from minisd.app.metadata import read_parameters
+from minisd.pipeline.metadata import read_parameters
 from minisd.io.pictures import read_picture
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for read in (lambda path: read_picture(path, 64, 64).size, read_parameters):

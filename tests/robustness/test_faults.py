@@ -217,7 +217,7 @@ import sys
 from pathlib import Path
 from PIL import Image
 from safetensors.torch import save_file
-from minisd.app.metadata import save_png
+from minisd.pipeline.metadata import save_png
 while not Path("go").exists():
     pass
 for number in range(40):
