@@ -45,8 +45,15 @@ def model_source() -> str:
 
 
 def load_model() -> StableDiffusion:
-    """Load the notebooks' model. The tiny one always runs on the CPU, so that all machines draw the same pictures."""
-    return StableDiffusion.from_pretrained(model_source(), device="cpu" if shipped() else best_device())
+    """Load the notebooks' model. The tiny one always runs on the CPU, so that all machines draw the same pictures.
+
+    MINISD_DTYPE chooses the dtype of its weights: float32, float16 or bfloat16. Raises ValueError for any other.
+    """
+    name = os.environ.get("MINISD_DTYPE")
+    if name and name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"MINISD_DTYPE={name!r}; expected float32, float16 or bfloat16")
+    dtype = getattr(torch, name) if name else None
+    return StableDiffusion.from_pretrained(model_source(), device="cpu" if shipped() else best_device(), dtype=dtype)
 
 
 def notebook_setup(seed: int = 0) -> None:

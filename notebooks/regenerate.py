@@ -19,6 +19,8 @@ from nbformat import NotebookNode
 
 HERE = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
+FOLDED = "jp-MarkdownHeadingCollapsed"  # of a heading in JupyterLab: its section is folded
+DROPPED = ("MPLBACKEND", "MINISD_MODEL", "MINISD_DTYPE")
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -30,21 +32,24 @@ def notebooks() -> list[Path]:
     return [*sorted(HERE.glob("*.ipynb")), *sorted(HERE.glob("solutions/*.ipynb"))]
 
 
-def kernel_environment(model: str | None = None) -> dict[str, str]:
-    """The environment that a kernel gets: no network, one style of plots, and the shipped model or the one given.
+def kernel_environment(model: str | None = None, dtype: str | None = None) -> dict[str, str]:
+    """The environment that a kernel gets: no network, one style of plots, and the shipped model or the one given
+    (in a dtype, if that is given too).
 
     And one thread: with more, sums are taken in another order, and after 200 steps of training rounding can be seen.
     """
-    environment = {key: value for key, value in os.environ.items() if key not in ("MPLBACKEND", "MINISD_MODEL")}
+    environment = {key: value for key, value in os.environ.items() if key not in DROPPED}
     paths = [str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return environment | ({"MINISD_MODEL": model} if model else {})
+    chosen = {"MINISD_MODEL": model, "MINISD_DTYPE": dtype}
+    return environment | {key: value for key, value in chosen.items() if value}
 
 
 def strip(notebook: NotebookNode) -> NotebookNode:
-    """A copy without outputs, execution counts, and all metadata but the cells' tags; cells are numbered anew.
+    """A copy without outputs, execution counts, and all metadata but tags and folds; cells are numbered anew.
 
-    JupyterLab folds the outputs of cells with the tag `hide-output`, so that their readers can guess first.
+    JupyterLab folds the outputs of cells with the tag `hide-output`, so that their readers can guess first, and the
+    sections whose heading has FOLDED.
     """
     cells = []
     for number, cell in enumerate(notebook.cells):
@@ -53,11 +58,15 @@ def strip(notebook: NotebookNode) -> NotebookNode:
         new["metadata"] = {"tags": tags} if tags else {}
         if "hide-output" in tags:
             new["metadata"]["jupyter"] = {"outputs_hidden": True}
+        if cell.metadata.get(FOLDED):
+            new["metadata"][FOLDED] = True
         cells.append(new | ({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {}))
     return nbformat.from_dict({"nbformat": 4, "nbformat_minor": 5, "metadata": METADATA, "cells": cells})
 
 
-def execute(notebook: NotebookNode, folder: Path, model: str | None = None, timeout: int = 600) -> NotebookNode:
+def execute(
+    notebook: NotebookNode, folder: Path, model: str | None = None, timeout: int = 600, dtype: str | None = None
+) -> NotebookNode:
     """Run a stripped copy in a fresh kernel that works in `folder`; raise CellExecutionError where a cell fails.
 
     Widgets and what was written to stderr are left out, and text that was printed in pieces is joined.
@@ -72,7 +81,7 @@ def execute(notebook: NotebookNode, folder: Path, model: str | None = None, time
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute(env=kernel_environment(model))
+    client.execute(env=kernel_environment(model, dtype))
     for cell in fresh.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _passing(output)]
