@@ -69,7 +69,7 @@ SLIPS = [
     ("02_autoencoder", 4, "2 * math.log(factor)", "math.log(factor)", "logarithm of σ²"),
     ("02_autoencoder", 4, "changed.quant_conv.bias[:half] *= factor", "pass", "weights *and* biases"),
     ("02_autoencoder", 4, "changed = copy.deepcopy(autoencoder)", "changed = autoencoder", "change a copy"),
-    ("03_tokenizer", 1, ".strip()", "", "no blank at the very end"),
+    ("03_tokenizer", 1, ".strip()", "", "no space at the very end"),
     ("03_tokenizer", 1, 'return text.replace("</w>", " ").strip()', "return text", "marks where a word ends"),
     (
         "03_tokenizer",
