@@ -51,18 +51,17 @@ def export_graphs(sd: StableDiffusion, folder: Path, to: Literal["onnx", "openvi
     """
     from minisd.autoencoder import Autoencoder
     from minisd.io.atomic import replaced_folder
-    from minisd.io.diffusers_folder import write_settings
+    from minisd.io.diffusers_folder import Loaded, write_settings
     from minisd.io.onnx_files import parts, write_part
 
     _check(folder, to)
-    if sd.adapters.loras and not sd.adapters.fused:
-        raise ValueError(f"{', '.join(sd.adapters.loras)} is not fused; call fuse_lora() or unload_lora() first")
+    sd.check_fused()
     if not isinstance(sd.autoencoder, Autoencoder):
         raise ValueError("only Stable Diffusion's own autoencoder can be exported; load the model without vae=")
     with replaced_folder(folder) as new:
         graphs = parts(sd.text_encoder, sd.unet, sd.autoencoder).items()
         apart = {name: write_part(part, new / name, to) for name, part in graphs}
-        write_settings(sd, new)
+        write_settings(Loaded(**vars(sd.model), defaults=sd.defaults), new)
         shutil.copy(new / "vae/config.json", new / "vae_encoder/config.json")
         (new / "vae/config.json").rename(new / "vae_decoder/config.json")
         (new / "vae").rmdir()

@@ -94,7 +94,7 @@ class ModelFiles:
         target = check_path("folder", folder)
         if target.suffix in checkpoint.SINGLE_FILES and not target.is_dir():
             raise ValueError(f"{target.name} names a file; expected a folder, or use save_single_file(…) for one file")
-        self._check_fused()
+        self.check_fused()
         loaded = checkpoint.Loaded(**vars(self.model), defaults=self.defaults)
         checkpoint.save(loaded, folder, None if dtype is None else check_dtype(dtype))
 
@@ -104,10 +104,10 @@ class ModelFiles:
         Like `save_pretrained`, but the words of textual inversions have no place there, nor the sizes of a model other
         than Stable Diffusion 1 or 2: those are needed to load it again, as `from_pretrained(path, config=sd.config)`.
         """
-        self._check_fused()
+        self.check_fused()
         save_single_file(self.model, path, None if dtype is None else check_dtype(dtype))
 
-    def _check_fused(self: StableDiffusion) -> None:
+    def check_fused(self: StableDiffusion) -> None:
         if self.adapters.loras and not self.adapters.fused:
             raise ValueError(f"{', '.join(self.adapters.loras)} is not fused; call fuse_lora() or unload_lora() first")
 

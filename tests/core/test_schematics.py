@@ -36,4 +36,4 @@ def test_the_file_is_what_the_script_draws(name: str) -> None:
 def test_a_notebook_shows_it_and_describes_it(name: str) -> None:
     described = f"![{build.SCHEMATICS[name]().alt}](images/{name}.svg)"
     cells = [c for p in sorted(ROOT.glob("notebooks/*.ipynb")) for c in json.loads(p.read_text("utf-8"))["cells"]]
-    assert sum(described in "".join(cell["source"]) for cell in cells) == 1
+    assert sum(described in "".join(cell["source"]) for cell in cells) >= 1
