@@ -132,7 +132,7 @@ class UNetTask:
         dropped = torch.rand(count, generator=rng) < self.dropout
         noise = torch.randn(count, *self.latents.shape[1:], generator=rng)[local]
         indices = torch.tensor(self.order(positions))[local]
-        device = next(self.model.parameters()).device
+        device = next((each.device for each in self.model.parameters()), self.latents.device)
         latents, timesteps, noise = (each.to(device) for each in (self.latents[indices], timesteps[local], noise))
         with torch.no_grad():
             ids = self.ids[torch.where(dropped[local], len(self.ids) - 1, indices)]
