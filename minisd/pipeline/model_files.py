@@ -209,16 +209,19 @@ class ModelFiles:
     def _find_file(folder: Path, name: str) -> Path:
         """Return the only LoRA of this name, or folder/name, in a folder and its subfolders."""
         files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".safetensors", ".pt", ".bin")]
-        paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in files if path.is_file()}
-        fitting = [each for each in paths if f"/{each}".endswith(f"/{name}")]
+        names = {path: path.relative_to(folder).with_suffix("").as_posix() for path in files if path.is_file()}
+        fitting = [path for path, each in names.items() if f"/{each}".endswith(f"/{name}")]
+        fitting = [path for path in fitting if names[path] == name] or fitting
         if not fitting:
-            known = ", ".join(path.stem for path in paths.values()) or "none"
+            known = ", ".join(dict.fromkeys(path.stem for path in names)) or "none"
             raise ValueError(f"the prompt names the LoRA {name!r}, which is not in {folder}: {known}")
-        if len(fitting) > 1 and name not in fitting:
+        if len(fitting) > 1:
+            several = ", ".join(path.relative_to(folder).as_posix() for path in fitting)
             raise ValueError(
-                f"the prompt names the LoRA {name!r}, and {folder} has several: {', '.join(fitting)}; name one of these"
+                f"the prompt names the LoRA {name!r}, and {folder} has several: {several}; name its folder, as in "
+                "<lora:folder/name:1>, or rename a file"
             )
-        return paths[name if name in fitting else fitting[0]]
+        return fitting[0]
 
     def set_adapters(self: StableDiffusion, weights: Mapping[str, Weight]) -> None:
         """Set the weights of the named LoRAs, each a number or one per part, and disable all others.

@@ -69,6 +69,7 @@ def test_declared_imports():
         "figures.py": "notebooks",
         "bench": "notebooks",
         "app/web.py": "web",
+        "io/onnx_files.py": "export",
     }
     core = {import_names.get(name, name) for name in requirements(PROJECT["dependencies"])}
     for path in (ROOT / "minisd").rglob("*.py"):
