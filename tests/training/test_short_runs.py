@@ -48,7 +48,7 @@ def test_resume_with_another_rank_is_one_line(small_model, pictures, tmp_path, c
 
 def test_caption_null(pictures):
     (pictures / "metadata.jsonl").write_text('{"file_name": "0.png", "text": null}')
-    with pytest.raises(ValueError, match="line 1: expected a picture and its text .*text must be a string"):
+    with pytest.raises(ValueError, match="line 1: expected a picture and its text .*text is None; expected a string"):
         read_examples(pictures, 32)
 
 
