@@ -222,7 +222,7 @@ def attention() -> Drawing:
     )
     d = Drawing(760, 290, alt)
     d.box(14, 40, 96, 62, "pixels\n(n, c)", BLUE)
-    d.box(14, 176, 96, 62, "words\n(77, 768)", GREEN)
+    d.box(14, 176, 96, 62, "words\n(77, c′)", GREEN)
     for y, name, source in ((46, "W_q", 71), (158, "W_k", 200), (232, "W_v", 214)):
         d.arrow((110, source), (146, y + 24 if name != "W_q" else 71), color=FAINT)
         d.box(146, y, 56, 48, name, PURPLE)
