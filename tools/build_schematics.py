@@ -296,7 +296,7 @@ def block() -> Drawing:
 def unet() -> Drawing:
     """For 07: the U, its skips, the time and the words."""
     alt = (
-        "A U with the sizes of Stable Diffusion 1: on the left four levels go down, 64, 32, 16 and 8 pixels wide, with "
+        "A U with the sizes of Stable Diffusion 1: on the left four levels go down, 64, 32, 16 and 8 places wide, with "
         "320, 640, 1280 and 1280 channels; one block in the middle; on the right the same levels go up. Dashed arrows, "
         "the skips, carry the maps of the left side to the right. The time goes into every block, the words into "
         "those of the three upper levels and the middle."
