@@ -363,9 +363,8 @@ def guidance() -> Drawing:
 def paths() -> Drawing:
     """For 08: the same start, with and without fresh noise, over the density that narrows to two peaks."""
     alt = (
-        "Noise level falls from left to right. A wide grey band of probability parts into two narrow ones, the data. "
-        "Smooth blue lines, the ordinary differential equation, lead from noise to one band or the other; jagged "
-        "orange lines from the same starts get fresh noise at every step and may change their mind on the way."
+        "A wide grey band of density parts into two narrow ones, the data. Smooth blue paths lead from noise to data; "
+        "jagged orange ones get fresh noise at every step, and change their mind."
     )
     d = Drawing(760, 330, alt)
     left, right, middle, scale = 50.0, 640.0, 160.0, 52.0
