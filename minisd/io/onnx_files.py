@@ -126,7 +126,7 @@ def write_part(part: Part, folder: Path, kind: str) -> float:
         apart = max(apart, float((answer - expected).abs().max() / expected.abs().max()))
     if not apart < TOLERANCE:
         raise ValueError(
-            f"the {kind} graph in {folder} differs from the network by {apart:.1e}; expected {TOLERANCE:g}"
+            f"the {kind} graph of {folder.name} differs from the network by {apart:.1e}; expected {TOLERANCE:g}"
         )
     return apart
 

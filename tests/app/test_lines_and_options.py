@@ -105,7 +105,7 @@ def test_serve_takes_the_options_of_loading(small_model, monkeypatch, tmp_path, 
         loaded.append(self)
         raise Stop
 
-    monkeypatch.setattr(serving.ServedModel, "load", stop)
+    monkeypatch.setattr(serving.PageOptions, "load", stop)
     monkeypatch.setenv("MINISD_DEBUG", "1")
     more = ["--vae", "other", "--lora", "style:0.5", "--offload", "--variant", "fp16", "--lora-folder", str(tmp_path)]
     with pytest.raises(Stop):

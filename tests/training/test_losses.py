@@ -83,9 +83,10 @@ def test_share_of_the_adversary_by_hand():
     assert [adversary.at(step) for step in (0, 300, 350, 400, 9000)] == [0, 0, 0.25, 0.5, 0.5]
 
 
-def small_adversarial(scenes: Scenes, alone: int) -> AdversarialTask:
+def small_adversarial(scenes: Scenes, alone: int, share: float = 0.25) -> AdversarialTask:
     torch.manual_seed(1)
-    return AdversarialTask(scenes, Autoencoder(SMALL), SceneFeatures(), adversary=Adversary(alone=alone, ramp=1))
+    adversary = Adversary(share=share, alone=alone, ramp=1)
+    return AdversarialTask(scenes, Autoencoder(SMALL), SceneFeatures(), adversary=adversary)
 
 
 def test_decoder_and_discriminator_learn_from_their_own_losses(scenes, tmp_path):
@@ -103,7 +104,13 @@ def test_decoder_and_discriminator_learn_from_their_own_losses(scenes, tmp_path)
 
     alone = small_adversarial(scenes, alone=10)
     alone.loss(step=1, positions=range(2), local=slice(0, 2), progress=0.0)[0].backward()
-    without = [p.grad for p in alone.autoencoder.decoder.parameters() if p.grad is not None]
+    assert all(p.grad is None for p in alone.autoencoder.parameters()), "the decoder waits"
+    for parameter, gradient in zip(alone.discriminator.parameters(), of_discriminator, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+    faint = small_adversarial(scenes, alone=0, share=1e-9)
+    faint.loss(step=1, positions=range(2), local=slice(0, 2), progress=0.0)[0].backward()
+    without = [p.grad for p in faint.autoencoder.decoder.parameters() if p.grad is not None]
     assert any(not torch.allclose(a, b) for a, b in zip(of_decoder, without, strict=True)), "no adversarial gradient"
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from minisd.app.cli import main
-from minisd.training import data, unet
+from minisd.training import own_pictures, unet
 from minisd.training.adapting import read_examples
 
 
@@ -68,7 +68,7 @@ def test_unet_of_scenes_without_layouts(small_model, tmp_path, monkeypatch):
             given.update(options)
             raise Stop
 
-    monkeypatch.setattr(data, "Scenes", Scenes)
+    monkeypatch.setattr(own_pictures, "Scenes", Scenes)
     monkeypatch.setattr(unet, "UNetTask", Task)
     monkeypatch.setenv("MINISD_DEBUG", "1")
     places = ["--scenes", str(tmp_path), "--autoencoder", str(small_model), "--clip", str(small_model)]
