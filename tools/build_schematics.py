@@ -46,12 +46,27 @@ class Drawing:
             f"{lowered}</text>"
         )
 
+    def rectangle(
+        self,
+        x: float,
+        y: float,
+        w: float,
+        h: float,
+        fill: str,
+        stroke: str = "none",
+        width: float = 1.0,
+        corner: float = 0.0,
+    ) -> None:
+        """A rectangle, with an edge of so many pixels if `stroke` is a colour."""
+        edge = f' stroke="{stroke}" stroke-width="{width:g}"' if stroke != "none" else ""
+        rounded = f' rx="{corner:g}"' if corner else ""
+        self.shapes.append(
+            f'<rect x="{x:.5g}" y="{y:.5g}" width="{w:.4g}" height="{h:.4g}"{rounded} fill="{fill}"{edge}/>'
+        )
+
     def box(self, x: float, y: float, w: float, h: float, words: str = "", color: str = FAINT, size: int = 14) -> None:
         """A rounded box around lines of words."""
-        self.shapes.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="7" fill="{FILL[color]}" stroke="{color}"'
-            ' stroke-width="1.6"/>'
-        )
+        self.rectangle(x, y, w, h, FILL[color], color, 1.6, corner=7)
         lines = words.split("\n") if words else []
         for place, line in enumerate(lines):
             self.text(x + w / 2, y + h / 2 + (place - (len(lines) - 1) / 2) * size * 1.3, line, size)
@@ -114,11 +129,8 @@ def scene(d: Drawing, x: float, y: float, side: float, noise: float, seed: int) 
                 clean = (0, 90, 70)
             mixed = [math.sqrt(1 - noise) * (c - 128) + math.sqrt(noise) * rng.gauss(0, 70) + 128 for c in clean]
             color = "#" + "".join(f"{min(255, max(0, round(c))):02x}" for c in mixed)
-            d.shapes.append(
-                f'<rect x="{x + column * size:.5g}" y="{y + row * size:.5g}" width="{size + 0.3:.4g}"'
-                f' height="{size + 0.3:.4g}" fill="{color}"/>'
-            )
-    d.shapes.append(f'<rect x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" fill="none" stroke="{FAINT}"/>')
+            d.rectangle(x + column * size, y + row * size, size + 0.3, size + 0.3, color)
+    d.rectangle(x, y, side, side, "none", FAINT)
 
 
 def diffusion() -> Drawing:
@@ -162,10 +174,7 @@ def hourglass() -> Drawing:
     d.text(234, 114, "encoder", 16)
     d.text(526, 114, "decoder", 16)
     for channel in range(4):
-        d.shapes.append(
-            f'<rect x="{358 + channel * 9}" y="{86 + channel * 7}" width="30" height="30" fill="{FILL[BLUE]}"'
-            f' stroke="{BLUE}" stroke-width="1.6"/>'
-        )
+        d.rectangle(358 + channel * 9, 86 + channel * 7, 30, 30, FILL[BLUE], BLUE, 1.6)
     d.text(380, 60, "latents z", 15)
     d.arrow((140, 114), (164, 114))
     d.arrow((314, 114), (352, 114))
@@ -201,10 +210,7 @@ def two_towers() -> Drawing:
         for row in range(4):
             same = row == column
             color = PURPLE if same else FAINT
-            d.shapes.append(
-                f'<rect x="{x - 25}" y="{112 + row * 44}" width="50" height="40" fill="{FILL[color]}" stroke="{color}"'
-                f' stroke-width="{2 if same else 1}"/>'
-            )
+            d.rectangle(x - 25, 112 + row * 44, 50, 40, FILL[color], color, 2 if same else 1)
             d.text(x, 132 + row * 44, f"t{'₁₂₃₄'[row]}·i{'₁₂₃₄'[column]}", 13)
     d.arrow((636, 152), (620, 136), color=PURPLE)
     d.text(640, 160, "the diagonal up,", 13, INK, "start")
@@ -247,10 +253,7 @@ def attention() -> Drawing:
             for column, score in enumerate(scores):
                 strength = score if table else 1 / (1 + math.exp(-score))
                 shade = [round(255 - (255 - c) * strength) for c in (0, 114, 178)]
-                d.shapes.append(
-                    f'<rect x="{x + column * 18}" y="{62 + row * 18}" width="18" height="18" stroke="#fff"'
-                    f' fill="rgb({shade[0]},{shade[1]},{shade[2]})"/>'
-                )
+                d.rectangle(x + column * 18, 62 + row * 18, 18, 18, "rgb({},{},{})".format(*shade), "#fff")
     d.text(459, 46, "scores (n, 77)", 13)
     d.text(605, 46, "weights, rows sum to 1", 13)
     d.arrow((506, 116), (556, 116))
@@ -393,9 +396,7 @@ def paths() -> Drawing:
             if shade < 250:
                 grey = "#" + f"{shade:02x}" * 3
                 corner = left + column * (right - left) / 40, middle + (x - 2.8 / 44) * scale
-                d.shapes.append(
-                    f'<rect x="{corner[0]:.4g}" y="{corner[1]:.4g}" width="15.1" height="7" fill="{grey}"/>'
-                )
+                d.rectangle(*corner, 15.1, 7, grey)
     starts = torch.tensor([-2.0, -0.9, -0.25, 0.25, 0.9, 2.0])
     for fresh, color in ((0.0, BLUE), (1.0, ORANGE)):
         generator = torch.Generator().manual_seed(17)

@@ -111,10 +111,15 @@ def lora_weights(lora: LoRA) -> dict[str, Tensor]:
     """Return the tensors of a LoRA in diffusers format. B is scaled by α/r, since that format implies α = r."""
     weights = {}
     for name, update in lora.items():
-        a, b = update.lora_A.detach().cpu(), update.scale * update.lora_B.detach().cpu()
-        weights[f"{name}.lora_A.weight"] = a.contiguous()
-        weights[f"{name}.lora_B.weight"] = b.reshape(*b.shape, *(1 for _ in a.shape[2:])).contiguous()
+        a, b = factors(update)
+        weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"] = a, update.scale * b
     return weights
+
+
+def factors(update: LowRank) -> tuple[Tensor, Tensor]:
+    """Return A and B of an update on the CPU, as layers: B has as many dimensions as A."""
+    a, b = update.lora_A.detach().cpu(), update.lora_B.detach().cpu()
+    return a.contiguous(), b.reshape(*b.shape, *(1 for _ in a.shape[2:])).contiguous()
 
 
 def save_lora(lora: LoRA, path: Path) -> None:

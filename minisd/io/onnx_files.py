@@ -20,6 +20,7 @@ from minisd.text_encoder import TextEncoder
 from minisd.unet import UNet
 
 FORMATS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+SIZES = ((2, 8, 16, 77), (3, 24, 8, 154))  # of examples: batch, height and width of latents, tokens
 TOLERANCE = 1e-4  # of the largest number of an answer; beyond it, an export counts as failed
 
 
@@ -34,14 +35,14 @@ class Part(NamedTuple):
 
 
 class Call(nn.Module):
-    """A method of a network as a network of its own, since a graph is made of a `forward`."""
+    """A method of a network as a network of its own, since a graph is made of its `forward`."""
 
-    def __init__(self, network: nn.Module, method: Callable[..., Tensor]) -> None:
+    def __init__(self, network: nn.Module, method: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.network, self.method = network, method
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.method(*inputs)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.method(x)
 
 
 def parts(text_encoder: TextEncoder, unet: UNet, autoencoder: Autoencoder) -> dict[str, Part]:
@@ -64,8 +65,7 @@ def parts(text_encoder: TextEncoder, unet: UNet, autoencoder: Autoencoder) -> di
 
     sample, channels = {0: batch, 2: height, 3: width}, autoencoder.config.latent_channels
     pixels = {0: batch, 2: 8 * height, 3: 8 * width}
-    wide, deep = unet.config.cross_attention_dim, unet.config.in_channels
-    calls = [(noise(n, deep, h, w), torch.linspace(900, 10, n), noise(n, t, wide)) for n, h, w, t in _SIZES]
+    inputs, width_of_text = unet.config.in_channels, unet.config.cross_attention_dim
     return {
         "text_encoder": Part(text_encoder, ("input_ids",), "last_hidden_state", ({0: batch},), ((ids(2),), (ids(3),))),
         "unet": Part(
@@ -73,26 +73,26 @@ def parts(text_encoder: TextEncoder, unet: UNet, autoencoder: Autoencoder) -> di
             ("sample", "timestep", "encoder_hidden_states"),
             "out_sample",
             (sample, {0: batch}, {0: batch, 1: Dim("tokens", min=2)}),
-            tuple(calls),
+            tuple(
+                (noise(n, inputs, h, w), torch.linspace(900, 10, n), noise(n, tokens, width_of_text))
+                for n, h, w, tokens in SIZES
+            ),
         ),
         "vae_encoder": Part(
             Call(autoencoder, encode),
             ("sample",),
             "latent_parameters",
             (pixels,),
-            tuple((noise(n, 3, 8 * h, 8 * w),) for n, h, w, _ in _SIZES),
+            tuple((noise(n, 3, 8 * h, 8 * w),) for n, h, w, _ in SIZES),
         ),
         "vae_decoder": Part(
             Call(autoencoder, autoencoder.decode),
             ("latent_sample",),
             "sample",
             (sample,),
-            tuple((noise(n, channels, h, w),) for n, h, w, _ in _SIZES),
+            tuple((noise(n, channels, h, w),) for n, h, w, _ in SIZES),
         ),
     }
-
-
-_SIZES = ((2, 8, 16, 77), (3, 24, 8, 154))  # batch, height and width of latents, tokens
 
 
 def check_installed(kind: str) -> None:
@@ -114,7 +114,7 @@ def write_part(part: Part, folder: Path, kind: str) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     path, network = folder / "model.onnx", part.network.eval().requires_grad_(False)
     with _quiet():
-        program = torch.export.export(network, part.examples[0], dynamic_shapes=_shapes(part))
+        program = torch.export.export(network, part.examples[0], dynamic_shapes=part.varying)
         names = {"input_names": part.inputs, "output_names": [part.output]}
         graph: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)  # type: ignore[arg-type]
         graph.save(path, external_data=True)
@@ -143,10 +143,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _shapes(part: Part) -> Any:
-    return part.varying if not isinstance(part.network, Call) else (part.varying,)
 
 
 def _onnx_runner(path: Path) -> Callable[[dict[str, np.ndarray]], np.ndarray]:

@@ -45,8 +45,11 @@ def opened_picture(path: str | PathLike[str]) -> Iterator[Image.Image]:
         raise OSError(f"{path} is not a valid image ({error}); use a PNG, JPEG or WebP file") from error
 
 
-def read_picture(path: Path, width: int, height: int) -> Image.Image:
-    """Read an image file as RGB, scaled and cropped to a size. Raises OSError for an invalid file."""
+def read_picture(path: Path, width: int, height: int, centering: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """Read an image file as RGB, scaled and cropped to a size. Raises OSError for an invalid file.
+
+    centering: Where the crop lies between left and right, and between top and bottom, from 0 to 1.
+    """
     with opened_picture(path) as opened:
         picture = to_rgb(opened)
-    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS, centering=centering)

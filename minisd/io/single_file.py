@@ -44,8 +44,10 @@ def save_single_file(model: Model, path: str | os.PathLike[str], dtype: torch.dt
     if isinstance(model.config.autoencoder, TinyAutoencoderConfig):
         raise ValueError("a single file has no place for TAESD; load the model with its own autoencoder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    state = {key: value.to("cpu", dtype).contiguous() for key, value in single_file_state(model).items()}
-    state |= {POSITIONS: torch.arange(77)[None]} if POSITIONS in state else {}  # which are no weights
+    state = {
+        key: value.to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        for key, value in single_file_state(model).items()
+    }
     save_atomically(partial(save_file, state, metadata=_metadata(model.config)), target)
 
 

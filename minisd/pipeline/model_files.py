@@ -108,6 +108,7 @@ class ModelFiles:
         save_single_file(self.model, path, None if dtype is None else check_dtype(dtype))
 
     def check_fused(self: StableDiffusion) -> None:
+        """Raise ValueError if LoRAs lie beside the weights, where what is written would lack them."""
         if self.adapters.loras and not self.adapters.fused:
             raise ValueError(f"{', '.join(self.adapters.loras)} is not fused; call fuse_lora() or unload_lora() first")
 

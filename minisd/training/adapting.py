@@ -130,7 +130,7 @@ class Adapting:
 
     def adapted(self) -> tuple[StableDiffusion, list[str]]:
         """The model as it is adapted by now, and the prompts as it takes them."""
-        raise NotImplementedError
+        return self.sd, self.prompts
 
     def batch(self, step: int, positions: range, local: slice) -> Batch:
         """Draw this process's share of a batch: a function of the seed and the step alone."""
@@ -245,9 +245,6 @@ class LoRATask(Adapting):
             if name.startswith("text_encoder.")
         }
         self._prepare_text_encoder(text)
-
-    def adapted(self) -> tuple[StableDiffusion, list[str]]:
-        return self.sd, self.prompts
 
     def before(self, choices: dict[str, Any]) -> list[Image.Image]:
         self.model.weight = 0.0

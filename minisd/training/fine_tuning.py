@@ -47,9 +47,6 @@ class FullTask(Adapting):
             parameter: text_factor for parameter in sd.text_encoder.parameters() if parameter.requires_grad
         }
 
-    def adapted(self) -> tuple[StableDiffusion, list[str]]:
-        return self.sd, self.prompts
-
     def before(self, choices: dict[str, Any]) -> list[Image.Image]:
         return []  # the model as it was is gone
 

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from minisd.features.pictures import to_rgb
 from minisd.features.prompts import check_length
 from minisd.features.validate import check_inside, check_strings
 from minisd.images import from_pil
 from minisd.io.configs import parse_json
-from minisd.io.pictures import opened_picture
+from minisd.io.pictures import opened_picture, read_picture
 from minisd.training.sampling_order import Shuffled, generator
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -182,19 +180,10 @@ class Pictures:
         place: Where the crop lies between left and right, and between top and bottom, from 0 to 1.
         """
         try:
-            with opened_picture(self.examples[index].path) as opened:
-                picture = to_rgb(opened)
+            cropped = from_pil(read_picture(self.examples[index].path, *self.sizes[index], place))
         except OSError as error:
             raise ValueError(str(error)) from error
-        cropped = from_pil(fit(picture, self.sizes[index], place))
         return cropped.flip(-1) if flip else cropped
-
-
-def fit(picture: Image.Image, size: tuple[int, int], place: tuple[float, float]) -> Image.Image:
-    """Scale a picture to cover a size (width, height), and cut off what hangs over, as `ImageOps.fit` does."""
-    from PIL import ImageOps
-
-    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS, centering=place)
 
 
 class BucketOrder:

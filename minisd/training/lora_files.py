@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from minisd.io.adapter_files import factors
 from minisd.io.atomic import save_atomically
 from minisd.lora import LoRA
 
@@ -24,9 +25,8 @@ def kohya_weights(lora: LoRA) -> dict[str, Tensor]:
     for name, update in lora.items():
         part, _, layer = name.partition(".")
         key = f"{PREFIXES[part]}_{layer.replace('.', '_')}"
-        a, b = update.lora_A.detach().cpu(), update.lora_B.detach().cpu()
-        weights[f"{key}.lora_down.weight"] = a.contiguous()
-        weights[f"{key}.lora_up.weight"] = b.reshape(*b.shape, *(1 for _ in a.shape[2:])).contiguous()
+        a, b = factors(update)
+        weights[f"{key}.lora_down.weight"], weights[f"{key}.lora_up.weight"] = a, b
         weights[f"{key}.alpha"] = torch.tensor(update.scale * len(a))
     return weights
 

@@ -38,11 +38,9 @@ def run(task: Any, output: Path, **choices: Any) -> None:
     from minisd.training.loop import Options, train
 
     check_new(output, choices["resume"])
-    try:
+    with told():
         options = Options(folder=output, **choices)
         trainer = train(task, options)
-    except (ValueError, FileNotFoundError) as error:
-        raise typer.BadParameter(str(error)) from error
     if rank() == 0:
         steps, last = trainer.step - trainer.began[0], trainer.losses[-100:]
         log_sitting(
