@@ -15,7 +15,7 @@ from minisd.training.folder_data import CENTER, SUFFIXES, BucketOrder, Pictures
 
 
 class Latents:
-    """The latents of pictures, (1, 4, h, w) each, and the order in which a training sees them.
+    """The latents of pictures, (1, 4, h, w) each, and the order in which training sees them.
 
     The latents are the means of the encoder's distributions, scaled. flip: whether mirrored pictures are wanted too.
     """

@@ -1,4 +1,4 @@
-"""How a training runs: lengths, rates, precision, and what is saved when."""
+"""Options of a training run: lengths, rates, precision, and what is saved when."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEDULES = ("plateau", "constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class Options:
-    """How a training runs.
+    """Options of a training run.
 
     folder: where checkpoints, curves and sheets go. steps: the length of the whole run. minutes: stop (and save) after
     so long; with steps=None the learning rate follows the clock instead and reaches its end at `minutes`. batch: the

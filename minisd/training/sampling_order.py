@@ -1,4 +1,4 @@
-"""Random numbers that depend on seed and step alone, and the order in which a training sees its data."""
+"""Random numbers that depend on seed and step alone, and the order in which training sees its data."""
 
 from __future__ import annotations
 

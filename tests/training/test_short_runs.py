@@ -1,4 +1,4 @@
-"""Short trainings without matplotlib, resumed with other options, and on data that lacks something."""
+"""Short training runs without matplotlib, resumed with other options, and on data that lacks something."""
 
 from __future__ import annotations
 
