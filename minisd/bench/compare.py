@@ -298,6 +298,10 @@ def machine(settings: Settings) -> dict[str, Any]:
             ]
             chip = names[0] if names else chip
     versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if settings.device == "cpu":
+        from minisd.features.fast import onednn_is_faster
+
+        versions["products"] = "oneDNN" if onednn_is_faster() else "torch's default"
     if "diffusers" in settings.libraries:
         from importlib.metadata import version
 

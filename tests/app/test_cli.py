@@ -417,3 +417,15 @@ def test_info_describes_a_model(run, small_model):
 def test_the_command_starts_without_torch():
     code = "import sys, minisd.app.cli; minisd.app.cli.main(['generate', '--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=ENVIRONMENT)
+
+
+def test_generate_recommends_bfloat16(run, small_model, monkeypatch):
+    draw = ("generate", "red fox", "--steps", "1", "--device", "cpu", "--overwrite")
+    advice = "--dtype bfloat16"
+    monkeypatch.setattr("minisd.features.fast.capabilities", lambda: {"amx_bf16": True})
+    assert advice not in run(*draw)[2]  # a small model
+    monkeypatch.setattr("minisd.app.options.FULL_SIZE", 1)
+    assert run(*draw)[2].count(advice) == 1
+    assert advice not in run(*draw, "--dtype", "float32")[2]
+    monkeypatch.setattr("minisd.features.fast.capabilities", lambda: {"avx512_f": True})
+    assert advice not in run(*draw)[2]

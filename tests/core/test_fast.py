@@ -1,16 +1,18 @@
 """The faster layers for the CPU compute what the plain ones do, with fewer operators."""
 
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
 from counting import Counting
 from models import SMALL, noise, random_weights
 from torch import nn
+from torch.nn import functional as F
 
 from minisd import Autoencoder, StableDiffusion, UNet
 from minisd.blocks import Upsample
-from minisd.features.fast import MatmulConv, QuarterUpsample, speed_up
+from minisd.features.fast import MatmulConv, QuarterUpsample, linear, onednn_is_faster, speed_up
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])
@@ -85,3 +87,42 @@ def test_operators_of_a_step_beside_the_unet():
     assert step["is_nonzero"] + step["_local_scalar_dense"] == 2  # where a GPU is waited for
     assert step["clone"] <= 1 and step["_to_copy"] <= 0 and step["lift_fresh"] <= 0
     assert min(step.values()) >= -1 and 0 < sum(step.values()) < 50
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    """A machine whose float32 products go through oneDNN, above a small size."""
+    onednn_is_faster.cache_clear()
+    monkeypatch.setattr("minisd.features.fast.capabilities", lambda: {"cpu_name": "AMD EPYC 9555", "avx512_f": True})
+    monkeypatch.setattr("minisd.features.fast.MANY", 0)
+    yield
+    onednn_is_faster.cache_clear()
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+@torch.no_grad()
+def test_products_by_onednn(amd):
+    assert onednn_is_faster()
+    torch.manual_seed(0)
+    unet = UNet(SMALL.unet)
+    unet.load_state_dict(random_weights(unet, torch.float32))
+    exact, inputs = deepcopy(unet).double(), (noise(2, 4, 8, 8), torch.tensor(300.0), noise(2, 77, 16))
+    expected = exact(*inputs)
+    with Counting() as before:
+        error = (unet(*(x.float() for x in inputs)) - expected).abs().max()
+    speed_up(unet)
+    with Counting() as counting:
+        found = unet(*(x.float() for x in inputs))
+    assert before.calls["_linear_pointwise"] == 0 < counting.calls["_linear_pointwise"]
+    assert (found - expected).abs().max() < 4 * error + 1e-6
+    with torch.enable_grad():  # which that operator does not have
+        x, weight = noise(3, 5).float(), noise(2, 5).float()
+        assert torch.equal(linear(x, weight, None), F.linear(x, weight))
+
+
+def test_products_stay_where_onednn_rounds(amd, monkeypatch):
+    def rounded(x, weight, bias):
+        return F.linear(x.bfloat16(), weight.bfloat16()).float()
+
+    monkeypatch.setattr("minisd.features.fast._onednn_linear", rounded)
+    assert not onednn_is_faster()
