@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,10 @@ DType = Annotated[
 Threads = Annotated[int, typer.Option(min=1, help="Threads of each process, on a CPU. [default: all cores]")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the UNet and the decoder of both libraries.")]
 Alone = Annotated[bool, typer.Option("--alone", help="Measure minisd only, without diffusers.")]
+Peers = Annotated[
+    list[str] | None,
+    typer.Option("--peer", help="Also measure openvino or onnxruntime, on an export of the model. May be repeated."),
+]
 Loading = Annotated[bool, typer.Option("--loading/--no-loading", help="Measure imports and loading too.")]
 PresetName = Annotated[
     Literal["fast"] | None, typer.Option(help="Compare this preset with --steps without it, instead of with diffusers.")
@@ -51,6 +56,7 @@ def bench(
     threads: Threads = CORES,
     compiled: Compile = False,
     alone: Alone = False,
+    peer: Peers = None,
     loading: Loading = True,
     preset: PresetName = None,
     pictures: Pictures = None,
@@ -65,6 +71,7 @@ def bench(
     Examples:
       minisd bench
       minisd bench --model tiny --size 192 --size 384
+      minisd bench --peer openvino --dtype bfloat16 --no-loading
       minisd bench --preset fast --model tiny
       minisd bench --preset fast
       minisd bench --training --threads 1 --dtype bfloat16
@@ -83,7 +90,7 @@ def bench(
         place, kind = _device_and_dtype(device, dtype)
         sizes = tuple(size or [192 if model == "tiny" else 512])
         options = {"steps": steps, "repeats": repeats, "device": place, "dtype": kind, "threads": threads}
-        _compare(model or "full", output, alone, sizes=sizes, compiled=compiled, loading=loading, **options)
+        _compare(model or "full", output, alone, peer or [], sizes=sizes, compiled=compiled, loading=loading, **options)
 
 
 def _device_and_dtype(device: str | None, dtype: str | None) -> tuple[str, str]:
@@ -96,12 +103,19 @@ def _device_and_dtype(device: str | None, dtype: str | None) -> tuple[str, str]:
     return place, dtype or ("float16" if place.startswith("cuda") else "float32")
 
 
-def _compare(model: str, output: Path, alone: bool, **options: Any) -> None:
+def _compare(model: str, output: Path, alone: bool, peers: Sequence[str], **options: Any) -> None:
     from importlib.util import find_spec
 
     from minisd.bench import compare
+    from minisd.bench.peers import PEERS
+    from minisd.io.onnx_files import check_installed
 
-    libraries = ("minisd",) if alone or find_spec("diffusers") is None else compare.LIBRARIES
+    libraries: tuple[str, ...] = ("minisd",) if alone or find_spec("diffusers") is None else compare.LIBRARIES
+    for name in peers:
+        if name not in PEERS:
+            raise typer.BadParameter(f"--peer {name}; expected one of {', '.join(PEERS)}")
+        check_installed(PEERS[name])
+    libraries += tuple(dict.fromkeys(peers))
     with _model(model) as folder:
         report = compare.run(folder, compare.Settings(libraries=libraries, **options), log=log)
     compare.write(report, output)

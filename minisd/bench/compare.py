@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from minisd.bench.peers import exported
 from minisd.bench.process import Process
 from minisd.config import SD15, ModelConfig
 from minisd.features.distributed import child_environment
@@ -31,6 +32,7 @@ from minisd.io.atomic import save_atomically
 
 CEILING_SIDE = 4096
 LIBRARIES = ("minisd", "diffusers")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Settings:
         threads: of each process.
         compiled: compile the UNet and the decoder.
         loading: also measure imports and loading.
-        libraries: "minisd" and, if it is installed, "diffusers".
+        libraries: "minisd" and, if they are installed, "diffusers" and the names of `peers.PEERS`.
     """
 
     sizes: tuple[int, ...] = (512,)
@@ -121,11 +123,12 @@ def run(source: str | Path, settings: Settings, log: Callable[[str], None] = pri
     config = open_checkpoint(source).config
     rows = []
     if settings.loading:
-        for name in ["torch", *settings.libraries]:
+        for name in ["torch", *(name for name in settings.libraries if name in LIBRARIES)]:
             log(f"import {name}")
             rows.append(row(f"import {name}", name, [_import_seconds(name) for _ in range(settings.repeats)]))
         rows += _cold_loads(source, settings, log)
     with ExitStack() as stack:
+        graphs = stack.enter_context(exported(source, settings.libraries, log))
         processes = []
         loads: dict[str, list[float]] = {name: [] for name in settings.libraries}
         # the first pair fills the page cache and is not counted
@@ -136,11 +139,12 @@ def run(source: str | Path, settings: Settings, log: Callable[[str], None] = pri
                 if last:
                     stack.callback(process.close)
                     processes.append(process)
-                loads[name].append(_load(process, source, settings))
+                loads[name].append(_load(process, source, settings, graphs.get(name)))
                 if not last:
                     process.close()
         if settings.loading:
-            rows += [row("load, first step included", name, times[1:]) for name, times in loads.items()]
+            known = {name: times for name, times in loads.items() if name in LIBRARIES}
+            rows += [row("load, first step included", name, times[1:]) for name, times in known.items()]
         rows += _measure(processes, config, settings, log)
         report: dict[str, Any] = {"machine": machine(settings), "settings": asdict(settings), "rows": rows}
         if not settings.compiled:  # a compiled step has few operators, without names
@@ -150,10 +154,10 @@ def run(source: str | Path, settings: Settings, log: Callable[[str], None] = pri
     return report
 
 
-def _load(process: Process, source: str | Path, settings: Settings) -> float:
+def _load(process: Process, source: str | Path, settings: Settings, graphs: Path | None = None) -> float:
     answer = process.ask(
         "load", folder=str(source), device=settings.device, dtype=settings.dtype,
-        threads=settings.threads, compiled=settings.compiled,
+        threads=settings.threads, compiled=settings.compiled, graphs=str(graphs or ""),
     )  # fmt: skip
     return float(answer["seconds"])
 
@@ -166,7 +170,7 @@ def _cold_loads(source: str | Path, settings: Settings, log: Callable[[str], Non
     if not hasattr(os, "posix_fadvise"):
         return []
     rows = []
-    for name in settings.libraries:
+    for name in (name for name in settings.libraries if name in LIBRARIES):
         log(f"load, cold: {name}")
         for path in Path(source).rglob("*"):
             if path.is_file():
@@ -194,6 +198,8 @@ def _measure(
 
     first = settings.sizes[0]
     for process in processes:  # before anything else: peak memory never decreases
+        if process.library not in LIBRARIES:  # minisd's own weights are in memory too
+            continue
         log(f"peak memory: {process.library}")
         process.ask("step", size=first)
         process.ask("decode", size=first)
@@ -225,7 +231,7 @@ def _profiles(processes: Sequence[Process], settings: Settings, log: Callable[[s
 def _pictures(
     processes: Sequence[Process], settings: Settings, rows: list[dict[str, Any]], log: Callable[[str], None]
 ) -> int | None:
-    """Time complete pictures; return the largest difference between those of both libraries, in 1/255."""
+    """Time complete pictures; return the largest difference of the others' to the first library's, in 1/255."""
     import numpy as np
     from PIL import Image
 
@@ -244,7 +250,7 @@ def _pictures(
         for process in processes:
             rows.append(row(what, process.library, times[process.library][-settings.repeats :]))
             pixels.append(np.asarray(Image.open(Path(folder) / f"{process.library}.png"), dtype=int))
-    return int(np.abs(pixels[0] - pixels[1]).max()) if len(pixels) == 2 else None
+    return max((int(np.abs(pixels[0] - other).max()) for other in pixels[1:]), default=None)
 
 
 def row(what: str, library: str, times: Sequence[float], flop: int = 0, peak: int | None = None) -> dict[str, Any]:
@@ -291,11 +297,8 @@ def machine(settings: Settings) -> dict[str, Any]:
         chip = platform.processor() or platform.machine()
         info = Path("/proc/cpuinfo")
         if info.exists():
-            names = [
-                line.split(":", 1)[1].strip()
-                for line in info.read_text(encoding="utf-8").splitlines()
-                if "model name" in line
-            ]
+            lines = info.read_text(encoding="utf-8").splitlines()
+            names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
             chip = names[0] if names else chip
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if settings.device == "cpu":
@@ -310,30 +313,38 @@ def machine(settings: Settings) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Format the report as text: a line for each measurement with minisd, diffusers and their ratio.
+    """Format the report as text: a line for each measurement, and a column for each library.
 
-    ± is half of the interquartile range; percentages are relative to the speed of the matrix product.
+    After ± stands half of the interquartile range; percentages are relative to the speed of the matrix product. `ratio`
+    is minisd's figure divided by that of the library before it.
     """
     by_what: dict[str, dict[str, dict[str, Any]]] = {}
     ceiling = next((line["gflops"] for line in report["rows"] if line["what"].startswith("matrix product")), None)
     for line in report["rows"]:
         by_what.setdefault(_what(line), {})[line["library"]] = line
-    lines = [f"{'':<38}{'minisd':>30}{'diffusers':>30}{'ratio':>8}"]
+    others = [name for name in report["settings"]["libraries"] if name != "minisd"]
+    lines = [f"{'':<38}{'minisd':>32}" + "".join(f"{name:>32}{'ratio':>7}" for name in others)]
     for what, rows in by_what.items():
-        texts = [_cell(rows.get("minisd") or rows.get("torch"), ceiling), _cell(rows.get("diffusers"), ceiling)]
-        ratio = ""
-        if {"minisd", "diffusers"} <= set(rows):
-            key = "peak_gb" if rows["minisd"]["seconds"] is None else "seconds"
-            ratio = f"{rows['minisd'][key] / rows['diffusers'][key]:.2f}"
-        lines.append(f"{what:<38}{texts[0]:>30}{texts[1]:>30}{ratio:>8}")
+        own = rows.get("minisd") or rows.get("torch")
+        text = f"{what:<38}{_cell(own, ceiling):>32}"
+        for name in others:
+            text += f"{_cell(rows.get(name), ceiling):>32}{_ratio(rows.get('minisd'), rows.get(name)):>7}"
+        lines.append(text.rstrip())
     if report.get("picture_difference") is not None:
-        lines.append(f"largest difference of the two pictures: {report['picture_difference']}/255")
+        lines.append(f"largest difference of the pictures: {report['picture_difference']}/255")
     for what, profiles in report.get("profile", {}).items():
         lines += ["", f"where the time of one {what} goes"]
         for kind in dict.fromkeys(kind for profile in profiles.values() for kind in profile):
-            cells = [f"{profiles[name].get(kind, 0):.1%}" if name in profiles else "" for name in LIBRARIES]
-            lines.append(f"{kind:<38}{cells[0]:>30}{cells[1]:>30}")
+            cells = [f"{profiles[name].get(kind, 0):.1%}" if name in profiles else "" for name in ("minisd", *others)]
+            lines.append((f"{kind:<38}{cells[0]:>32}" + "".join(f"{cell:>32}{'':7}" for cell in cells[1:])).rstrip())
     return "\n".join(lines)
+
+
+def _ratio(own: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+    if own is None or other is None:
+        return ""
+    key = "peak_gb" if own["seconds"] is None else "seconds"
+    return f"{own[key] / other[key]:.2f}"
 
 
 def _what(line: dict[str, Any]) -> str:
@@ -357,16 +368,17 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Plot the times as bars, one group for each that was measured for all libraries."""
     from matplotlib.figure import Figure
 
+    libraries = report["settings"]["libraries"]
     times: dict[str, dict[str, float]] = {}
     for line in report["rows"]:
-        if line["seconds"] and line["library"] in LIBRARIES:
+        if line["seconds"] and line["library"] in libraries:
             times.setdefault(line["library"], {})[_what(line)] = line["seconds"]
     shared = [what for what in times["minisd"] if all(what in seconds for seconds in times.values())]
     figure = Figure(figsize=(7, 0.55 * len(shared) + 1.2), layout="constrained")
-    axes = figure.add_subplot()
-    for (library, seconds), shift, colour in zip(times.items(), (-0.2, 0.2), ("#0072B2", "#E69F00"), strict=False):
-        places = [place + shift for place in range(len(shared))]
-        axes.barh(places, [seconds[what] for what in shared], 0.36, color=colour, label=library)
+    axes, height = figure.add_subplot(), 0.8 / len(times)
+    for index, ((library, seconds), colour) in enumerate(zip(times.items(), COLOURS, strict=False)):
+        places = [place + height * (index - (len(times) - 1) / 2) for place in range(len(shared))]
+        axes.barh(places, [seconds[what] for what in shared], 0.9 * height, color=colour, label=library)
     axes.set_yticks(range(len(shared)), shared)
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="seconds", title=report["machine"]["chip"])

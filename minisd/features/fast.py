@@ -57,7 +57,7 @@ def onednn_is_exact() -> bool:
     random = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(64, 512, generator=random) for _ in range(2))
     exact = x.double() @ weight.double().T
-    error = (_onednn_linear(x, weight, None) - exact).square().mean().sqrt()
+    error = (onednn_linear(x, weight, None) - exact).square().mean().sqrt()
     return bool(error < TOLERANCE * exact.square().mean().sqrt())
 
 
@@ -66,10 +66,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled()
     if plain or x.numel() * len(weight) < MANY or torch.compiler.is_compiling() or not onednn_is_faster():
         return F.linear(x, weight, bias)
-    return _onednn_linear(x, weight, bias)
+    return onednn_linear(x, weight, bias)
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute `F.linear` on a CPU with oneDNN, which has no gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 

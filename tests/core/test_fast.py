@@ -124,5 +124,5 @@ def test_products_stay_where_onednn_rounds(amd, monkeypatch):
     def rounded(x, weight, bias):
         return F.linear(x.bfloat16(), weight.bfloat16()).float()
 
-    monkeypatch.setattr("minisd.features.fast._onednn_linear", rounded)
+    monkeypatch.setattr("minisd.features.fast.onednn_linear", rounded)
     assert not onednn_is_faster()
