@@ -32,7 +32,7 @@ LESSONS = [page for page in PAGES if page.parent == FOLDER]
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|work|opt|usr|var|mnt|private)/|[A-Z]:\\\\?\w")
 IMAGES = ("image/png", "image/jpeg")
 LAYERED = LESSONS[10:]  # with a core path, and deeper sections that are folded
-WITH_A_BLANK_LINE = ("00_tour", "02_autoencoder", "03_tokenizer", "04_text_encoder")
+WITH_A_BLANK_LINE = ("00_tour", "02_autoencoder", "03_tokenizer", "04_text_encoder", "10_pipeline")
 TWO_LAYERS = ("05_attention", "06_schedule", "07_unet", "08_samplers", "09_guidance")
 ANY_MODEL = ("00_tour.ipynb", "05_attention.ipynb", "07_unet.ipynb", "10_pipeline.ipynb")
 

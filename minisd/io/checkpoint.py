@@ -387,7 +387,8 @@ def _match(
         problems = "\n".join(f"  {len(keys)} {kind}: {listed(keys)}" for kind, keys in lists.items() if keys)
         raise CheckpointError(
             f"{path} does not fit its configuration:\n{problems}\n"
-            "It is incomplete, of another model, or holds more than a model; fetch it again or use another one"
+            "It is incomplete, belongs to another model, or contains more than a model; "
+            "fetch it again or use another one"
         )
     if leftovers:
         warn(f"{path} has {len(leftovers)} keys that belong to no part and are ignored: {listed(leftovers)}")
