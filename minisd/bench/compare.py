@@ -314,21 +314,21 @@ def table(report: dict[str, Any]) -> str:
     ceiling = next((line["gflops"] for line in report["rows"] if line["what"].startswith("matrix product")), None)
     for line in report["rows"]:
         by_what.setdefault(_what(line), {})[line["library"]] = line
-    lines = [f"{'':<38}{'minisd':>30}{'diffusers':>30}{'ratio':>8}"]
+    lines = [f"{'':<36}  {'minisd':>34}  {'diffusers':>34}{'ratio':>8}"]
     for what, rows in by_what.items():
         texts = [_cell(rows.get("minisd") or rows.get("torch"), ceiling), _cell(rows.get("diffusers"), ceiling)]
         ratio = ""
         if {"minisd", "diffusers"} <= set(rows):
             key = "peak_gb" if rows["minisd"]["seconds"] is None else "seconds"
             ratio = f"{rows['minisd'][key] / rows['diffusers'][key]:.2f}"
-        lines.append(f"{what:<38}{texts[0]:>30}{texts[1]:>30}{ratio:>8}")
+        lines.append(f"{what:<36}  {texts[0]:>34}  {texts[1]:>34}{ratio:>8}")
     if report.get("picture_difference") is not None:
         lines.append(f"largest difference of the two pictures: {report['picture_difference']}/255")
     for what, profiles in report.get("profile", {}).items():
         lines += ["", f"where the time of one {what} goes"]
         for kind in dict.fromkeys(kind for profile in profiles.values() for kind in profile):
             cells = [f"{profiles[name].get(kind, 0):.1%}" if name in profiles else "" for name in LIBRARIES]
-            lines.append(f"{kind:<38}{cells[0]:>30}{cells[1]:>30}")
+            lines.append(f"{kind:<36}  {cells[0]:>34}  {cells[1]:>34}")
     return "\n".join(lines)
 
 
