@@ -323,20 +323,21 @@ def table(report: dict[str, Any]) -> str:
     for line in report["rows"]:
         by_what.setdefault(_what(line), {})[line["library"]] = line
     others = [name for name in report["settings"]["libraries"] if name != "minisd"]
-    lines = [f"{'':<38}{'minisd':>32}" + "".join(f"{name:>32}{'ratio':>7}" for name in others)]
+    lines = [f"{'':<36}  {'minisd':>34}" + "".join(f"  {name:>34}{'ratio':>8}" for name in others)]
     for what, rows in by_what.items():
         own = rows.get("minisd") or rows.get("torch")
-        text = f"{what:<38}{_cell(own, ceiling):>32}"
+        text = f"{what:<36}  {_cell(own, ceiling):>34}"
         for name in others:
-            text += f"{_cell(rows.get(name), ceiling):>32}{_ratio(rows.get('minisd'), rows.get(name)):>7}"
-        lines.append(text.rstrip())
+            text += f"  {_cell(rows.get(name), ceiling):>34}{_ratio(rows.get('minisd'), rows.get(name)):>8}"
+        lines.append(text)
     if report.get("picture_difference") is not None:
-        lines.append(f"largest difference of the pictures: {report['picture_difference']}/255")
+        pictures = "the two pictures" if len(others) < 2 else "the pictures"
+        lines.append(f"largest difference of {pictures}: {report['picture_difference']}/255")
     for what, profiles in report.get("profile", {}).items():
         lines += ["", f"where the time of one {what} goes"]
         for kind in dict.fromkeys(kind for profile in profiles.values() for kind in profile):
             cells = [f"{profiles[name].get(kind, 0):.1%}" if name in profiles else "" for name in ("minisd", *others)]
-            lines.append((f"{kind:<38}{cells[0]:>32}" + "".join(f"{cell:>32}{'':7}" for cell in cells[1:])).rstrip())
+            lines.append(f"{kind:<36}  {cells[0]:>34}" + "".join(f"  {cell:>34}" for cell in cells[1:]))
     return "\n".join(lines)
 
 

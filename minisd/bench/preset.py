@@ -266,5 +266,5 @@ def table(report: dict[str, Any]) -> str:
     for name, row in report.get("judge", {}).get("difference", {}).items():
         interval = f"95% interval {row['low']:+.3f} to {row['high']:+.3f}"
         lines.append(f"share of pictures right in {name}: {row['change']:+.3f}, {interval}")
-    lines.append(f"PSNR beside {steps} steps: {report['psnr']['mean']} dB")
+    lines.append(f"PSNR against {steps} steps: {report['psnr']['mean']} dB")
     return "\n".join(lines)
