@@ -1,0 +1,65 @@
+"""Drawings that one notebook alone needs: the U of 07, and the losses of 12."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from PIL import Image
+from torch import Tensor
+
+from minisd.figures import BLUE, plot_picture, show
+
+
+def draw_u(maps: Mapping[str, Tensor], popped: Sequence[tuple[str, str]], width: float) -> Image.Image:
+    """The feature maps of a UNet as a U: a column for each call, in order, and a row for each size.
+
+    Args:
+        maps: What each station returned, (1, channels, h, w), in the order of the calls. Its most varied channel is
+            drawn. What follows the last comma of the name is written below it, without a number.
+        popped: For each skip the station that takes it and the one that made it; the innermost of each row first.
+        width: Of the figure, in inches.
+    """
+    names, depths = list(maps), [_depth(one, maps) for one in maps.values()]
+    y, half = [-2.1 * depth for depth in depths], [0.47 * 0.9**depth for depth in depths]
+    figure = plt.figure(figsize=(width, width * (2.7 - min(y)) / (len(names) + 0.4)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.plot(range(len(names)), y, color="#999999", linewidth=1, zorder=0)
+    for x, (name, one) in enumerate(maps.items()):
+        _draw_map(axes, name, one[0], (x, y[x]), half[x])
+    nested: Counter[float] = Counter()
+    for consumer, skip in popped:
+        a, b = names.index(skip), names.index(consumer)
+        nested[y[a]] += 1
+        top = y[a] + half[a] + 0.19 * nested[y[a]]
+        axes.plot([a, a, b, b], [y[a] + half[a], top, top, y[b] + half[b]], color=BLUE, linewidth=1.5)
+    axes.set(xlim=(-0.7, len(names) - 0.3), ylim=(min(y) - 1.5, 1.2), aspect="equal")
+    axes.axis("off")
+    return plot_picture(figure, 32)
+
+
+def _depth(one: Tensor, maps: Mapping[str, Tensor]) -> float:
+    """How often the side of a map has been halved."""
+    return math.log2(max(other.shape[-1] for other in maps.values()) / one.shape[-1])
+
+
+def _draw_map(axes: Axes, name: str, one: Tensor, place: tuple[float, float], half: float) -> None:
+    (x, y), flat = place, one.flatten(1)
+    face = one[(flat.amax(1) - flat.amin(1)).argmax()]
+    axes.imshow(face, cmap="cividis", extent=(x - half, x + half, y - half, y + half), zorder=2)
+    text = "{}\n{}\n{}×{}".format(name.split(", ")[-1].split()[0], *one.shape)
+    axes.text(x, y - half - 0.08, text, ha="center", va="top", fontsize=11)
+
+
+def plot_losses(losses: Sequence[Mapping[str, float]], name: str, alt: str, width: int = 10) -> None:
+    """Show what a training run wrote down under a name at every step, in grey, and its mean over `width` steps."""
+    values = np.array([line[name] for line in losses])
+    figure, axes = plt.subplots(figsize=(5, 2))
+    axes.plot(values, color="0.8")
+    axes.plot(np.arange(width - 1, len(values)), np.convolve(values, np.ones(width) / width, "valid"))
+    axes.set(xlabel="step", ylabel=name)
+    show(plot_picture(figure, 16), alt=alt)
