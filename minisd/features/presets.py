@@ -34,7 +34,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             MappingProxyType(
                 {"num_inference_steps": 12, "sampler": "dpmpp_2m", "spacing": "trailing", "feature_reuse": (2, 2)}
             ),
-        )
+        ),
+        "turbo": Preset(
+            "turbo",
+            "4 steps of LCM without guidance, for a model distilled for that, or with an LCM-LoRA",
+            MappingProxyType({"num_inference_steps": 4, "sampler": "lcm", "guidance_scale": 1.0}),
+        ),
     }
 )
 

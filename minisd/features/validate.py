@@ -86,16 +86,26 @@ def check_tensor(name: str, value: Any, *shape: int | str) -> Tensor:
 def check_finite_input(name: str, value: Tensor) -> Tensor:
     """Check an input for NaN and infinity."""
     if not bool(torch.isfinite(value).all()):
-        raise FloatingPointError(f"{name} contains NaN or infinity; expected finite values")
+        raise FloatingPointError(not_finite_input(name))
     return value
+
+
+def not_finite_input(name: str) -> str:
+    """Return the message for an input with NaN or infinity."""
+    return f"{name} contains NaN or infinity; expected finite values"
 
 
 def check_finite(output: Tensor, part: str) -> Tensor:
     """Check the output of a module for NaN and infinity."""
     if not bool(torch.isfinite(output).all()):
-        advice = "load the model in float32" if output.dtype == torch.float16 else "check the checkpoint"
-        raise FloatingPointError(f"the {part} returned NaN or infinity in {output.dtype}; {advice}")
+        raise FloatingPointError(not_finite(output.dtype, part))
     return output
+
+
+def not_finite(dtype: torch.dtype, part: str) -> str:
+    """Return the message for a module that returned NaN or infinity."""
+    advice = "load the model in float32" if dtype == torch.float16 else "check the checkpoint"
+    return f"the {part} returned NaN or infinity in {dtype}; {advice}"
 
 
 def check_unit_range(name: str, value: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minisd.features.adapters import Adapters, Weight, layers_of, part_weights, split_parts
+from minisd.features.asynchronous import guidance_on
 from minisd.features.prompt_syntax import composed, split_composition, split_loras, switched, texts_by_step
 from minisd.features.prompts import common_length, read, warn_of_foreign
 from minisd.generate import Denoiser, guided
@@ -80,9 +81,10 @@ def _denoiser_of(
 ) -> Denoiser:
     """Return the denoiser for the prompts of one step; all of them are encoded in one call."""
     clip_skip, scales = request.settings.clip_skip, request.scales
+    guidance = guidance_on(request.guidance, sd.device)
     if request.prompt_embeds is not None:
         cond, uncond = _given_contexts(sd, request.prompt_embeds, negatives, scales, clip_skip)
-        return guided(unet, cond, uncond, request.guidance)
+        return guided(unet, cond, uncond, guidance)
     # at scale 0 the prediction follows the negative prompt alone
     texts = [p if scale else n for p, n, scale in zip(prompts, negatives, scales, strict=True)]
     parts = [split_composition(text) for text in texts]
@@ -95,9 +97,9 @@ def _denoiser_of(
     contexts = sd.encode_text([*encoded, *(negatives if is_guided else ())], clip_skip)
     conds, uncond = contexts[: count * size].split(size), contexts[count * size :] if is_guided else None
     if uncond is None or not is_composed:
-        return guided(unet, conds[0], uncond, request.guidance)
+        return guided(unet, conds[0], uncond, guidance)
     weights = torch.tensor([[weight for _, weight in part] for part in filled], device=contexts.device)
-    return composed(unet, conds, weights, uncond, request.guidance)
+    return composed(unet, conds, weights, uncond, guidance)
 
 
 def _given_contexts(
