@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from minisd.features.distributed import log, show
+from minisd.features.presets import PRESETS
 
 CORES = os.cpu_count() or 1
 Model = Annotated[
@@ -27,8 +28,9 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads of each process, on a
 Compile = Annotated[bool, typer.Option("--compile", help="Compile the UNet and the decoder of both libraries.")]
 Alone = Annotated[bool, typer.Option("--alone", help="Measure minisd only, without diffusers.")]
 Loading = Annotated[bool, typer.Option("--loading/--no-loading", help="Measure imports and loading too.")]
-PresetName = Annotated[
-    Literal["fast"] | None, typer.Option(help="Compare this preset with --steps without it, instead of with diffusers.")
+PresetName: Any = Annotated[
+    Literal[tuple(PRESETS)] | None,
+    typer.Option(help="Compare this preset with --steps without it, instead of with diffusers."),
 ]
 Pictures = Annotated[
     int | None,
@@ -67,6 +69,7 @@ def bench(
       minisd bench --model tiny --size 192 --size 384
       minisd bench --preset fast --model tiny
       minisd bench --preset fast
+      minisd bench --preset turbo --steps 20
       minisd bench --training --threads 1 --dtype bfloat16
       minisd bench --throughput
     """

@@ -21,6 +21,11 @@ class Preset:
     description: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def settings_for(self, sampler: str | None) -> Mapping[str, Any]:
+        """Return the settings for a model whose own sampler has this name: with the same one, its guidance stays."""
+        same = sampler is not None and sampler == self.settings.get("sampler")
+        return {name: value for name, value in self.settings.items() if name != "guidance_scale" or not same}
+
     def describe(self) -> str:
         """Return a one-line description."""
         return f"preset {self.name}: {self.description}"

@@ -27,6 +27,7 @@ from minisd.features.validate import (
 from minisd.guidance import Guidance
 from minisd.images import from_pil
 from minisd.pipeline.arguments import Callback
+from minisd.pipeline.consistency import check_consistency
 from minisd.pipeline.memory import check_memory
 from minisd.pipeline.prompting import Loras, Texts, read_prompts
 from minisd.pipeline.settings import Settings
@@ -109,6 +110,7 @@ def check_request(
     check_int("clip_skip", settings.clip_skip, 1, sd.config.text_encoder.num_hidden_layers)
     plan, strength, steps = check_plan(sd, settings, images is not None, mask is not None)
     texts, loras = read_prompts(sd, prompts, negatives, steps)
+    check_consistency(sd, settings, negatives, loras)
     seeds = resolve_seeds(seed, len(prompts))
     if latents is not None:
         check_tensor("latents", latents, len(prompts), *shape)

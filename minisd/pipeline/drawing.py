@@ -24,6 +24,7 @@ from minisd.guidance import Guidance
 from minisd.images import from_pil
 from minisd.pipeline.arguments import Arrays, Callback, Options, Prompt
 from minisd.pipeline.checks import Request, check_request, check_size
+from minisd.pipeline.consistency import check_own_guidance
 from minisd.pipeline.metadata import parameters_text, save_png
 from minisd.pipeline.provenance import Provenance
 from minisd.pipeline.settings import Settings, format_number
@@ -147,6 +148,7 @@ class Drawing:
             if both := [name for name in parts if changes.get(name) is not None]:
                 raise ValueError(f"guidance and {both[0]} exclude each other; pass one of them")
             changes |= {name: getattr(guidance, part) for name, part in parts.items()}
+        check_own_guidance(self, guidance)
         request = check_request(self, settings=self._settings(changes), seed=changes.get("seed"), **inputs)
         return replace(request, guidance=guidance or request.guidance, callback=callback)
 

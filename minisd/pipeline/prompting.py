@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from minisd.features.adapters import Adapters, Weight, layers_of, part_weights, split_parts
 from minisd.features.asynchronous import guidance_on
+from minisd.features.lcm_unet import LCMUNet, with_scales
 from minisd.features.prompt_syntax import composed, split_composition, split_loras, switched, texts_by_step
 from minisd.features.prompts import common_length, read, warn_of_foreign
 from minisd.generate import Denoiser, guided
+from minisd.guidance import Guidance
 from minisd.lora import Layer, LoRA
 
 if TYPE_CHECKING:
@@ -59,6 +62,9 @@ def denoiser(sd: StableDiffusion, request: Request, unet: Callable[..., Tensor])
         unet: The UNet, or a callable with the same signature.
     """
     layers = layers_of({"unet": sd.unet, "text_encoder": sd.text_encoder}) if request.loras else {}
+    if isinstance(sd.unet, LCMUNet):
+        unet = with_scales(unet, torch.tensor(request.scales, device=sd.device))
+        request = replace(request, guidance=Guidance(1.0))
 
     def call(latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         with _applied(request.loras, layers, sd.adapters):

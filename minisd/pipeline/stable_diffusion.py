@@ -20,6 +20,7 @@ from minisd.features.adapters import Adapters
 from minisd.features.asynchronous import FiniteChecks, queued
 from minisd.features.deepcache import DeepCache
 from minisd.features.fast import speed_up
+from minisd.features.lcm_unet import LCMUNet, with_scales
 from minisd.features.prompt_syntax import check_single, plain
 from minisd.features.prompts import encode_prompts, find_unknown_words
 from minisd.features.tiling import tiled
@@ -86,7 +87,7 @@ class StableDiffusion(Drawing, ImageEditing, ModelFiles):
         self.config, self.defaults = config, defaults or Defaults()
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.unet, self.autoencoder = unet, autoencoder
-        if type(unet) is UNet:  # layers of others may rely on inputs that stay as they are
+        if type(unet) in (UNet, LCMUNet):  # layers of others may rely on inputs that stay as they are
             speed_up(unet)
         speed_up(autoencoder)
         self.schedule = Schedule(config.schedule)
@@ -217,9 +218,7 @@ class StableDiffusion(Drawing, ImageEditing, ModelFiles):
 
         def encode(ids: Tensor) -> Tensor:
             with self._on_device(self.text_encoder):
-                return check_finite(
-                    self.text_encoder(ids.to(self.device), clip_skip), self._with_loras("text encoder")
-                )
+                return check_finite(self.text_encoder(ids.to(self.device), clip_skip), self._with_loras("text encoder"))
 
         return encode_prompts(texts, self.tokenizer, encode)
 
@@ -312,8 +311,15 @@ class StableDiffusion(Drawing, ImageEditing, ModelFiles):
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(check_float("guidance", guidance))
         timestep = torch.full((), check_float("t", t), device=self.device, dtype=torch.float32)
         uncond, cond = context.chunk(2) if len(context) == 2 * len(latents) else (None, context)
+        unet = self._checked(self.unet, checks)
+        if isinstance(self.unet, LCMUNet):
+            if uncond is not None:
+                raise ValueError(
+                    "this model's UNet takes the guidance scale; pass the context without negative prompts"
+                )
+            unet = with_scales(unet, torch.tensor(guidance.scale, device=self.device))
         with self._on_device(self.unet):
-            denoise = guided(self._checked(self.unet, checks), cond, uncond, guidance)
+            denoise = guided(unet, cond, uncond, guidance)
             prediction = denoise(latents, timestep, guidance.interval[0])
         checks.settle()
         return prediction
