@@ -44,8 +44,9 @@ def check_consistency(sd: StableDiffusion, settings: Settings, negatives: list[s
     elif settings.sampler == "lcm" and not is_distilled(sd, loras):
         warnings.warn(
             "the sampler lcm (preset turbo) needs a model distilled for it, and neither the model's scheduler or name "
-            "nor a LoRA says that it is: expect a blur. Load an LCM-LoRA, such as latent-consistency/lcm-lora-sdv1-5, "
-            "with --lora or load_lora, or use an LCM model",
+            "nor a LoRA says that it is: expect a blur. Pass an LCM-LoRA to --lora or load_lora, such as "
+            "pytorch_lora_weights.safetensors from huggingface.co/latent-consistency/lcm-lora-sdv1-5, or load an LCM "
+            "model, such as SimianLuo/LCM_Dreamshaper_v7",
             stacklevel=2,
         )
 

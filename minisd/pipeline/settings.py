@@ -209,8 +209,8 @@ class Settings:
                 raise TypeError(f"{name!r} is not a setting; expected one of {', '.join(SETTINGS)}, preset")
         own = {name: getattr(defaults, name, None) for name in SETTINGS}
         preset, values = changes.get("preset"), dict[str, Any]()
-        name = getattr(own["sampler"], "name", own["sampler"])
-        for layer in (own, {} if preset is None else find_preset(preset).settings_for(name), changes):
+        sampler = getattr(own["sampler"], "name", own["sampler"])
+        for layer in (own, {} if preset is None else find_preset(preset).settings_for(sampler), changes):
             values = _merge(values, {name: value for name, value in layer.items() if name != "preset"})
         settings = cls(**values)
         _ = settings.sampler_object  # raises for incompatible options
