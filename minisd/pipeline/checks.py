@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.features.deepcache import count_up_layers
+from minisd.features.lcm_unet import LCMUNet
 from minisd.features.masked_area import MaskedArea, blur_mask, find_area
 from minisd.features.more_samplers import WHOLE_TIMESTEPS
 from minisd.features.pictures import to_brightness, to_rgb
@@ -110,7 +111,8 @@ def check_request(
     check_int("clip_skip", settings.clip_skip, 1, sd.config.text_encoder.num_hidden_layers)
     plan, strength, steps = check_plan(sd, settings, images is not None, mask is not None)
     texts, loras = read_prompts(sd, prompts, negatives, steps)
-    check_consistency(sd, settings, negatives, loras)
+    if settings.sampler == "lcm" or isinstance(sd.unet, LCMUNet):
+        check_consistency(sd, settings, negatives, loras)
     seeds = resolve_seeds(seed, len(prompts))
     if latents is not None:
         check_tensor("latents", latents, len(prompts), *shape)

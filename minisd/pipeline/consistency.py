@@ -51,9 +51,9 @@ def check_consistency(sd: StableDiffusion, settings: Settings, negatives: list[s
         )
 
 
-def check_own_guidance(sd: StableDiffusion, guidance: Guidance | None) -> None:
+def check_own_guidance(sd: StableDiffusion, guidance: Guidance) -> None:
     """Raise ValueError for a `Guidance` of one's own if the UNet takes the guidance scale as an input."""
-    if isinstance(sd.unet, LCMUNet) and type(guidance) not in (Guidance, type(None)):
+    if isinstance(sd.unet, LCMUNet) and type(guidance) is not Guidance:
         raise ValueError(f"{type(guidance).__name__} has no meaning for this model: its UNet takes the guidance scale")
 
 

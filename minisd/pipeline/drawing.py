@@ -17,8 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisd import __version__
-from minisd.features.asynchronous import FiniteChecks
-from minisd.features.validate import check_int, check_path, check_shape, check_strings, not_finite_input
+from minisd.features.validate import FiniteChecks, check_int, check_path, check_shape, check_strings, not_finite_input
 from minisd.generate import Step
 from minisd.guidance import Guidance
 from minisd.images import from_pil
@@ -148,7 +147,8 @@ class Drawing:
             if both := [name for name in parts if changes.get(name) is not None]:
                 raise ValueError(f"guidance and {both[0]} exclude each other; pass one of them")
             changes |= {name: getattr(guidance, part) for name, part in parts.items()}
-        check_own_guidance(self, guidance)
+        if guidance is not None:
+            check_own_guidance(self, guidance)
         request = check_request(self, settings=self._settings(changes), seed=changes.get("seed"), **inputs)
         return replace(request, guidance=guidance or request.guidance, callback=callback)
 

@@ -87,7 +87,9 @@ def _denoiser_of(
 ) -> Denoiser:
     """Return the denoiser for the prompts of one step; all of them are encoded in one call."""
     clip_skip, scales = request.settings.clip_skip, request.scales
-    guidance = guidance_on(request.guidance, sd.device)
+    guidance = request.guidance
+    if isinstance(guidance.scale, tuple):
+        guidance = guidance_on(guidance, sd.device)
     if request.prompt_embeds is not None:
         cond, uncond = _given_contexts(sd, request.prompt_embeds, negatives, scales, clip_skip)
         return guided(unet, cond, uncond, guidance)

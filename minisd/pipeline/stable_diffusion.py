@@ -17,7 +17,7 @@ from minisd.autoencoder import Autoencoder
 from minisd.config import ModelConfig
 from minisd.editing import KeepUnmasked, latent_mask, masked_image, with_channels
 from minisd.features.adapters import Adapters
-from minisd.features.asynchronous import FiniteChecks, queued
+from minisd.features.asynchronous import queued
 from minisd.features.deepcache import DeepCache
 from minisd.features.fast import speed_up
 from minisd.features.lcm_unet import LCMUNet, with_scales
@@ -25,6 +25,7 @@ from minisd.features.prompt_syntax import check_single, plain
 from minisd.features.prompts import encode_prompts, find_unknown_words
 from minisd.features.tiling import tiled
 from minisd.features.validate import (
+    FiniteChecks,
     check_finite,
     check_finite_input,
     check_float,
@@ -160,7 +161,9 @@ class StableDiffusion(Drawing, ImageEditing, ModelFiles):
             yield from mode(self._steps)(request)
 
     def _steps(self, request: Request) -> Iterator[Step]:
-        noise, checks = queued(gaussian_noise(request.seeds, request.shape, "cpu"), self.device), FiniteChecks()
+        noise, checks = gaussian_noise(request.seeds, request.shape, "cpu"), FiniteChecks()
+        if self.device.type != "cpu":
+            noise = queued(noise, self.device)
         if request.latents is not None:
             noise = _first(request.latents.float().to(self.device), noise)
         latents = None if request.image is None else self.encode_image(request.image).float()

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from minisd import StableDiffusion
-from minisd.features import asynchronous
-from minisd.features.asynchronous import FiniteChecks, guidance_on, queued
+from minisd.features import validate
+from minisd.features.asynchronous import guidance_on, queued
+from minisd.features.validate import FiniteChecks
 from minisd.generate import gaussian_noise
 from minisd.guidance import Guidance
 
@@ -35,7 +36,7 @@ class LateFlag:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> type[LateFlag]:
-    monkeypatch.setattr(asynchronous, "Flag", LateFlag)
+    monkeypatch.setattr(validate, "Flag", LateFlag)
     for name, value in {"bad": frozenset({1}), "made": 0, "arrived": 0, "waits": 0}.items():
         monkeypatch.setattr(LateFlag, name, value)
     return LateFlag
@@ -75,7 +76,7 @@ def test_flag(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     for expected in (True, False):
-        assert asynchronous.Flag(torch.tensor(expected, device=device)).read() is expected
+        assert validate.Flag(torch.tensor(expected, device=device)).read() is expected
 
 
 def test_no_bad_step_is_the_last(small_model, monkeypatch):
@@ -85,11 +86,11 @@ def test_no_bad_step_is_the_last(small_model, monkeypatch):
     """
     sd = StableDiffusion.from_pretrained(small_model, device="cpu")
     checked, seen = FiniteChecks.check, list[int]()
-    monkeypatch.setattr(asynchronous.Flag, "has_arrived", lambda self: False)
+    monkeypatch.setattr(validate.Flag, "has_arrived", lambda self: False)
 
     def check(self: FiniteChecks, value: Tensor, message: str) -> None:
         if value.device.type == "cpu":
-            self._pending.append((asynchronous.Flag(torch.isfinite(value).all()), message))
+            self._pending.append((validate.Flag(torch.isfinite(value).all()), message))
         else:
             checked(self, value, message)
 
@@ -127,5 +128,5 @@ def test_guidance_of_ones_own_keeps_its_scales():
     class Own(Guidance):
         pass
 
-    for guidance in (Own((3.0, 4.0)), Guidance(7.5)):
-        assert guidance_on(guidance, torch.device("cpu")) is guidance
+    guidance = Own((3.0, 4.0))
+    assert guidance_on(guidance, torch.device("cpu")) is guidance
