@@ -28,6 +28,7 @@ import minisd.unet
 from minisd import SD15, SD21, TINY, Autoencoder, StableDiffusion, TextEncoder, Tokenizer, UNet, record_attention
 from minisd.config import ModelConfig
 from minisd.features.adapters import LoRA, LowRank, layers_of
+from minisd.features.more_samplers import Sampler
 from minisd.samplers import SAMPLERS
 
 GPU = "fakegpu:0"
@@ -146,6 +147,55 @@ def offloaded_with_lora(sd: StableDiffusion) -> list[int]:
     return [len(layers), calls.count("fakegpu")]
 
 
+class Waits(TorchDispatchMode):
+    """Records the operators that would wait for a GPU: numbers that are read, and copies outside its queue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name, places = function.overloadpacket.__name__, [x.device.type for x in args if isinstance(x, Tensor)]
+        given = {each.name: value for each, value in zip(function._schema.arguments, args, strict=False)}
+        reads = "fakegpu" in places and name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal")
+        places += [result.device.type] if isinstance(result, Tensor) else []
+        copies = {"cpu", "fakegpu"} <= {*places} and name in ("to", "_to_copy", "copy_")
+        if reads or (copies and not (given | (kwargs or {})).get("non_blocking")):
+            self.found.append(name)
+        return result
+
+
+def waits_between_calls(sd: StableDiffusion, prompt: str = "a fox", *inputs: Any, **options: Any) -> list[str]:
+    """The operators that would wait for the GPU from the first call of the UNet to the last."""
+    with Waits() as waits:
+        reached: list[int] = []
+        handle = sd.unet.conv_in.register_forward_pre_hook(lambda module, inputs: reached.append(len(waits.found)))
+        try:
+            for _ in sd.denoise(prompt, *inputs, seed=0, **{"num_inference_steps": 4, **options}):
+                pass
+        finally:
+            handle.remove()
+    assert len(reached) >= 4
+    return waits.found[reached[0] : reached[-1]]
+
+
+def waits(sd: StableDiffusion) -> dict[str, list[str]]:
+    """The waits inside the sampling loop, by what is drawn; the last one is there to be found."""
+    image, mask = torch.zeros(1, 3, 256, 256), torch.ones(1, 1, 256, 256)
+    found = {name: waits_between_calls(sd, sampler=name) for name in Sampler.functions}
+    found |= {
+        "turbo": waits_between_calls(sd, preset="turbo"),
+        "scales": waits_between_calls(sd, ["a fox", "a cat"], guidance_scale=[3, 7.5], guidance_rescale=0.5),
+        "feature reuse": waits_between_calls(sd, num_inference_steps=12, feature_reuse=(2, 2)),
+        "prompt editing": waits_between_calls(sd, "a [fox:cat:0.5] AND snow :0.5"),
+        "inpainting": waits_between_calls(sd, "a fox", image, mask, sampler="ddpm"),
+        "callback": waits_between_calls(sd, callback=lambda index, t, latents: latents / 2),
+        "planted": waits_between_calls(sd, callback=lambda index, t, latents: print(end=str(latents.sum().item())[:0])),
+    }
+    return found
+
+
 def told(x: Tensor) -> list[Any]:
     return [list(x.shape), str(x.dtype).removeprefix("torch."), x.device.type]
 
@@ -207,6 +257,7 @@ def scenarios(mode: FakeGPU) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "redraw", lambda: redraw(sd)
     yield "steps", lambda: steps(sd)
     yield "record", lambda: record(sd)
+    yield "waits", lambda: waits(tiny)
 
     def planted(plant: Any) -> Any:
         with plant:

@@ -109,6 +109,18 @@ find("#form").onsubmit = event => {
   event.preventDefault();
   draw();
 };
+find("#preset select").onchange = event => {
+  const fields = JSON.parse(event.target.selectedOptions[0].dataset.fields);
+  for (const [name, text] of Object.entries(fields)) {
+    const field = find("#form").elements[name];
+    if (field.options) {
+      field.options[0].text = text;
+      field.selectedIndex = 0;
+    } else {
+      field.value = text;
+    }
+  }
+};
 find("#stop").onclick = () => running?.abort();
 for (const area of document.querySelectorAll("textarea")) {
   area.onkeydown = event => {

@@ -37,8 +37,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minisd.app.jobs import model_side
 from minisd.app.web_drawing import Preview, Request, Result, draw, overlay
 from minisd.features.distributed import log
+from minisd.features.presets import PRESETS
 from minisd.features.prompts import MAX_CHARACTERS
 from minisd.io.configs import parse_json
+from minisd.io.diffusers_folder import Defaults
 from minisd.pipeline.provenance import Provenance
 from minisd.pipeline.settings import SAMPLER_LABELS, SETTINGS, Settings
 from minisd.pipeline.stable_diffusion import StableDiffusion
@@ -80,8 +82,9 @@ class Page:
     async def draw(self, request: WebRequest) -> ASGIApp:
         """Answer with one JSON object per line: steps, then the result or an error."""
         try:
-            values = await _read(request, {*TEXTS, *SHOWN})
+            values = await _read(request, {*TEXTS, *SHOWN, "preset"})
             settings = {name: _number(name, values[name]) for name in SHOWN if values.get(name)}
+            settings["preset"] = values.get("preset") or None
             prompt, negative_prompt, seed = (values.get(name, "") for name in TEXTS)
             wanted = Request(prompt, negative_prompt, seed, settings)
         except ValueError as error:
@@ -207,7 +210,7 @@ def build(sd: StableDiffusion, provenance: Provenance, host: str) -> ASGIApp:
     page, folder, side = Page(sd, provenance), Path(__file__).parent, model_side(sd)
     title = f"{provenance.model} · {side}×{side} · {provenance.device}, {provenance.precision}"
     html = Template((folder / "page.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title), characters=MAX_CHARACTERS, fields=_fields(Settings.choose({}, sd.defaults))
+        title=escape(title), characters=MAX_CHARACTERS, fields=_fields(sd.defaults)
     )
     kinds = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
     contents = {name: html if not name else (folder / name).read_text(encoding="utf-8") for name in kinds}
@@ -276,24 +279,42 @@ def _number(name: str, text: str) -> Any:
     raise ValueError(f"{name} {text[:40]!r} is not a number")
 
 
-def _fields(defaults: Settings) -> str:
-    """Return the HTML of the settings on the page, with the model's defaults."""
-    fields = ""
+def _texts(settings: Settings, source: str) -> dict[str, str]:
+    """Return what the settings on the page show before they are changed, by name; menus name the `source`."""
+    texts = {}
+    for name, setting in SHOWN.items():
+        value = getattr(settings, name)
+        texts[name] = "" if value is None else setting.to_text(value)
+        if setting.choices:
+            texts[name] = f"{source}: {settings.texts()[setting.png]}"
+    return texts
+
+
+def _fields(defaults: Defaults) -> str:
+    """Return the HTML of the settings on the page, with the model's defaults, and of the presets with theirs."""
+    fields, texts = "", _texts(Settings.choose({}, defaults), "model default")
     for name, setting in SHOWN.items():
         common = f'name="{name}" autocomplete="off"'
         if setting.choices:
             labels = SAMPLER_LABELS if name == "sampler" else {choice: choice for choice in setting.choices}
-            shown = {"": f"model default: {defaults.texts()[setting.png]}", **labels}
-            options = "".join(f'<option value="{value}">{escape(label)}</option>' for value, label in shown.items())
+            options = _options({"": texts[name], **labels})
             widget = f"<select {common}>{options}</select>"
         else:
             step = "1" if setting.kind is int else "any"
-            default = getattr(defaults, name)
-            value = "" if default is None else setting.to_text(default)
-            widget = f'<input type="number" step="{step}" value="{escape(value)}" {common}>'
+            widget = f'<input type="number" step="{step}" value="{escape(texts[name])}" {common}>'
         wide = ' class="wide"' if setting.choices else ""
         fields += f'<label id="{setting.label.lower()}"{wide}>{setting.label} {widget}</label>\n'
-    return fields
+    shown = {name: _texts(Settings.choose({"preset": name}, defaults), "preset") for name in PRESETS}
+    labels = {"": "none"} | {name: f"{name}: {preset.description}" for name, preset in PRESETS.items()}
+    options = _options(labels, {"": texts} | shown)
+    return fields + f'<label id="preset" class="wide">Preset <select name="preset">{options}</select></label>\n'
+
+
+def _options(labels: Mapping[str, str], fields: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """Return the HTML of a menu's options by value; `fields` has what the other fields show once one is chosen."""
+    more = {value: f' data-fields="{escape(json.dumps(texts))}"' for value, texts in (fields or {}).items()}
+    rows = (f'<option value="{value}"{more.get(value, "")}>{escape(label)}</option>' for value, label in labels.items())
+    return "".join(rows)
 
 
 def _png(picture: Image.Image) -> bytes:

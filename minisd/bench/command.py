@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from minisd.features.distributed import log, show
+from minisd.features.presets import PRESETS
 
 CORES = os.cpu_count() or 1
 Model = Annotated[
@@ -32,8 +33,9 @@ Peers = Annotated[
     typer.Option("--peer", help="Also measure openvino or onnxruntime, on an export of the model. May be repeated."),
 ]
 Loading = Annotated[bool, typer.Option("--loading/--no-loading", help="Measure imports and loading too.")]
-PresetName = Annotated[
-    Literal["fast"] | None, typer.Option(help="Compare this preset with --steps without it, instead of with diffusers.")
+PresetName: Any = Annotated[
+    Literal[tuple(PRESETS)] | None,
+    typer.Option(help="Compare this preset with --steps without it, instead of with diffusers."),
 ]
 Pictures = Annotated[
     int | None,
@@ -74,6 +76,7 @@ def bench(
       minisd bench --peer openvino --dtype bfloat16 --no-loading
       minisd bench --preset fast --model tiny
       minisd bench --preset fast
+      minisd bench --preset turbo --steps 20
       minisd bench --training --threads 1 --dtype bfloat16
       minisd bench --throughput
     """

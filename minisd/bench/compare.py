@@ -46,7 +46,7 @@ class Settings:
         device: "cpu" or "cuda".
         dtype: the name of the weights' dtype.
         threads: of each process.
-        compiled: compile the UNet and the decoder.
+        compiled: compile the UNet and the decoder, or the mode of `torch.compile` to do it in.
         loading: also measure imports and loading.
         libraries: "minisd" and, if they are installed, "diffusers" and the names of `peers.PEERS`.
     """
@@ -57,7 +57,7 @@ class Settings:
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 2
-    compiled: bool = False
+    compiled: bool | str = False
     loading: bool = True
     libraries: tuple[str, ...] = LIBRARIES
 
@@ -187,16 +187,7 @@ def _measure(
     processes: Sequence[Process], config: ModelConfig, settings: Settings, log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-
-    def time_in_turn(what: str, do: str, flop: int = 0, **arguments: Any) -> None:
-        log(what)
-        turns = [
-            [process.ask(do, **arguments)["seconds"] for process in processes] for _ in range(settings.repeats + 1)
-        ]
-        for process, times in zip(processes, zip(*turns[1:], strict=True), strict=True):  # the first turn warms up
-            rows.append(row(what, process.library, times, flop))
-
-    first = settings.sizes[0]
+    repeats, first = settings.repeats, settings.sizes[0]
     for process in processes:  # before anything else: peak memory never decreases
         if process.library not in LIBRARIES:  # minisd's own weights are in memory too
             continue
@@ -207,12 +198,22 @@ def _measure(
         rows.append(row(f"peak memory, step and decode at {first}", process.library, [], peak=peak))
     ceiling = [processes[0].ask("ceiling", side=CEILING_SIDE)["seconds"] for _ in range(settings.repeats + 1)][1:]
     rows.append(row(f"matrix product {CEILING_SIDE}³", "torch", ceiling, 2 * CEILING_SIDE**3))
-    time_in_turn("text encoder, two prompts", "text")
+    log("text encoder, steps and decoding")
+    rows += in_turn(processes, repeats, "text encoder, two prompts", "text")
     for size in settings.sizes:
         cost = flops(config, size)
-        time_in_turn(f"one guided UNet step at {size}", "step", cost["step"], size=size)
-        time_in_turn(f"decode at {size}", "decode", cost["decode"], size=size)
+        rows += in_turn(processes, repeats, f"one guided UNet step at {size}", "step", cost["step"], size=size)
+        rows += in_turn(processes, repeats, f"decode at {size}", "decode", cost["decode"], size=size)
     return rows
+
+
+def in_turn(
+    processes: Sequence[Process], repeats: int, what: str, do: str, flop: int = 0, **arguments: Any
+) -> list[dict[str, Any]]:
+    """Time one request to each process, in turn, after a first turn that warms up. Returns a row for each."""
+    turns = [[process.ask(do, **arguments)["seconds"] for process in processes] for _ in range(repeats + 1)]
+    times = zip(*turns[1:], strict=True)
+    return [row(what, process.library, each, flop) for process, each in zip(processes, times, strict=True)]
 
 
 def _profiles(processes: Sequence[Process], settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Peer(Minisd):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool) -> None:
+    def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool | str) -> None:
         """Load the model, and put the graphs in the place of its UNet and its decoder.
 
         Raises ValueError for a device, dtype or compilation that the runtime is not measured with.

@@ -6,6 +6,11 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minisd.features.distributed import child_environment
@@ -45,9 +50,48 @@ class Process:
             raise RuntimeError(f"{self.library} failed at {do!r}: {answer['error']}")
         return answer
 
+    def kill(self) -> None:
+        """End the process in the middle of its work; the `ask` that waits for it raises RuntimeError."""
+        self._process.kill()
+
     def close(self) -> None:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._log.close()
+
+
+class Budget:
+    """The time that is left, and what was skipped for want of it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end, self.skipped = time.monotonic() + seconds, list[str]()
+
+    @property
+    def left(self) -> float:
+        """In seconds."""
+        return self.end - time.monotonic()
+
+    def allows(self, what: str, seconds: float) -> bool:
+        """Return whether so many seconds are left for something; if not, note it as skipped."""
+        if self.left >= seconds:
+            return True
+        self.skipped.append(f"{what}: {max(self.left, 0):.0f} s left, expected at least {seconds:.0f}")
+        return False
+
+
+@contextmanager
+def loaded(folder: Path, settings: Settings, budget: Budget) -> Iterator[list[Process]]:
+    """The worker processes of the libraries with a model; they are killed when the time is up."""
+    with ExitStack() as stack:
+        processes = [Process(name, settings) for name in settings.libraries]
+        for process in processes:
+            stack.callback(process.close)
+            timer = threading.Timer(max(budget.left, 0), process.kill)
+            timer.start()
+            stack.callback(timer.cancel)
+        for process in processes:
+            names = ("device", "dtype", "threads", "compiled")
+            process.ask("load", folder=str(folder), **{name: getattr(settings, name) for name in names})
+        yield processes

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ TIMESTEP = 481
 class Library(Protocol):
     """What is measured of each library. Sizes are in pixels, latents are (n, 4, h/8, w/8)."""
 
-    def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool) -> None: ...
+    def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool | str) -> None: ...
     def text(self) -> Tensor:
         """Encode the empty prompt and the prompt to a context (2, 77, width)."""
         ...
@@ -41,19 +41,19 @@ class Library(Protocol):
         ...
 
     def picture(self, latents: Tensor, size: int, steps: int) -> Any:
-        """Draw the prompt as a PIL picture, with DDIM from the given noise."""
+        """Draw the prompt as PIL pictures, with DDIM from the given noises, and return the first."""
         ...
 
 
 class Minisd:
     """This package."""
 
-    def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool) -> None:
+    def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool | str) -> None:
         from minisd import StableDiffusion
 
         self.sd = StableDiffusion.from_pretrained(folder, device=device, dtype=dtype)
         if compiled:
-            self.sd.compile()
+            self.sd.compile(**compile_options(compiled))
 
     def text(self) -> Tensor:
         return self.sd.encode_text(["", PROMPT])
@@ -69,8 +69,8 @@ class Minisd:
         from minisd import Sampler
 
         *_, last = self.sd.denoise(
-            PROMPT, latents=latents, height=size, width=size, num_inference_steps=steps, guidance_scale=GUIDANCE,
-            sampler=Sampler("ddim", "leading"),
+            [PROMPT] * len(latents), latents=latents, height=size, width=size, num_inference_steps=steps,
+            guidance_scale=GUIDANCE, sampler=Sampler("ddim", "leading"),
         )  # fmt: skip
         return self.sd.decode(last.latents)[0]
 
@@ -78,7 +78,7 @@ class Minisd:
 class Diffusers:
     """diffusers, used as its documentation recommends."""
 
-    def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool) -> None:
+    def load(self, folder: str, device: str, dtype: torch.dtype, compiled: bool | str) -> None:
         from diffusers import DDIMScheduler, StableDiffusionPipeline
 
         self.pipe: Any = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
@@ -89,8 +89,9 @@ class Diffusers:
             timestep_spacing="leading",
         )  # fmt: skip
         if compiled:
-            self.pipe.unet = torch.compile(self.pipe.unet, fullgraph=True)
-            self.pipe.vae.decode = torch.compile(self.pipe.vae.decode)
+            options = compile_options(compiled)
+            self.pipe.unet = torch.compile(self.pipe.unet, fullgraph=True, **options)
+            self.pipe.vae.decode = torch.compile(self.pipe.vae.decode, **options)
 
     @torch.no_grad()
     def text(self) -> Tensor:
@@ -111,8 +112,9 @@ class Diffusers:
     def picture(self, latents: Tensor, size: int, steps: int) -> Any:
         latents = latents.to(self.pipe.unet.dtype)
         return self.pipe(
-            PROMPT, latents=latents, height=size, width=size, num_inference_steps=steps, guidance_scale=GUIDANCE
-        ).images[0]
+            [PROMPT] * len(latents), latents=latents, height=size, width=size, num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+        ).images[0]  # fmt: skip
 
 
 def find_library(name: str) -> Library:
@@ -127,9 +129,14 @@ def find_library(name: str) -> Library:
 LIBRARIES: dict[str, Callable[[], Library]] = {"minisd": Minisd, "diffusers": Diffusers}
 
 
-def noise(size: int, device: str) -> Tensor:
-    """The initial noise (1, 4, size/8, size/8) of a picture, the same for both libraries."""
-    return torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(7)).to(device)
+def compile_options(compiled: bool | str) -> dict[str, Any]:
+    """The arguments of `torch.compile`: a mode, if there is one."""
+    return {"mode": compiled} if isinstance(compiled, str) else {}
+
+
+def noise(size: int, device: str, count: int = 1) -> Tensor:
+    """The initial noise (n, 4, size/8, size/8) of pictures, the same for both libraries."""
+    return torch.randn(count, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(7)).to(device)
 
 
 def peak_memory(device: str) -> int:
@@ -183,7 +190,7 @@ class Worker:
         return getattr(self, request.pop("do"))(**request)  # type: ignore[no-any-return]
 
     def load(
-        self, folder: str, device: str, dtype: str, threads: int, compiled: bool, graphs: str = ""
+        self, folder: str, device: str, dtype: str, threads: int, compiled: bool | str, graphs: str = ""
     ) -> dict[str, Any]:
         """Time loading the model, including a first, small call of the UNet. A peer finds its graphs in `graphs`."""
         self.library.graphs = Path(graphs)
@@ -202,16 +209,21 @@ class Worker:
     def text(self) -> dict[str, Any]:
         return self._time(lambda: self.library.text())
 
-    def step(self, size: int) -> dict[str, Any]:
+    def step(self, size: int, attention: str | None = None) -> dict[str, Any]:
+        """Time a step, if wanted with one of torch's attention kernels, such as "FLASH_ATTENTION"."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
         latents, context = noise(size, self.device), self.context
-        return self._time(lambda: self.library.step(latents, context))
+        with nullcontext() if attention is None else sdpa_kernel(getattr(SDPBackend, attention)):
+            return self._time(lambda: self.library.step(latents, context))
 
     def decode(self, size: int) -> dict[str, Any]:
         latents = noise(size, self.device)
         return self._time(lambda: self.library.decode(latents))
 
-    def picture(self, size: int, steps: int, path: str) -> dict[str, Any]:
-        latents = noise(size, self.device)
+    def picture(self, size: int, steps: int, path: str, count: int = 1) -> dict[str, Any]:
+        """Time `count` pictures drawn together, and save the first."""
+        latents = noise(size, self.device, count)
         result: list[Any] = []
         answer = self._time(lambda: result.append(self.library.picture(latents, size, steps)))
         result[0].save(path)

@@ -21,6 +21,11 @@ class Preset:
     description: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def settings_for(self, sampler: str | None) -> Mapping[str, Any]:
+        """Return the settings for a model whose own sampler has this name: with the same one, its guidance stays."""
+        same = sampler is not None and sampler == self.settings.get("sampler")
+        return {name: value for name, value in self.settings.items() if name != "guidance_scale" or not same}
+
     def describe(self) -> str:
         """Return a one-line description."""
         return f"preset {self.name}: {self.description}"
@@ -34,7 +39,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             MappingProxyType(
                 {"num_inference_steps": 12, "sampler": "dpmpp_2m", "spacing": "trailing", "feature_reuse": (2, 2)}
             ),
-        )
+        ),
+        "turbo": Preset(
+            "turbo",
+            "4 steps of LCM without guidance, for a model distilled for that, or with an LCM-LoRA",
+            MappingProxyType({"num_inference_steps": 4, "sampler": "lcm", "guidance_scale": 1.0}),
+        ),
     }
 )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import os
 import re
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -86,16 +87,79 @@ def check_tensor(name: str, value: Any, *shape: int | str) -> Tensor:
 def check_finite_input(name: str, value: Tensor) -> Tensor:
     """Check an input for NaN and infinity."""
     if not bool(torch.isfinite(value).all()):
-        raise FloatingPointError(f"{name} contains NaN or infinity; expected finite values")
+        raise FloatingPointError(not_finite_input(name))
     return value
+
+
+def not_finite_input(name: str) -> str:
+    """Return the message for an input with NaN or infinity."""
+    return f"{name} contains NaN or infinity; expected finite values"
 
 
 def check_finite(output: Tensor, part: str) -> Tensor:
     """Check the output of a module for NaN and infinity."""
     if not bool(torch.isfinite(output).all()):
-        advice = "load the model in float32" if output.dtype == torch.float16 else "check the checkpoint"
-        raise FloatingPointError(f"the {part} returned NaN or infinity in {output.dtype}; {advice}")
+        raise FloatingPointError(not_finite(output.dtype, part))
     return output
+
+
+def not_finite(dtype: torch.dtype, part: str) -> str:
+    """Return the message for a module that returned NaN or infinity."""
+    advice = "load the model in float32" if dtype == torch.float16 else "check the checkpoint"
+    return f"the {part} returned NaN or infinity in {dtype}; {advice}"
+
+
+class Flag:
+    """A Boolean scalar on its way from a device. Only CUDA tells when it has arrived."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._event = value, None
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(value.device))
+
+    def has_arrived(self) -> bool:
+        """Return whether the value can be read without waiting."""
+        return self._event is not None and self._event.query()
+
+    def read(self) -> bool:
+        """Wait for the value, and return it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._value)
+
+
+class FiniteChecks:
+    """Checks for NaN and infinity in the course of a run.
+
+    On a CPU, `check` raises FloatingPointError at once. On a GPU it queues the check, and raises for an earlier one
+    whose result has arrived; `settle` waits for the others.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[Flag, str]] = deque()
+
+    def check(self, value: Tensor, message: str) -> None:
+        """Check a tensor for finite values; `message` is that of the error."""
+        finite = torch.isfinite(value).all()
+        if value.device.type == "cpu":
+            if not bool(finite):
+                raise FloatingPointError(message)
+            return
+        self._pending.append((Flag(finite), message))
+        while self._pending and self._pending[0][0].has_arrived():
+            self._read_first()
+
+    def settle(self) -> None:
+        """Wait for the results of all checks. Raises FloatingPointError for the first that failed."""
+        while self._pending:
+            self._read_first()
+
+    def _read_first(self) -> None:
+        flag, message = self._pending.popleft()
+        if not flag.read():
+            raise FloatingPointError(message)
 
 
 def check_unit_range(name: str, value: Tensor) -> Tensor:

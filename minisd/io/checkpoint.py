@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import SD15, SD21, SD21_BASE, ModelConfig
+from minisd.features.lcm_unet import LCMUNet, LCMUNetConfig
 from minisd.features.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from minisd.features.validate import check_path
 from minisd.io import key_names
@@ -333,14 +334,14 @@ class _NoInit(TorchFunctionMode):
 
 def _meta_modules(config: ModelConfig) -> dict[str, Any]:
     """Return the modules on the meta device, by their names in a diffusers folder."""
-    autoencoder = config.autoencoder
+    autoencoder, unet = config.autoencoder, config.unet
     with torch.device("meta"), _NoInit():
         return {
             "text_encoder": TextEncoder(config.text_encoder),
             "vae": TinyAutoencoder(autoencoder)
             if isinstance(autoencoder, TinyAutoencoderConfig)
             else Autoencoder(autoencoder),
-            "unet": UNet(config.unet),
+            "unet": LCMUNet(unet) if isinstance(unet, LCMUNetConfig) else UNet(unet),
         }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minisd.config import AutoencoderConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
+from minisd.features.lcm_unet import LCMUNetConfig
 from minisd.features.tiny_autoencoder import TinyAutoencoderConfig
 from minisd.io.tensors import CheckpointError
 
@@ -26,6 +27,14 @@ MAX_LEVELS = 8
 # Tighter limits for numbers of layers and table sizes.
 MAX_SIZES = {"num_hidden_layers": 128, "layers_per_block": 16, "sample_size": 2**14, "num_train_timesteps": 100_000}
 
+UNET: Mapping[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",), "flip_sin_to_cos": (True,), "freq_shift": (0,), "center_input_sample": (False,),
+    "downsample_padding": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn", None), "mid_block_scale_factor": (1,),
+    "only_cross_attention": (False,), "dual_cross_attention": (False,), "transformer_layers_per_block": (1,),
+    "num_attention_heads": (None,), "resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",),
+    "class_embed_type": (None,), "num_class_embeds": (None,), "addition_embed_type": (None,),
+    "encoder_hid_dim": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+}  # fmt: skip
 # The supported values of keys in published files; the first one is written when saving.
 FIXED: Mapping[type, Mapping[str, tuple[Any, ...]]] = {
     TextEncoderConfig: {"model_type": ("clip_text_model",)},
@@ -37,14 +46,8 @@ FIXED: Mapping[type, Mapping[str, tuple[Any, ...]]] = {
         "act_fn": ("relu",), "upsample_fn": ("nearest",), "upsampling_scaling_factor": (2,),
         "shift_factor": (0.0, None),
     },
-    UNetConfig: {
-        "act_fn": ("silu",), "flip_sin_to_cos": (True,), "freq_shift": (0,), "center_input_sample": (False,),
-        "downsample_padding": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn", None), "mid_block_scale_factor": (1,),
-        "only_cross_attention": (False,), "dual_cross_attention": (False,), "transformer_layers_per_block": (1,),
-        "num_attention_heads": (None,), "resnet_time_scale_shift": ("default",), "time_embedding_type": ("positional",),
-        "class_embed_type": (None,), "num_class_embeds": (None,), "addition_embed_type": (None,),
-        "encoder_hid_dim": (None,), "time_cond_proj_dim": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
-    },
+    UNetConfig: {**UNET, "time_cond_proj_dim": (None,)},
+    LCMUNetConfig: UNET,
     ScheduleConfig: {
         "trained_betas": (None,), "thresholding": (False,), "clip_sample": (False,),
     },

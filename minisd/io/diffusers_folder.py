@@ -17,6 +17,7 @@ from torch import nn
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
+from minisd.features.lcm_unet import LCMUNetConfig
 from minisd.features.more_samplers import Sampler
 from minisd.features.tiny_autoencoder import TinyAutoencoderConfig
 from minisd.features.validate import check_path
@@ -37,7 +38,8 @@ AUTOENCODERS: Mapping[str, type[AutoencoderConfig]] = {
     "AutoencoderKL": AutoencoderConfig,
     "AutoencoderTiny": TinyAutoencoderConfig,
 }
-PIPELINES = tuple(f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint"))
+LCM_PIPELINE = "LatentConsistencyModelPipeline"
+PIPELINES = (*(f"StableDiffusion{task}Pipeline" for task in ("", "Img2Img", "Inpaint")), LCM_PIPELINE)
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Defaults:
     """A model's default sampling settings.
 
     They are read from `minisd.json`. Folders without that file use the sampler of the scheduler configuration with 25
-    steps (DPM++, UniPC, DEIS) or 50, and guidance 7.5; LCM uses 4 steps and no guidance. Single files use the values
-    below.
+    steps (DPM++, UniPC, DEIS) or 50, and guidance 7.5; LCM uses 4 steps and no guidance, or 8.5 if the UNet takes the
+    scale as an input. Single files use the values below.
 
     Attributes:
         preview: The linear map from latents to RGB, for previews.
@@ -121,11 +123,12 @@ def read_configs(folder: Path) -> tuple[ModelConfig, Defaults]:
     config = ModelConfig(
         read_part_config(TextEncoderConfig, folder / "text_encoder/config.json"),
         read_autoencoder_config(folder / "vae/config.json"),
-        read_part_config(UNetConfig, folder / "unet/config.json"),
+        read_unet_config(folder / "unet/config.json"),
         schedule,
     )
+    usual = _usual_defaults(sampler, isinstance(config.unet, LCMUNetConfig))
     path = folder / "minisd.json"
-    return config, _read_defaults(path) if path.is_file() else _usual_defaults(sampler)
+    return config, _read_defaults(path) if path.is_file() else usual
 
 
 def read_part_config(kind: type[ConfigT], path: Path, **changes: Any) -> ConfigT:
@@ -143,6 +146,12 @@ def read_autoencoder_config(path: Path) -> AutoencoderConfig:
     if not isinstance(name, str) or name not in AUTOENCODERS:
         raise CheckpointError(f"{path} is a {printable(str(name))}; expected an {' or '.join(AUTOENCODERS)}")
     return read_part_config(AUTOENCODERS[name], path)
+
+
+def read_unet_config(path: Path) -> UNetConfig:
+    """Read the config.json of a UNet, with or without the guidance scale as an input."""
+    has_scale = read_json(path).get("time_cond_proj_dim") is not None
+    return read_part_config(LCMUNetConfig if has_scale else UNetConfig, path)
 
 
 def _suggestion(folder: Path) -> str:
@@ -172,9 +181,9 @@ def _read_defaults(path: Path) -> Defaults:
     return defaults
 
 
-def _usual_defaults(sampler: Sampler) -> Defaults:
+def _usual_defaults(sampler: Sampler, has_scale: bool = False) -> Defaults:
     if sampler.name == "lcm":
-        return Defaults(sampler, num_inference_steps=4, guidance_scale=1.0)
+        return Defaults(sampler, num_inference_steps=4, guidance_scale=8.5 if has_scale else 1.0)
     return Defaults(sampler, 25 if sampler.name in FAST else 50)
 
 
@@ -231,6 +240,7 @@ def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
     # without "dtype", diffusers would load float16 files as float16 for this module but as float32 for others
     clip = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
     ends = {"bos_token_id": model.tokenizer.bos_token_id, "eos_token_id": model.tokenizer.eos_token_id}
+    kind = f"StableDiffusion{'Inpaint' if config.unet.in_channels == 9 else ''}Pipeline"
     return {
         "text_encoder/config.json": to_dict(text_encoder) | clip | ends,
         "vae/config.json": {"_class_name": vae} | to_dict(config.autoencoder),
@@ -238,7 +248,7 @@ def _contents(model: Loaded) -> dict[str, dict[str, Any]]:
         "scheduler/scheduler_config.json": scheduler_values(config.schedule, sampler),
         "minisd.json": asdict(model.defaults),
         "model_index.json": {
-            "_class_name": f"StableDiffusion{'Inpaint' if config.unet.in_channels == 9 else ''}Pipeline",
+            "_class_name": LCM_PIPELINE if isinstance(config.unet, LCMUNetConfig) else kind,
             "_diffusers_version": "0.38.0",  # required by diffusers' inpainting pipeline
             "feature_extractor": [None, None],
             "requires_safety_checker": False,

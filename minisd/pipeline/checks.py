@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.features.deepcache import count_up_layers
+from minisd.features.lcm_unet import LCMUNet
 from minisd.features.masked_area import MaskedArea, blur_mask, find_area
 from minisd.features.more_samplers import WHOLE_TIMESTEPS
 from minisd.features.pictures import to_brightness, to_rgb
@@ -27,6 +28,7 @@ from minisd.features.validate import (
 from minisd.guidance import Guidance
 from minisd.images import from_pil
 from minisd.pipeline.arguments import Callback
+from minisd.pipeline.consistency import check_consistency
 from minisd.pipeline.memory import check_memory
 from minisd.pipeline.prompting import Loras, Texts, read_prompts
 from minisd.pipeline.settings import Settings
@@ -109,6 +111,8 @@ def check_request(
     check_int("clip_skip", settings.clip_skip, 1, sd.config.text_encoder.num_hidden_layers)
     plan, strength, steps = check_plan(sd, settings, images is not None, mask is not None)
     texts, loras = read_prompts(sd, prompts, negatives, steps)
+    if settings.sampler == "lcm" or isinstance(sd.unet, LCMUNet):
+        check_consistency(sd, settings, negatives, loras)
     seeds = resolve_seeds(seed, len(prompts))
     if latents is not None:
         check_tensor("latents", latents, len(prompts), *shape)

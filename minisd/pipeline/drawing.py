@@ -17,12 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minisd import __version__
-from minisd.features.validate import check_int, check_path, check_strings, check_tensor
+from minisd.features.validate import FiniteChecks, check_int, check_path, check_shape, check_strings, not_finite_input
 from minisd.generate import Step
 from minisd.guidance import Guidance
 from minisd.images import from_pil
 from minisd.pipeline.arguments import Arrays, Callback, Options, Prompt
 from minisd.pipeline.checks import Request, check_request, check_size
+from minisd.pipeline.consistency import check_own_guidance
 from minisd.pipeline.metadata import parameters_text, save_png
 from minisd.pipeline.provenance import Provenance
 from minisd.pipeline.settings import Settings, format_number
@@ -146,6 +147,8 @@ class Drawing:
             if both := [name for name in parts if changes.get(name) is not None]:
                 raise ValueError(f"guidance and {both[0]} exclude each other; pass one of them")
             changes |= {name: getattr(guidance, part) for name, part in parts.items()}
+        if guidance is not None:
+            check_own_guidance(self, guidance)
         request = check_request(self, settings=self._settings(changes), seed=changes.get("seed"), **inputs)
         return replace(request, guidance=guidance or request.guidance, callback=callback)
 
@@ -214,7 +217,7 @@ def label(picture: Image.Image, request: Request, index: int) -> None:
     picture.info["settings"] = texts | {name: text for name, text in more.items() if text}
 
 
-def with_callback(callback: Callback | None, after_step: AfterStep | None) -> AfterStep | None:
+def with_callback(callback: Callback | None, after_step: AfterStep | None, checks: FiniteChecks) -> AfterStep | None:
     """Return what runs after each step: the callback of a user, then `after_step`."""
     if callback is None:
         return after_step
@@ -223,7 +226,8 @@ def with_callback(callback: Callback | None, after_step: AfterStep | None) -> Af
         latents, index = plan.latents(state), state.index - 1
         new = callback(index, plan.timesteps[index], latents)
         if new is not None:
-            check_tensor("the callback's result", new, *latents.shape)
+            check_shape("the callback's result", new, *latents.shape)
+            checks.check(new, not_finite_input("the callback's result"))
             # x̄ = √(σ²+1) x
             state = replace(state, sample=new.detach().to(state.sample) * math.sqrt(plan.sigmas[state.index] ** 2 + 1))
         return state if after_step is None else after_step(plan, state)

@@ -184,6 +184,11 @@ class ModelFiles:
                     warnings.warn(f"the word {word!r} bundled with {path} is not used: {error}", stacklevel=2)
         return name
 
+    def lora_path(self: StableDiffusion, name: str) -> Path | None:
+        """Return the file of a LoRA that is loaded, or that a prompt has named; None if it is unknown."""
+        named = [path for path in self._folder_loras if path.stem == name.rpartition("/")[2]]
+        return self._lora_files.get(name, named[-1] if named else None)
+
     def find_loras(self: StableDiffusion, names: Iterable[str]) -> dict[str, LoRA]:
         """Return the LoRAs that a prompt names: loaded ones, or those in `lora_folder` and its subfolders.
 

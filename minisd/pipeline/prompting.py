@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor
 
 from minisd.features.adapters import Adapters, Weight, layers_of, part_weights, split_parts
+from minisd.features.asynchronous import guidance_on
+from minisd.features.lcm_unet import LCMUNet, with_scales
 from minisd.features.prompt_syntax import composed, split_composition, split_loras, switched, texts_by_step
 from minisd.features.prompts import common_length, read, warn_of_foreign
 from minisd.generate import Denoiser, guided
+from minisd.guidance import Guidance
 from minisd.lora import Layer, LoRA
 
 if TYPE_CHECKING:
@@ -58,6 +62,9 @@ def denoiser(sd: StableDiffusion, request: Request, unet: Callable[..., Tensor])
         unet: The UNet, or a callable with the same signature.
     """
     layers = layers_of({"unet": sd.unet, "text_encoder": sd.text_encoder}) if request.loras else {}
+    if isinstance(sd.unet, LCMUNet):
+        unet = with_scales(unet, torch.tensor(request.scales, device=sd.device))
+        request = replace(request, guidance=Guidance(1.0))
 
     def call(latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         with _applied(request.loras, layers, sd.adapters):
@@ -80,9 +87,12 @@ def _denoiser_of(
 ) -> Denoiser:
     """Return the denoiser for the prompts of one step; all of them are encoded in one call."""
     clip_skip, scales = request.settings.clip_skip, request.scales
+    guidance = request.guidance
+    if isinstance(guidance.scale, tuple):
+        guidance = guidance_on(guidance, sd.device)
     if request.prompt_embeds is not None:
         cond, uncond = _given_contexts(sd, request.prompt_embeds, negatives, scales, clip_skip)
-        return guided(unet, cond, uncond, request.guidance)
+        return guided(unet, cond, uncond, guidance)
     # at scale 0 the prediction follows the negative prompt alone
     texts = [p if scale else n for p, n, scale in zip(prompts, negatives, scales, strict=True)]
     parts = [split_composition(text) for text in texts]
@@ -95,9 +105,9 @@ def _denoiser_of(
     contexts = sd.encode_text([*encoded, *(negatives if is_guided else ())], clip_skip)
     conds, uncond = contexts[: count * size].split(size), contexts[count * size :] if is_guided else None
     if uncond is None or not is_composed:
-        return guided(unet, conds[0], uncond, request.guidance)
+        return guided(unet, conds[0], uncond, guidance)
     weights = torch.tensor([[weight for _, weight in part] for part in filled], device=contexts.device)
-    return composed(unet, conds, weights, uncond, request.guidance)
+    return composed(unet, conds, weights, uncond, guidance)
 
 
 def _given_contexts(

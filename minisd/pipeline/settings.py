@@ -192,7 +192,8 @@ class Settings:
     def choose(cls, changes: Mapping[str, Any], defaults: Defaults | Settings) -> Settings:
         """Build settings from the defaults, then the preset `changes["preset"]`, then the other changes.
 
-        Changing the sampler also resets its spacing, noise levels and eta.
+        Changing the sampler also resets its spacing, noise levels and eta. A preset with the sampler of the defaults
+        leaves their guidance.
 
         Args:
             changes: Values by field name, and optionally `preset`. None leaves a setting unchanged. `sampler` is a
@@ -208,7 +209,8 @@ class Settings:
                 raise TypeError(f"{name!r} is not a setting; expected one of {', '.join(SETTINGS)}, preset")
         own = {name: getattr(defaults, name, None) for name in SETTINGS}
         preset, values = changes.get("preset"), dict[str, Any]()
-        for layer in (own, {} if preset is None else find_preset(preset).settings, changes):
+        sampler = getattr(own["sampler"], "name", own["sampler"])
+        for layer in (own, {} if preset is None else find_preset(preset).settings_for(sampler), changes):
             values = _merge(values, {name: value for name, value in layer.items() if name != "preset"})
         settings = cls(**values)
         _ = settings.sampler_object  # raises for incompatible options

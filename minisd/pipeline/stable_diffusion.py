@@ -17,12 +17,15 @@ from minisd.autoencoder import Autoencoder
 from minisd.config import ModelConfig
 from minisd.editing import KeepUnmasked, latent_mask, masked_image, with_channels
 from minisd.features.adapters import Adapters
+from minisd.features.asynchronous import queued
 from minisd.features.deepcache import DeepCache
 from minisd.features.fast import speed_up
+from minisd.features.lcm_unet import LCMUNet, with_scales
 from minisd.features.prompt_syntax import check_single, plain
 from minisd.features.prompts import encode_prompts, find_unknown_words
 from minisd.features.tiling import tiled
 from minisd.features.validate import (
+    FiniteChecks,
     check_finite,
     check_finite_input,
     check_float,
@@ -30,6 +33,8 @@ from minisd.features.validate import (
     check_shape,
     check_strings,
     check_tensor,
+    not_finite,
+    not_finite_input,
 )
 from minisd.generate import Model, NoiseSource, Step, gaussian_noise, guided, sample
 from minisd.guidance import Guidance
@@ -83,7 +88,7 @@ class StableDiffusion(Drawing, ImageEditing, ModelFiles):
         self.config, self.defaults = config, defaults or Defaults()
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.unet, self.autoencoder = unet, autoencoder
-        if type(unet) is UNet:  # layers of others may rely on inputs that stay as they are
+        if type(unet) in (UNet, LCMUNet):  # layers of others may rely on inputs that stay as they are
             speed_up(unet)
         speed_up(autoencoder)
         self.schedule = Schedule(config.schedule)
@@ -140,7 +145,8 @@ class StableDiffusion(Drawing, ImageEditing, ModelFiles):
 
         Raises:
             TypeError, ValueError: If an argument has the wrong type or an invalid value.
-            FloatingPointError: If a module returns NaN or infinity.
+            FloatingPointError: If a module returns NaN or infinity. On a GPU, where no step waits for the result, it
+                comes some steps later, and before the last one is yielded.
             MemoryError: If the device runs out of memory.
         """
         arguments = {**options, "seed": seed, "strength": strength}
@@ -155,14 +161,16 @@ class StableDiffusion(Drawing, ImageEditing, ModelFiles):
             yield from mode(self._steps)(request)
 
     def _steps(self, request: Request) -> Iterator[Step]:
-        noise = gaussian_noise(request.seeds, request.shape, self.device)
+        noise, checks = gaussian_noise(request.seeds, request.shape, "cpu"), FiniteChecks()
+        if self.device.type != "cpu":
+            noise = queued(noise, self.device)
         if request.latents is not None:
             noise = _first(request.latents.float().to(self.device), noise)
         latents = None if request.image is None else self.encode_image(request.image).float()
         unet: Callable[..., Tensor] = self.unet
         if request.settings.feature_reuse is not None:
             unet = DeepCache(self.unet, *request.settings.feature_reuse, compile_options=self._compile_options)
-        denoise, after_step = denoiser(self, request, self._checked(unet)), None
+        denoise, after_step = denoiser(self, request, self._checked(unet, checks)), None
         if request.mask is not None and request.image is not None and latents is not None:
             first = noise()
             noise = _first(first, noise)
@@ -174,25 +182,29 @@ class StableDiffusion(Drawing, ImageEditing, ModelFiles):
                 denoise = with_channels(denoise, torch.cat([mask.expand(len(masked), -1, -1, -1), masked], dim=1))
             # at strength 1 inpainting starts from pure noise, so nothing under the mask shows through
             latents = None if request.strength == 1 else latents
-        after = with_callback(request.callback, after_step)
+        after = with_callback(request.callback, after_step, checks)
         with self._on_device(self.unet):
             for step in sample(denoise, request.plan, noise, latents, after):
-                check_finite(step.latents, "UNet")
+                checks.check(step.latents, not_finite(step.latents.dtype, "UNet"))
+                if step.index + 1 == step.num_calls:
+                    checks.settle()
                 yield step
 
-    def _checked(self, unet: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Wrap a UNet to raise FloatingPointError for the first prediction that is not finite."""
+    def _checked(self, unet: Callable[..., Tensor], checks: FiniteChecks) -> Callable[..., Tensor]:
+        """Wrap a UNet to check that its predictions are finite."""
 
         def call(latents: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-            prediction = self._check_part(unet(latents, timestep, context), "UNet")
+            prediction = unet(latents, timestep, context)
+            checks.check(prediction, not_finite(prediction.dtype, self._with_loras("UNet")))
             # a compiled UNet may overwrite its output buffer in the next call
             return prediction.clone() if self._compile_options is not None else prediction
 
         return call
 
-    def _check_part(self, output: Tensor, part: str) -> Tensor:
+    def _with_loras(self, part: str) -> str:
+        """Return the name of a part for an error, with the active LoRAs."""
         active = ", ".join(self.adapters.active) if self.adapters.loras else ""
-        return check_finite(output, f"{part} with LoRA {active}" if active else part)
+        return f"{part} with LoRA {active}" if active else part
 
     @torch.no_grad()
     def encode_text(self, prompts: Prompt, clip_skip: int = 1) -> Tensor:
@@ -209,7 +221,7 @@ class StableDiffusion(Drawing, ImageEditing, ModelFiles):
 
         def encode(ids: Tensor) -> Tensor:
             with self._on_device(self.text_encoder):
-                return self._check_part(self.text_encoder(ids.to(self.device), clip_skip), "text encoder")
+                return check_finite(self.text_encoder(ids.to(self.device), clip_skip), self._with_loras("text encoder"))
 
         return encode_prompts(texts, self.tokenizer, encode)
 
@@ -295,14 +307,25 @@ class StableDiffusion(Drawing, ImageEditing, ModelFiles):
         check_shape("context", context, "n", "tokens", self.unet.config.cross_attention_dim)
         if len(context) not in (len(latents), 2 * len(latents)):
             raise ValueError(f"{len(context)} rows of context for {len(latents)} latents; expected as many, or twice")
-        check_finite_input("latents", latents)
-        check_finite_input("context", context)
+        checks = FiniteChecks()
+        for name, value in (("latents", latents), ("context", context)):
+            checks.check(value, not_finite_input(name))
         context = context.to(self.dtype)
         guidance = guidance if isinstance(guidance, Guidance) else Guidance(check_float("guidance", guidance))
-        timestep = torch.tensor(check_float("t", t), device=self.device, dtype=torch.float32)
+        timestep = torch.full((), check_float("t", t), device=self.device, dtype=torch.float32)
         uncond, cond = context.chunk(2) if len(context) == 2 * len(latents) else (None, context)
+        unet = self._checked(self.unet, checks)
+        if isinstance(self.unet, LCMUNet):
+            if uncond is not None:
+                raise ValueError(
+                    "this model's UNet takes the guidance scale; pass the context without negative prompts"
+                )
+            unet = with_scales(unet, torch.tensor(guidance.scale, device=self.device))
         with self._on_device(self.unet):
-            return guided(self._checked(self.unet), cond, uncond, guidance)(latents, timestep, guidance.interval[0])
+            denoise = guided(unet, cond, uncond, guidance)
+            prediction = denoise(latents, timestep, guidance.interval[0])
+        checks.settle()
+        return prediction
 
     def latent_shape(self, height: int | None = None, width: int | None = None, count: int = 1) -> tuple[int, int, int]:
         """Return the latent shape of one image, (4, h/8, w/8). The size defaults to the model's native size.

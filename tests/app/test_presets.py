@@ -43,6 +43,22 @@ def test_picture_of_a_preset_is_drawn_again_from_its_parameters(run, small_model
     assert np.array_equal(np.asarray(model("a fox", seed=5, **own)), pixels("other.png"))
 
 
+def test_turbo_takes_four_calls_without_guidance(run, small_model):
+    code, _, err = run("generate", "a fox", "--seed", "5", "--preset", "turbo", "-o", "turbo.png")
+    assert code == 0 and "preset turbo: 4 steps" in err
+    assert err.count("needs a model distilled for it") == 1  # this one is not
+    assert run("generate", "--like", "turbo.png", "-o", "again.png")[0] == 0
+    model = StableDiffusion.from_pretrained(small_model, device="cpu")
+    own = model("a fox", seed=5, num_inference_steps=4, sampler="lcm", guidance_scale=1.0)
+    assert isinstance(own, Image.Image)
+    Path("prompts.jsonl").write_text(json.dumps({"prompt": "a fox", "seed": 5, "preset": "turbo"}))
+    (line,) = run("generate", "--prompts", "prompts.jsonl", "-o", "out")[1]
+    for file in ("turbo.png", "again.png", line):
+        assert np.array_equal(np.asarray(own), pixels(file)), file
+    steps = [(step.num_calls, step.t) for step in model.denoise("a fox", preset="turbo")]
+    assert steps == [(4, t) for t in (999.0, 759.0, 499.0, 259.0)]  # as diffusers' LCMScheduler
+
+
 def test_lines_of_a_prompts_file_have_presets_of_their_own(run, small_model):
     lines: list[dict[str, Any]] = [
         {"prompt": "a fox", "seed": 1, "preset": "fast"},
@@ -123,3 +139,8 @@ def test_bench_only_times_a_model_that_the_judge_does_not_know(small_model, tmp_
     assert report["calls"] == [2, 12] and "judge" not in report
     assert report["work"]["this model"]["size"] == 32 and report["seconds"]["ratio"] > 0
     assert Image.open(path.with_suffix(".png")).size == (32, 64)
+    assert main(words.replace("fast", "turbo").split()) == 0
+    report = json.loads(path.read_text())
+    assert report["calls"] == [2, 4]
+    # 4 calls of one row for 2 calls of two
+    assert report["work"]["this model"]["unet_ratio"] == pytest.approx(1, abs=0.02)

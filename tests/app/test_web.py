@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from html import unescape
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -246,6 +247,22 @@ def test_unknown_words_and_long_prompts_are_notes(small):
 
 
 # Requests
+
+
+def test_preset_of_a_request(page, small):
+    events = list(page.draw(prompt="red fox", seed="3", preset="turbo"))
+    assert [event["calls"] for event in events[:-1]] == [4] * 4
+    assert any("needs a model distilled" in note for note in events[-1]["notes"])
+    picture = Image.open(io.BytesIO(base64.b64decode(events[-1]["picture"])))
+    assert picture.tobytes() == small("red fox", seed=3, preset="turbo").tobytes()
+    assert "unknown preset 'quick'" in next(page.draw(prompt="fox", preset="quick"))["error"]
+    # the menu says what the other fields show
+    html = page.send("GET", "/").read().decode()
+    fields = {name: json.loads(unescape(text)) for name, text in re.findall(r'value="(\w*)" data-fields="(.+?)"', html)}
+    assert list(fields) == ["", "fast", "turbo"]
+    assert fields["turbo"] == {"num_inference_steps": "4", "guidance_scale": "1", "eta": "", "sampler": "preset: LCM"}
+    assert fields[""]["sampler"].startswith("model default: ")
+    assert fields["fast"]["guidance_scale"] == fields[""]["guidance_scale"] == f"{small.defaults.guidance_scale:g}"
 
 
 def test_events_of_a_request(page, small):

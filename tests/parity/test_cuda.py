@@ -94,6 +94,38 @@ def test_maps_of_attention_are_those_of_the_cpu(cpu):
     assert len(seen) == 2 and all(weights.is_cuda for weights in seen)
 
 
+@pytest.mark.parametrize(
+    "options", [{"sampler": "ddim"}, {"sampler": "lcm"}, {"sampler": "dpmpp_sde"}, {"guidance_scale": [3, 7.5]}]
+)
+def test_no_step_waits_for_the_gpu(options):
+    """torch raises for whatever waits, from the first call of the UNet to the last."""
+    gpu, calls = StableDiffusion.from_pretrained(device="cuda"), list[int]()
+    choices = {"seed": 3, "num_inference_steps": 6, **options}
+    plain = gpu([PROMPT] * 2, **choices)
+    total = next(gpu.denoise([PROMPT] * 2, **choices)).num_calls
+
+    def watch(module: torch.nn.Module, inputs: object) -> None:
+        calls.append(1)
+        torch.cuda.set_sync_debug_mode("error" if len(calls) < total else "default")
+
+    handle = gpu.unet.register_forward_pre_hook(watch)
+    try:
+        assert difference(gpu([PROMPT] * 2, **choices), plain) == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        handle.remove()
+    assert len(calls) == total
+
+
+def test_bad_number_on_the_gpu_names_the_part():
+    gpu = StableDiffusion.from_pretrained(device="cuda")
+    gpu.unet.conv_out.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="the UNet returned NaN or infinity in torch.float16"):
+        gpu(PROMPT, seed=3, num_inference_steps=50)
+    with pytest.raises(FloatingPointError, match="the UNet returned NaN"):
+        gpu(PROMPT, seed=3, num_inference_steps=1, output_type="latent")
+
+
 @pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}])
 def test_compiled_draws_the_same_picture(options):
     plain, sd = (StableDiffusion.from_pretrained(device="cuda", dtype=torch.float32) for _ in range(2))

@@ -60,6 +60,12 @@ def test_attention_is_recorded_on_the_device(outcomes):
     assert result(outcomes, "record") == (12 + 2 * 16) * ["fakegpu"]
 
 
+def test_no_step_waits_for_the_device(outcomes):
+    found = result(outcomes, "waits")
+    assert len(found.pop("planted")) == 3  # the callback's, after each call but the last
+    assert found == dict.fromkeys(found, []) and len(found) > 15
+
+
 def test_offloaded_parts_are_on_the_device_one_at_a_time(outcomes):
     found = result(outcomes, "offload")
     assert found["placed"] == {name: [name] for name in ("text encoder", "UNet", "autoencoder")}
