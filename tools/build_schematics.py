@@ -114,7 +114,9 @@ class Drawing:
         )
 
 
-def scene(d: Drawing, x: float, y: float, side: float, noise: float, seed: int) -> None:
+def scene(
+    d: Drawing, x: float, y: float, side: float, noise: float, seed: int, ground: tuple[int, int, int] = (60, 150, 90)
+) -> None:
     """A little landscape under so much noise, 0 to 1."""
     rng = random.Random(seed)
     cells = 12
@@ -122,7 +124,7 @@ def scene(d: Drawing, x: float, y: float, side: float, noise: float, seed: int) 
     for row in range(cells):
         for column in range(cells):
             u, v = (column + 0.5) / cells, (row + 0.5) / cells
-            clean = (86, 180, 233) if v < 0.62 else (60, 150, 90)
+            clean = (86, 180, 233) if v < 0.62 else ground
             if (u - 0.74) ** 2 + (v - 0.25) ** 2 < 0.018:
                 clean = (240, 200, 60)
             if abs(u - 0.36) < (v - 0.2) * 0.42 and 0.2 < v < 0.72:
@@ -425,32 +427,40 @@ def paths() -> Drawing:
 def training_step() -> Drawing:
     """For 12: one step of the UNet's training."""
     alt = (
-        "A picture is encoded to latents; random noise is mixed in at a random time t; the UNet sees the noisy latents,"
-        " the time and the words of the caption, and predicts the noise. The squared difference from the true noise is "
-        "the loss, and its gradient changes the UNet's weights."
+        "A picture is encoded to latents x₀; random noise ε is mixed in, as much as a random time t says. The UNet "
+        "sees the noisy latents x_t, the time, and the words of the caption, which one time in ten is left empty. It "
+        "guesses v = √ᾱ ε − √(1−ᾱ) x₀. The squared difference from the true v, weighted by w(t), is the loss, and "
+        "its gradient changes the UNet's weights."
     )
-    d = Drawing(760, 270, alt)
-    scene(d, 16, 34, 84, 0, 0)
+    d = Drawing(760, 306, alt)
+    scene(d, 16, 34, 84, 0, 0, ground=(245, 248, 252))
     d.text(58, 132, "picture", 13)
     d.arrow((104, 76), (130, 76))
     d.box(130, 52, 84, 48, "encoder", FAINT)
-    d.arrow((214, 76), (258, 76), color=BLUE)
-    d.circle(274, 76, 16, "+")
-    d.box(232, 140, 84, 44, "noise ε", ORANGE)
-    d.arrow((274, 140), (274, 92), color=ORANGE)
-    d.text(284, 118, "random t", 12, FAINT, "start")
-    d.arrow((290, 76), (380, 76), color=BLUE)
-    d.text(334, 62, "x_t", 14)
+    d.line([(232, 76), (232, 226), (700, 226)], BLUE)
+    d.arrow((700, 226), (700, 194), color=BLUE)
+    d.arrow((214, 76), (276, 76), color=BLUE)
+    d.text(244, 62, "x_0", 14)
+    d.circle(292, 76, 16, "+")
+    d.arrow((308, 76), (380, 76), color=BLUE)
+    d.text(342, 62, "x_t", 14)
+    d.box(250, 146, 84, 44, "noise ε", ORANGE)
+    d.arrow((292, 146), (292, 92), color=ORANGE)
+    d.arrow((292, 190), (292, 210), (600, 210), (600, 194), color=ORANGE)
+    d.box(350, 146, 74, 44, "random t", FAINT, 13)
+    d.arrow((362, 146), (305, 88))
+    d.arrow((402, 146), (402, 108))
     d.box(380, 44, 110, 64, "UNet", PURPLE, 17)
-    d.box(16, 206, 150, 44, "“a fox in a meadow”", GREEN, 12)
-    d.arrow((166, 228), (196, 228), color=GREEN)
-    d.box(196, 206, 104, 44, "text encoder", FAINT, 13)
-    d.arrow((300, 228), (420, 228), (420, 108), color=GREEN)
+    d.box(16, 250, 150, 44, "“in the snow”\n(1 in 10: “”)", GREEN, 12)
+    d.arrow((166, 272), (196, 272), color=GREEN)
+    d.box(196, 250, 104, 44, "text encoder", FAINT, 13)
+    d.arrow((300, 272), (460, 272), (460, 108), color=GREEN)
     d.arrow((490, 76), (560, 76), color=PURPLE)
-    d.text(526, 62, "guess", 13)
-    d.box(560, 46, 176, 60, "loss\n‖ε − guess‖²", FAINT)
-    d.arrow((316, 162), (650, 162), (650, 106), color=ORANGE)
-    d.text(560, 150, "what the noise really was", 12, FAINT)
+    d.text(524, 62, "guess", 13)
+    d.box(560, 46, 184, 60, "loss\nw(t) · ‖v − guess‖²", FAINT)
+    d.arrow((652, 150), (652, 106))
+    d.box(560, 150, 184, 44, "v = √ᾱ ε − √(1−ᾱ) x_0", FAINT, 13)
+    d.text(644, 130, "ᾱ depends on t", 12, FAINT, "end")
     d.arrow((600, 46), (600, 20), (435, 20), (435, 44), color=PURPLE, dashed=True)
     d.text(518, 10, "gradient", 12, FAINT)
     return d
