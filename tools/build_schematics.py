@@ -190,34 +190,35 @@ def hourglass() -> Drawing:
 def two_towers() -> Drawing:
     """For 04: CLIP's towers and the matrix of similarities."""
     alt = (
-        "Four captions go through the text tower, four pictures through the image tower; each becomes one unit vector. "
-        "A 4 × 4 table holds the similarity of every caption with every picture. Training raises the diagonal and "
-        "lowers the rest."
+        "Four pictures go through the image tower, four captions through the text tower; each becomes one unit vector. "
+        "A 4 × 4 table holds the similarity of every picture, a row, with every caption, a column. Training raises the "
+        "diagonal and lowers the rest."
     )
-    d = Drawing(760, 330, alt)
-    captions = ("a fox in a meadow", "a red car", "two owls", "a castle at night")
+    d = Drawing(760, 340, alt)
+    d.box(150, 120, 108, 176, "image\ntower", BLUE, 16)
+    d.box(326, 46, 296, 44, "text tower", GREEN, 16)
+    captions = ("a fox in\na meadow", "a red\ncar", "two\nowls", "a castle\nat night")
     for row, caption in enumerate(captions):
-        d.text(160, 132 + row * 44, caption, 13, INK, "end")
-        d.arrow((166, 132 + row * 44), (192, 132 + row * 44), color=GREEN)
-        d.arrow((300, 132 + row * 44), (330, 132 + row * 44), color=GREEN)
-        d.text(348, 132 + row * 44, f"t{'₁₂₃₄'[row]}", 15)
-    d.box(192, 110, 108, 176, "text\ntower", GREEN, 16)
-    d.box(374, 36, 220, 44, "image tower", BLUE, 16)
-    for column in range(4):
-        x = 402 + column * 54
-        d.text(x, 14, ("fox", "car", "owls", "castle")[column], 12, FAINT)
-        d.arrow((x, 22), (x, 36), color=BLUE)
-        d.arrow((x, 80), (x, 94), color=BLUE)
-        d.text(x, 101, f"i{'₁₂₃₄'[column]}", 15)
-        for row in range(4):
+        y = 142 + row * 44
+        d.text(118, y, f"picture {row + 1}", 13, INK, "end")
+        d.arrow((124, y), (150, y), color=BLUE)
+        d.arrow((258, y), (284, y), color=BLUE)
+        d.text(300, y, f"p{'₁₂₃₄'[row]}", 15)
+        x = 364 + row * 73
+        for line, words in enumerate(caption.split("\n")):
+            d.text(x, 10 + line * 15, words, 12, INK)
+        d.arrow((x, 33), (x, 46), color=GREEN)
+        d.arrow((x, 90), (x, 103), color=GREEN)
+        d.text(x, 110, f"t{'₁₂₃₄'[row]}", 15)
+        for column in range(4):
             same = row == column
             color = PURPLE if same else FAINT
-            d.rectangle(x - 25, 112 + row * 44, 50, 40, FILL[color], color, 2 if same else 1)
-            d.text(x, 132 + row * 44, f"t{'₁₂₃₄'[row]}·i{'₁₂₃₄'[column]}", 13)
-    d.arrow((636, 152), (620, 136), color=PURPLE)
-    d.text(640, 160, "the diagonal up,", 13, INK, "start")
-    d.text(640, 180, "all others down", 13, INK, "start")
-    d.text(487, 308, "every caption against every picture of the batch", 13, FAINT)
+            d.rectangle(330 + column * 73, y - 20, 68, 40, FILL[color], color, 2 if same else 1)
+            d.text(364 + column * 73, y, f"p{'₁₂₃₄'[row]}·t{'₁₂₃₄'[column]}", 13)
+    d.arrow((652, 264), (630, 272), color=PURPLE)
+    d.text(644, 232, "the diagonal up,", 13, INK, "start")
+    d.text(644, 252, "all others down", 13, INK, "start")
+    d.text(473, 320, "every picture against every caption of the batch", 13, FAINT)
     return d
 
 
