@@ -165,3 +165,22 @@ def test_kinds_of_operators():
     assert found == pytest.approx(expected)
     with pytest.raises(ValueError, match="parts of autoencoder, clip, unet"):
         training.Settings(parts=("vae",))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_peers(tmp_path, capsys):
+    """minisd's sampler draws the same picture with the networks computed by another runtime."""
+    pytest.importorskip("openvino")
+    path = tmp_path / "bench.json"
+    command = "bench --model tiny --steps 2 --repeats 1 --threads 1 --device cpu --alone --no-loading --peer openvino"
+    assert main([*command.split(), "-o", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["picture_difference"] <= 1
+    found = {(row["what"], row["library"]): row for row in report["rows"]}
+    assert found["one guided UNet step at 192", "openvino"]["seconds"] > 0
+    assert ("peak memory, step and decode at 192", "openvino") not in found
+    (header,) = (line for line in capsys.readouterr().err.splitlines() if line.split()[:1] == ["minisd"])
+    assert header.split() == ["minisd", "openvino", "ratio"]
+    assert main([*command.split()[:-1], "tensorrt"]) == 2
+    assert "expected one of openvino, onnxruntime" in capsys.readouterr().err
