@@ -18,7 +18,7 @@ import torch
 from minisd.figures import BLUE, FAINT, GREEN, INK, ORANGE, PAPER, PURPLE
 
 FOLDER = Path(__file__).parent.parent / "notebooks/images"
-FILL = {BLUE: "#dcecf7", ORANGE: "#fcefd2", GREEN: "#d5f0e6", PURPLE: "#f6e3ee", FAINT: "#f1f1f1"}
+FILL = {BLUE: "#dcecf7", ORANGE: "#fcefd2", GREEN: "#d5f0e6", PURPLE: "#f6e3ee", FAINT: "#f1f1f1", INK: PAPER}
 Point = tuple[float, float]
 
 
@@ -493,6 +493,59 @@ def lora() -> Drawing:
     return d
 
 
+def pipeline() -> Drawing:
+    """For 10: the wires of text to image, and the three places at which section 10 breaks them."""
+    alt = (
+        "The wires. Negative prompt and prompt go through tokenizer, text encoder and its final norm (3) to a context "
+        "for two. Noise becomes the latents x. At each call the UNet gets x twice, the context and the time; its two "
+        "answers are taken apart (2) and guided; the step, given x and ᾱ, makes x′, the next x. The last x′ is divided "
+        "by the factor (1) and decoded."
+    )
+    d = Drawing(760, 344, alt)
+    d.box(14, 26, 112, 48, "negative,\nprompt", GREEN, 13)
+    d.arrow((126, 50), (150, 50), color=GREEN)
+    d.box(150, 26, 84, 48, "tokenizer", FAINT, 13)
+    d.arrow((234, 50), (296, 50), color=GREEN)
+    d.text(264, 36, "(2, 77)", 12, FAINT)
+    d.box(296, 26, 100, 48, "text\nencoder", FAINT, 13)
+    d.arrow((396, 50), (444, 50), color=GREEN)
+    d.box(444, 26, 72, 48, "final\nnorm", FAINT, 13)
+    d.arrow((480, 74), (480, 100), (330, 100), (330, 140), color=GREEN)
+    d.text(402, 89, "context (2, 77, w)", 12, FAINT)
+    d.box(600, 26, 146, 48, "schedule:\nt, ᾱ, next ᾱ′", ORANGE, 13)
+    d.arrow((620, 74), (620, 122), (362, 122), (362, 140), color=ORANGE)
+    d.text(500, 112, "t", 13, FAINT)
+    d.arrow((680, 74), (680, 140), color=ORANGE)
+    d.text(690, 112, "ᾱ, ᾱ′", 13, FAINT, "start")
+    d.box(14, 140, 72, 60, "seed,\nnoise", ORANGE, 13)
+    d.arrow((86, 170), (112, 170), color=ORANGE)
+    d.box(112, 140, 122, 60, "latents x\n(1, 4, h/8, w/8)", BLUE, 13)
+    d.arrow((234, 170), (304, 170), color=BLUE)
+    d.text(268, 158, "x, x", 13)
+    d.text(268, 184, "(2, 4, …)", 12, FAINT)
+    d.box(304, 140, 84, 60, "UNet", PURPLE, 16)
+    for y, beside, name in ((154, 143, "without"), (188, 200, "with")):
+        d.arrow((388, y), (474, y), color=PURPLE)
+        d.text(430, beside, name, 12)
+    d.box(474, 140, 106, 60, "guidance,\nscale s", FAINT, 13)
+    d.arrow((580, 170), (616, 170), color=PURPLE)
+    d.box(616, 140, 130, 60, "x̂₀, ε̂;\nstep to x′", FAINT, 13)
+    d.arrow((210, 200), (210, 224), (640, 224), (640, 200), color=BLUE)
+    d.text(426, 236, "x", 13)
+    d.arrow((672, 200), (672, 256), (150, 256), (150, 200), color=BLUE)
+    d.text(400, 268, "x′, less noisy: the x of the next call", 13, FAINT)
+    d.arrow((722, 200), (722, 312), (664, 312), color=BLUE)
+    d.text(714, 286, "last x′", 13, FAINT, "end")
+    d.box(560, 288, 104, 48, "÷ scaling\nfactor", FAINT, 13)
+    d.arrow((560, 312), (500, 312), color=BLUE)
+    d.box(404, 288, 96, 48, "decoder", FAINT, 14)
+    d.arrow((404, 312), (368, 312), color=BLUE)
+    d.box(256, 288, 112, 48, "image\n(1, 3, h, w)", BLUE, 13)
+    for x, y, number in ((694, 312, "1"), (430, 171, "2"), (418, 50, "3")):
+        d.circle(x, y, 10, number, INK, 13)
+    return d
+
+
 def inpainting() -> Drawing:
     """For 11: after each step, what is to be kept is put back."""
     alt = (
@@ -527,6 +580,7 @@ SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "unet": unet,
     "paths": paths,
     "guidance": guidance,
+    "pipeline": pipeline,
     "inpainting": inpainting,
     "training-step": training_step,
     "lora": lora,
