@@ -1,0 +1,61 @@
+"""FLOP by kind and by level, against a network small enough to count by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from minisd.bench.counting import by_kind, by_level
+
+
+class Block(nn.Module):
+    def __init__(self, down: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        self.downsamplers = nn.ModuleList([nn.Conv2d(2, 2, 3, stride=2, padding=1)] if down else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        for layer in self.downsamplers:
+            x = layer(x)
+        return x
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_blocks = nn.ModuleList([Block(down=True), Block(down=False)])
+        self.mid_block = nn.Linear(4, 5)
+        self.up_blocks = nn.ModuleList([Block(down=False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.down_blocks:
+            x = block(x)
+        self.mid_block(x)
+        return self.up_blocks[0](x)
+
+
+@pytest.fixture
+def counter():
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        Net()(torch.empty(1, 2, 8, 8))
+    return counter
+
+
+def test_resampling_counts_at_the_size_that_it_makes(counter):
+    place = 2 * 2 * 2 * 9  # FLOP of a convolution for one place
+    found = by_level(counter, {"down_blocks": (8, 4), "up_blocks": (4, 8)})
+    assert found["8²"]["convolutions"] == 64 * place
+    assert found["4²"]["convolutions"] == 3 * 16 * place
+    assert found["middle"] == {"convolutions": 0, "linear layers": 2 * 8 * 4 * 5, "attention": 0}
+
+
+def test_kinds_add_up_to_everything(counter):
+    assert sum(by_kind(counter.get_flop_counts()["Global"]).values()) == counter.get_total_flops()
+
+
+def test_an_operation_without_a_kind_is_refused():
+    with pytest.raises(KeyError, match="baddbmm"):
+        by_kind({torch.ops.aten.baddbmm: 1})
