@@ -369,11 +369,12 @@ def guidance() -> Drawing:
 def paths() -> Drawing:
     """For 08: the same start, with and without fresh noise, over the density that narrows to two peaks."""
     alt = (
-        "A wide grey band of density parts into two narrow ones, the data. Smooth blue paths lead from noise to data; "
-        "jagged orange ones get fresh noise at every step, and change their mind."
+        "A wide grey band parts into two narrow ones, the data. Smooth blue paths lead from noise to data. "
+        "A jagged orange one gets fresh noise at every step: it starts where a blue one does, and ends in the other "
+        "peak."
     )
-    d = Drawing(760, 330, alt)
-    left, right, middle, scale = 50.0, 640.0, 160.0, 52.0
+    d = Drawing(760, 354, alt)
+    left, right, middle, scale = 50.0, 710.0, 184.0, 52.0
     peaks, width = torch.tensor([-1.0, 1.0]), 0.15
     steps = 120
     # a straight interpolation of noise and data: x = √(1 − t²) data + t noise, t from 1 to 0
@@ -399,10 +400,10 @@ def paths() -> Drawing:
             if shade < 250:
                 grey = "#" + f"{shade:02x}" * 3
                 corner = left + column * (right - left) / 40, middle + (x - 2.8 / 44) * scale
-                d.rectangle(*corner, 15.1, 7, grey)
+                d.rectangle(*corner, 16.9, 7, grey)
     starts = torch.tensor([-2.0, -0.9, -0.25, 0.25, 0.9, 2.0])
     for fresh, color in ((0.0, BLUE), (1.0, ORANGE)):
-        generator = torch.Generator().manual_seed(17)
+        generator = torch.Generator().manual_seed(6)
         x = starts.clone()
         line = [x]
         for t, after in zip(times, times[1:], strict=False):
@@ -412,16 +413,17 @@ def paths() -> Drawing:
             x = math.sqrt(1 - after * after) * data + math.sqrt(after**2 - sigma**2) * noise
             x = x + sigma * torch.randn(len(x), generator=generator)
             line.append(x)
-        for place in range(len(starts)) if not fresh else (1, 4):
+        for place in range(len(starts)) if not fresh else (1,):
             d.line([(at(t), middle + scale * float(v[place])) for t, v in zip(times, line, strict=True)], color, 1.7)
-    d.text(left, 318, "noise", 14, INK)
-    d.text(right, 318, "data", 14, INK)
-    d.arrow((left + 40, 318), (right - 40, 318))
-    d.text(650, 92, "ODE: no", 13, BLUE, "start")
-    d.text(650, 110, "fresh noise", 13, BLUE, "start")
-    d.text(650, 204, "SDE: fresh", 13, "#9a6a00", "start")
-    d.text(650, 222, "noise, every", 13, "#9a6a00", "start")
-    d.text(650, 240, "step", 13, "#9a6a00", "start")
+    d.text(left, 342, "noise", 14, INK)
+    d.text(right, 342, "data", 14, INK)
+    d.arrow((left + 40, 342), (right - 40, 342))
+    for start, color, words in (
+        (50, BLUE, "no fresh noise (η = 0)"),
+        (300, ORANGE, "fresh noise at every step (η = 1)"),
+    ):
+        d.line([(start, 14), (start + 28, 14)], color, 2.4)
+        d.text(start + 36, 14, words, 13, INK, "start")
     return d
 
 
