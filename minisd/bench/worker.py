@@ -119,11 +119,9 @@ class Diffusers:
 
 def find_library(name: str) -> Library:
     """Return a library by its name, or a peer."""
-    if name in LIBRARIES:
-        return LIBRARIES[name]()
-    from minisd.bench.peers import Peer
+    from minisd.bench.peers import PEERS, Peer
 
-    return Peer(name)
+    return Peer(name) if name in PEERS else LIBRARIES[name]()
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {"minisd": Minisd, "diffusers": Diffusers}

@@ -85,9 +85,17 @@ class Theirs:
         return (loss * weights).mean()
 
 
+def in_float64(task: Adapting, theirs: Theirs, batch: Batch) -> Batch:
+    """Make both sides compute in float64, so that only formulas can differ, not the order of sums on a processor."""
+    for part in (task.sd.unet, task.sd.text_encoder, task.model, theirs.unet, theirs.text):
+        part.double()
+    task.contexts = {caption: context.double() for caption, context in task.contexts.items()}
+    return replace(batch, latents=batch.latents.double(), noise=batch.noise.double())
+
+
 def check(task: Adapting, theirs: Theirs, mine: dict[str, Tensor], other: dict[str, Tensor], **how: Any) -> None:
     """The loss and all gradients of one batch on both sides."""
-    batch = task.batch(3, range(12, 16), slice(0, 4))
+    batch = in_float64(task, theirs, task.batch(3, range(12, 16), slice(0, 4)))
     loss, _ = task.loss_of(batch)
     expected = theirs.loss(batch, **how)
     loss.backward()
@@ -165,7 +173,7 @@ def test_inversion(small_model, pictures):
     table = theirs.text.get_input_embeddings().weight
     table.data[-2:] = task.model.vectors.detach()
     table.requires_grad_(True)
-    batch = task.batch(1, range(4, 8), slice(0, 4))
+    batch = in_float64(task, theirs, task.batch(1, range(4, 8), slice(0, 4)))
     loss, _ = task.loss_of(batch)
     renamed = replace(batch, captions=[text.replace("thing", "<it> <it>_1") for text in batch.captions])
     expected = theirs.loss(renamed)
@@ -174,8 +182,7 @@ def test_inversion(small_model, pictures):
     assert abs(float(loss) - float(expected)) <= NEAR
     gradient, wanted = task.model.vectors.grad, table.grad[-2:]
     assert gradient is not None and wanted.abs().max() > 1e-3
-    assert (gradient - wanted).abs().max() <= NEAR
-    assert difference(gradient, wanted) <= 3e-5  # in float32, back through the whole UNet
+    assert (gradient - wanted).abs().max() <= NEAR * wanted.abs().max()
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
