@@ -167,20 +167,11 @@ def test_kinds_of_operators():
         training.Settings(parts=("vae",))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_peers(tmp_path, capsys):
-    """minisd's sampler draws the same picture with the networks computed by another runtime."""
-    pytest.importorskip("openvino")
-    path = tmp_path / "bench.json"
-    command = "bench --model tiny --steps 2 --repeats 1 --threads 1 --device cpu --alone --no-loading --peer openvino"
-    assert main([*command.split(), "-o", str(path)]) == 0
-    report = json.loads(path.read_text())
-    assert report["picture_difference"] <= 1
-    found = {(row["what"], row["library"]): row for row in report["rows"]}
-    assert found["one guided UNet step at 192", "openvino"]["seconds"] > 0
-    assert ("peak memory, step and decode at 192", "openvino") not in found
-    (header,) = (line for line in capsys.readouterr().err.splitlines() if line.split()[:1] == ["minisd"])
-    assert header.split() == ["minisd", "openvino", "ratio"]
-    assert main([*command.split()[:-1], "tensorrt"]) == 2
+    assert main(["bench", "--peer", "tensorrt", "-o", str(tmp_path / "bench.json")]) == 2
     assert "expected one of openvino, onnxruntime" in capsys.readouterr().err
+    rows = [bench.row("decode at 192", name, [seconds]) for name, seconds in (("minisd", 3.0), ("openvino", 4.0))]
+    report = {"rows": rows, "settings": {"libraries": ["minisd", "openvino"]}, "picture_difference": 1}
+    header, line, last = bench.table(report).splitlines()
+    assert header.split() == ["minisd", "openvino", "ratio"]
+    assert line.split() == ["decode", "at", "192", "3", "s", "4", "s", "0.75"] and last.endswith("two pictures: 1/255")

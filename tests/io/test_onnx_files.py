@@ -11,7 +11,10 @@ import torch
 from minisd import StableDiffusion
 from minisd.app import export as command
 from minisd.app.cli import main
+from minisd.bench import peers
+from minisd.bench.worker import Minisd, noise
 from minisd.io import onnx_files
+from minisd.io.checkpoint import SHIPPED
 from tests.models import lively_model, write_adapters
 
 SHAPES = {"sample": (1, 4, 16, 32), "timestep": (1,), "encoder_hidden_states": (1, 77, 128)}
@@ -51,6 +54,16 @@ def test_the_graphs_answer_as_the_networks_at_another_size(to, file, tmp_path, c
         assert apart < 1e-5, (part, apart)
         assert (tmp_path / "out" / part / "config.json").exists()
     assert not (tmp_path / "out/vae").exists() and (tmp_path / "out/tokenizer/merges.txt").exists()
+    # minisd's sampler, with the networks computed by the runtime, draws minisd's picture
+    peer = peers.Peer(next(name for name, kind in peers.PEERS.items() if kind == to))
+    peer.graphs = tmp_path / "out"
+    peer.load(str(SHIPPED), "cpu", torch.float32, compiled=False)
+    own = Minisd()
+    own.load(str(SHIPPED), "cpu", torch.float32, compiled=False)
+    one, two = (np.asarray(each.picture(noise(192, "cpu"), 192, 2), dtype=int) for each in (peer, own))
+    assert np.abs(one - two).max() <= 1
+    with pytest.raises(ValueError, match="float16"):
+        peer.load(str(SHIPPED), "cpu", torch.float16, compiled=False)
 
 
 @pytest.mark.slow
