@@ -190,9 +190,9 @@ def hourglass() -> Drawing:
 def two_towers() -> Drawing:
     """For 04: CLIP's towers and the matrix of similarities."""
     alt = (
-        "Four pictures go through the image tower, four captions through the text tower; each becomes one unit vector. "
-        "A 4 × 4 table holds the similarity of every picture, a row, with every caption, a column. Training raises the "
-        "diagonal and lowers the rest."
+        "Four pictures go through the image tower, four captions through the text tower; each becomes a unit vector. "
+        "A 4 × 4 table holds the similarity of every picture (row) with every caption (column). Training raises the "
+        "diagonal."
     )
     d = Drawing(760, 340, alt)
     d.box(150, 120, 108, 176, "image\ntower", BLUE, 16)
