@@ -139,7 +139,7 @@ def run(source: str | Path, settings: Settings, log: Callable[[str], None] = pri
                 if last:
                     stack.callback(process.close)
                     processes.append(process)
-                loads[name].append(_load(process, source, settings, graphs.get(name)))
+                loads[name].append(process.load(source, settings, graphs.get(name)))
                 if not last:
                     process.close()
         if settings.loading:
@@ -152,14 +152,6 @@ def run(source: str | Path, settings: Settings, log: Callable[[str], None] = pri
         if settings.steps:
             report["picture_difference"] = _pictures(processes, settings, rows, log)
     return report
-
-
-def _load(process: Process, source: str | Path, settings: Settings, graphs: Path | None = None) -> float:
-    answer = process.ask(
-        "load", folder=str(source), device=settings.device, dtype=settings.dtype,
-        threads=settings.threads, compiled=settings.compiled, graphs=str(graphs or ""),
-    )  # fmt: skip
-    return float(answer["seconds"])
 
 
 def _cold_loads(source: str | Path, settings: Settings, log: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -178,7 +170,7 @@ def _cold_loads(source: str | Path, settings: Settings, log: Callable[[str], Non
                     os.fsync(file.fileno())
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         process = Process(name, settings)
-        rows.append(row("load, files not in memory", name, [_load(process, source, settings)]))
+        rows.append(row("load, files not in memory", name, [process.load(source, settings)]))
         process.close()
     return rows
 
@@ -192,10 +184,7 @@ def _measure(
         if process.library not in LIBRARIES:  # minisd's own weights are in memory too
             continue
         log(f"peak memory: {process.library}")
-        process.ask("step", size=first)
-        process.ask("decode", size=first)
-        peak = process.ask("peak")["bytes"]
-        rows.append(row(f"peak memory, step and decode at {first}", process.library, [], peak=peak))
+        rows.append(row(f"peak memory, step and decode at {first}", process.library, [], peak=process.peak(first)))
     ceiling = [processes[0].ask("ceiling", side=CEILING_SIDE)["seconds"] for _ in range(settings.repeats + 1)][1:]
     rows.append(row(f"matrix product {CEILING_SIDE}³", "torch", ceiling, 2 * CEILING_SIDE**3))
     log("text encoder, steps and decoding")

@@ -139,10 +139,8 @@ def measure(folder: Path, settings: compare.Settings, tasks: Sequence[Task], bud
     try:
         with loaded(folder, settings, budget) as processes, tempfile.TemporaryDirectory() as temporary:
             for process in () if settings.compiled else processes:  # at first, since peak memory never decreases
-                for do in ("step", "decode"):
-                    process.ask(do, size=first)
-                what, peak = f"peak memory, one step and one decode at {first}×{first}", process.ask("peak")["bytes"]
-                rows.append(compare.row(what, process.library, [], peak=peak))
+                what = f"peak memory, one step and one decode at {first}×{first}"
+                rows.append(compare.row(what, process.library, [], peak=process.peak(first)))
             for task in tasks:
                 what = f"{task.what}, {phase}" if settings.compiled else task.what
                 if budget.allows(what, ENOUGH[task.kind]):

@@ -54,6 +54,18 @@ class Process:
         """End the process in the middle of its work; the `ask` that waits for it raises RuntimeError."""
         self._process.kill()
 
+    def load(self, source: str | Path, settings: Settings, graphs: Path | None = None) -> float:
+        """Load a model as the settings say; a peer finds its graphs in a folder of their own. Returns the seconds."""
+        names = ("device", "dtype", "threads", "compiled")
+        options = {name: getattr(settings, name) for name in names}
+        return float(self.ask("load", folder=str(source), graphs=str(graphs or ""), **options)["seconds"])
+
+    def peak(self, size: int) -> int:
+        """The peak memory after a step and a decoding at a size, in bytes; ask first, since it never decreases."""
+        self.ask("step", size=size)
+        self.ask("decode", size=size)
+        return int(self.ask("peak")["bytes"])
+
     def close(self) -> None:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
@@ -92,6 +104,5 @@ def loaded(folder: Path, settings: Settings, budget: Budget) -> Iterator[list[Pr
             timer.start()
             stack.callback(timer.cancel)
         for process in processes:
-            names = ("device", "dtype", "threads", "compiled")
-            process.ask("load", folder=str(folder), **{name: getattr(settings, name) for name in names})
+            process.load(folder, settings)
         yield processes

@@ -119,9 +119,13 @@ class Diffusers:
 
 def find_library(name: str) -> Library:
     """Return a library by its name, or a peer."""
+    if name in LIBRARIES:
+        return LIBRARIES[name]()
     from minisd.bench.peers import PEERS, Peer
 
-    return Peer(name) if name in PEERS else LIBRARIES[name]()
+    if name not in PEERS:
+        raise KeyError(name)
+    return Peer(name)
 
 
 LIBRARIES: dict[str, Callable[[], Library]] = {"minisd": Minisd, "diffusers": Diffusers}
