@@ -11,8 +11,8 @@ COPY minisd ./minisd
 RUN pip install -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu \
  && pip install -c constraints.txt ".[web]"
 
-RUN useradd --create-home minisd && mkdir /work && chown minisd /work
-USER minisd
+RUN useradd --uid 1000 --create-home minisd && mkdir /work && chown minisd /work
+USER 1000
 WORKDIR /work
 EXPOSE 7860
 ENTRYPOINT ["minisd"]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minisd.features.fast import capabilities, has_bfloat16
+
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
@@ -15,10 +17,11 @@ def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
     """Push all singular values of a matrix (rows, columns) near 1, and keep its singular vectors.
 
     Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (Newton-Schulz iteration). Its
-    polynomial converges only roughly, to values between 0.7 and 1.2, but in few steps and in bfloat16.
+    polynomial converges only roughly, to values between 0.7 and 1.2, but in few steps and in bfloat16, which is used
+    except on CPUs that only emulate it, many times slower than float32.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16()
+    x = matrix.bfloat16() if matrix.device.type != "cpu" or has_bfloat16(capabilities()) else matrix.float()
     x = x.T if x.shape[0] > x.shape[1] else x
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):

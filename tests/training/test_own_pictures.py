@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,59 @@ def test_own_pictures_have_the_interface_of_scenes(pictures):
     assert len(data) == 2 * 2 + 4 and data.captions == ["a blue square"] * 4 + ["a red square"] * 4
     assert data.images([7, 0]).shape == (2, 3, 32, 32) and torch.equal(data.images([6]), data.images([7]))
     assert data.held_out().shape == (6, 32, 32, 3)
+
+
+def write_shard(path: Path, files: list[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> None:
+    with tarfile.open(path, "w") as shard:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size, member.type = len(content) if kind == tarfile.REGTYPE else 0, kind
+            shard.addfile(member, io.BytesIO(content))
+
+
+def encoded(color: str, suffix: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (20, 30), color).save(file, suffix, lossless=True)
+    return file.getvalue()
+
+
+def test_shards_of_webdataset(tmp_path):
+    red, blue, green = encoded("red", "png"), encoded("blue", "webp"), encoded("#00ff00", "bmp")
+    write_shard(tmp_path / "1.tar", [("b/2.bmp", green)])
+    files = [("0.png", red), ("0.txt", b"\xef\xbb\xbfa  red\nsquare"), ("a/1.WEBP", blue), ("a/1.cls", b"3")]
+    files += [("a/1.json", b'{"text": "a blue square", "width": 20}'), ("a/._1.png", b"x"), ("2.txt", b"alone")]
+    write_shard(tmp_path / "0.tar", files)
+    data = OwnPictures(tmp_path, 16, caption="a thing")
+    assert data.captions == ["a red square", "a blue square", "a thing"] and len(data) == 3
+    assert data.unique.shape == (3, 16, 16, 3)
+    assert data.unique[:, 8, 8].tolist() == [[255, 0, 0], [0, 0, 255], [0, 255, 0]]
+    with pytest.raises(ValueError, match=r"1.tar: b/2 has no caption; put 2.txt beside it"):
+        OwnPictures(tmp_path, 16)
+
+
+def test_bad_shards(tmp_path):
+    path, red = tmp_path / "0.tar", encoded("red", "png")
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+        write_shard(path, [("0.png", b"")], kind)
+        with pytest.raises(ValueError, match=r"0.tar: 0.png is no regular file"):
+            OwnPictures(tmp_path, 16)
+    for files, words in (
+        ([("0.png", red[:40]), ("0.txt", b"x")], "0.png is not a valid image"),
+        ([("0.png", red), ("0.txt", b"\xff\xfe")], "utf-8"),
+        ([("0.png", red), ("0.json", b'{"text": 3}')], "0 has no caption"),
+        ([("0.png", red), ("0.json", b"{")], "Expecting property name"),
+        ([("0.txt", b"a fox")], "has no pictures"),
+    ):
+        write_shard(path, files)
+        with pytest.raises(ValueError, match=rf"0.tar.*{words}"):
+            OwnPictures(tmp_path, 16)
+    write_shard(path, [("0.png", red), ("0.txt", b"x")])
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"0.tar: unexpected end of data"):
+        OwnPictures(tmp_path, 16)
+    (tmp_path / "1.png").write_bytes(red)
+    with pytest.raises(ValueError, match=r"both 0.tar and 1.png"):
+        OwnPictures(tmp_path, 16)
 
 
 def test_sizes_of_a_file(tmp_path):
