@@ -33,7 +33,8 @@ From = Annotated[Path | None, typer.Option("--from", help="Start from the weight
 Model = Annotated[Path, typer.Option("--model", help="Folder with the parts that are already trained.")]
 Autoencoders = Annotated[Path, typer.Option("--autoencoder", help="Folder that holds vae/.")]
 Data = Annotated[
-    Path | None, typer.Option("--data", help="Folder of your own pictures and captions, in the place of scenes.")
+    Path | None,
+    typer.Option("--data", help="Folder of your own captioned pictures, or of WebDataset shards, instead of scenes."),
 ]
 Side = Annotated[int, typer.Option("--side", help="Of --data: the side in pixels that they are scaled to.")]
 Sizes = Annotated[
