@@ -23,21 +23,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "SD15",
-    "SD15_INPAINT",
-    "SD21",
-    "SD21_BASE",
-    "TINY",
-    "Autoencoder",
-    "Sampler",
-    "Schedule",
-    "StableDiffusion",
-    "TextEncoder",
-    "Tokenizer",
-    "UNet",
-    "__version__",
-    "record_attention",
-]
+    "SD15", "SD15_INPAINT", "SD21", "SD21_BASE", "TINY", "Autoencoder", "Sampler", "Schedule", "StableDiffusion",
+    "TextEncoder", "Tokenizer", "UNet", "__version__", "record_attention",
+]  # fmt: skip
 
 _MODULES = MappingProxyType(
     {

@@ -41,15 +41,14 @@ def onednn_is_faster() -> bool:
     """Return whether large float32 products go through oneDNN: on CPUs by AMD with AVX-512, if it is as exact there.
 
     torch multiplies float32 matrices with MKL. On two cores of a Zen 5 MKL reached 220 GFLOP/s and oneDNN, which torch
-    has too, 456. On an Intel Xeon both are equally fast within a few percent.
+    has too, 456. On an Intel Xeon and on a Zen 3, which has no AVX-512, both are equally fast within a few percent.
 
     The choice depends on the CPU alone and not on a timing, so that equal settings give equal images. Exactness is
     checked against float64: a setting of torch, or another CPU, may make oneDNN round float32 to bfloat16.
     """
     cpu = capabilities()
-    if not (str(cpu.get("cpu_name", "")).startswith("AMD") and cpu.get("avx512_f")):
-        return False
-    return torch.backends.mkldnn.is_available() and onednn_is_exact()
+    amd = str(cpu.get("cpu_name", "")).startswith("AMD") and cpu.get("avx512_f")
+    return bool(amd and torch.backends.mkldnn.is_available() and onednn_is_exact())
 
 
 def onednn_is_exact() -> bool:

@@ -20,9 +20,7 @@ MAX_PIXELS = 2**25  # an image of 8 kB can have as many; conversions take up to 
 
 @contextmanager
 def opened_picture(path: str | PathLike[str], data: bytes | None = None) -> Iterator[Image.Image]:
-    """Open an image file as a context manager; of an animation, only the first frame.
-
-    data: The content of the file, if it is not on the disk; `path` is then its name in messages.
+    """Open an image file, or the content of one with that name, as a context manager; of an animation the first frame.
 
     A JPEG of 34 to 179 million pixels, which is Pillow's limit, is decoded at a fraction of its size.
 
@@ -55,8 +53,7 @@ def read_picture(
 ) -> Image.Image:
     """Read an image file as RGB, scaled and cropped to a size. Raises OSError for an invalid file.
 
-    centering: Where the crop lies between left and right, and between top and bottom, from 0 to 1.
-    data: As for `opened_picture`.
+    centering: Where the crop lies between left and right, and between top and bottom, from 0 to 1. data: its content.
     """
     with opened_picture(path, data) as opened:
         picture = to_rgb(opened)
