@@ -1,7 +1,8 @@
 """Draw the schematics of the notebooks: `python tools/build_schematics.py` writes `notebooks/images/*.svg`.
 
 One colour means one thing throughout: blue is an image or its latents, orange is noise, green is text, purple is what
-is learned. The paths of `paths.svg` are computed, from the exact denoiser of two peaks on a line; the rest is drawn.
+is learned. The paths of `paths.svg` are computed, from the exact denoiser of two peaks on a line, and the merges of
+`byte-pairs.svg` are learned from notebook 03's toy text; the rest is drawn.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -184,6 +187,50 @@ def hourglass() -> Drawing:
     d.arrow((596, 114), (620, 114))
     d.text(380, 22, "here all the diffusion happens", 13, FAINT)
     d.arrow((380, 32), (380, 50))
+    return d
+
+
+def byte_pairs() -> Drawing:
+    """For 03: the words of the toy text, merge by merge."""
+    alt = (
+        "Nine rows of boxes: six words of the toy text, first letter by letter. Each further row joins one pair "
+        "wherever it stands, and colours it: first a + t in four of the words, then t + h in two. In the last row "
+        "every word is one box. A bar, the length of the whole text, shrinks from 54 symbols to 26."
+    )
+    toy = "the cat sat on the mat the fat cat ate the rat and that rat sat on a hat"
+    text = toy.split()
+    shown = ("the", "that", "cat", "sat", "rat", "on")
+    spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in text}
+    letter, last, row = 22, 50, 33
+    d = Drawing(896, 336, alt)
+    d.text(8, 14, "joined", 13, FAINT, "start")
+    d.text(842, 14, "symbols in all", 13, FAINT)
+    for step in range(9):
+        y, pair = 52 + row * step, ("", "")
+        if step:
+            pairs = Counter(pair for word in text for pair in pairwise(spelled[word]))
+            pair = max(pairs, key=lambda one: (pairs[one], one))
+            d.text(8, y, " + ".join(pair), 13, INK, "start")
+            d.text(132, y, f"{pairs[pair]} ×", 13, INK, "end")
+        for word, symbols in spelled.items():
+            joined = symbols[:1]
+            for symbol in symbols[1:]:
+                joined[-1:] = [joined[-1] + symbol] if (joined[-1], symbol) == pair else [joined[-1], symbol]
+            spelled[word] = joined
+        x = 152.0
+        for word in shown:
+            width = letter * (len(word) - 1) + last
+            if not step:
+                d.text(x + width / 2, 14, f"{word} ({text.count(word)} ×)", 13)
+            for symbol in spelled[word]:
+                ends, fresh = symbol.endswith("</w>"), symbol == "".join(pair)
+                wide = letter * len(symbol.removesuffix("</w>")) + (last - letter) * ends
+                d.box(x, y - 12, wide - 3, 24, symbol, PURPLE if fresh else FAINT, 12)
+                x += wide
+            x += 12
+        total = sum(len(spelled[word]) for word in text)
+        d.text(794, y, str(total), 13, INK, "end")
+        d.rectangle(800, y - 8, 1.6 * total, 16, GREEN)
     return d
 
 
@@ -576,6 +623,7 @@ def inpainting() -> Drawing:
 SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "diffusion": diffusion,
     "hourglass": hourglass,
+    "byte-pairs": byte_pairs,
     "two-towers": two_towers,
     "attention": attention,
     "transformer-block": block,
