@@ -200,8 +200,9 @@ SLIPS = [
         "(1, 1, 1) is not (1,)",
     ),
     ("10_pipeline", 3, "without, with_words =", "with_words, without =", "halves of the batch"),
-    ("11_editing", 1, "min((wanted + 0.5) / steps, 1.0)", "wanted / steps", "just below"),
-    ("11_editing", 1, "min((wanted + 0.5) / steps, 1.0)", "(wanted + 0.5) / steps", "1 is all steps"),
+    ("11_editing", 1, ">= steps - call", "> steps - call", "one call too late"),
+    ("11_editing", 1, ">= steps - call", "< steps - call", "changed places"),
+    ("11_editing", 1, "(steps * strengths).floor() >= steps - call", "steps * strengths > call", "not the first"),
     ("11_editing", 2, "math.sqrt(1 - like**2)", "(1 - like)", "lerp"),
     ("11_editing", 2, "math.sqrt(1 - like**2)", "(1 - like**2)", "variances add up"),
     (
