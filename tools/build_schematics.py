@@ -545,10 +545,8 @@ def lora() -> Drawing:
 def pipeline() -> Drawing:
     """For 10: the wires of text to image, and the three places at which section 10 breaks them."""
     alt = (
-        "The wires. Negative prompt and prompt go through tokenizer, text encoder and its final norm (3) to a context "
-        "for two. Noise becomes the latents x. At each call the UNet gets x twice, the context and the time; its two "
-        "answers are taken apart (2) and guided; the step, given x and ᾱ, makes x′, the next x. The last x′ is divided "
-        "by the factor (1) and decoded."
+        "The wires: two texts become a context, through the final norm (3). The UNet gets x twice, context and time; "
+        "its answers are split (2) and guided; the step makes x′. The last x′ is divided by the factor (1) and decoded."
     )
     d = Drawing(760, 344, alt)
     d.box(14, 26, 112, 48, "negative,\nprompt", GREEN, 13)
