@@ -148,9 +148,9 @@ def measure(part: str, folder: Path, settings: Settings) -> dict[str, Any]:
         "batch": recipe.batch,
         "samples_per_step": recipe.read,
         "seconds_per_step": round(seconds, 4),
-        "samples_per_second": round(recipe.read / seconds, 2),
+        "samples_per_second": round(recipe.read / seconds, 4),
         "gflop_per_sample": round(flop / recipe.read / 1e9, 3),
-        "gflops": round(flop / seconds / 1e9, 1),
+        "gflops": round(flop / seconds / 1e9, 3),
         "profile": shares(measured["operators"], measured["seconds"]),
     }
 

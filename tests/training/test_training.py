@@ -76,6 +76,7 @@ def test_resume_after_kill_repeats_the_unbroken_run(part, scenes, tmp_path):
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", PARTS)
 def test_two_processes_make_the_step_of_one(part, scenes, tmp_path):
     run(*command(part, scenes, tmp_path / "one", 20))
