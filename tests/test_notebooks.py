@@ -259,7 +259,7 @@ def test_every_exercise_has_a_solution_that_passes_the_same_check(path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ANY_MODEL)
 def test_notebook_runs_on_a_model_of_other_widths(name, small_model, regenerate):
-    notebook = regenerate.execute(nbformat.read(FOLDER / name, 4), FOLDER, str(small_model), timeout=120)
+    notebook = regenerate.execute(nbformat.read(FOLDER / name, 4), FOLDER, str(small_model), timeout=280)
     said = "".join(o.get("text", "") for c in code_cells(notebook) for o in c.outputs)
     assert "Model: small (MINISD_MODEL), on" in said and "32 × 32 pixels" in said
 
