@@ -27,9 +27,8 @@ def opened_picture(path: str | PathLike[str], data: bytes | None = None) -> Iter
     Raises OSError for any error inside the context, for other images of more than 34 million pixels (before they are
     decompressed), for anything but a regular file, and for formats whose readers run other programs, such as EPS.
     """
-    if (
-        data is None and os.path.exists(path) and not os.path.isfile(path)
-    ):  # reading a pipe or device could block forever
+    # reading a pipe or device could block forever
+    if data is None and os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path} is not a regular file; use a PNG, JPEG or WebP file")
     try:
         with warnings.catch_warnings():
@@ -53,7 +52,7 @@ def read_picture(
 ) -> Image.Image:
     """Read an image file as RGB, scaled and cropped to a size. Raises OSError for an invalid file.
 
-    centering: Where the crop lies between left and right, and between top and bottom, from 0 to 1. data: its content.
+    centering: Where the crop lies between left and right, and between top and bottom, from 0 to 1. data: the content.
     """
     with opened_picture(path, data) as opened:
         picture = to_rgb(opened)
