@@ -228,6 +228,7 @@ def unet(
     device: Place = None,
 ) -> None:
     """Train the denoiser on cached latents; under torchrun on several processes."""
+    from minisd.features.distributed import process_group
     from minisd.io.diffusers_folder import load_autoencoder, load_text_encoder, load_unet
     from minisd.training.layout_loss import layouts
     from minisd.training.own_pictures import own_latents, read_data, sheet_prompts
@@ -237,22 +238,23 @@ def unet(
         source, sizes, _, place = read_data(scenes, data, side, config, device)
     autoencoder, text_encoder = load_autoencoder(vae / "vae").to(place), load_text_encoder(text / "text_encoder")
     composed = source.descriptions
-    cached = scenes / "latents.safetensors" if data is None else own_latents(output, autoencoder, source)
-    task = UNetTask(
-        cached,
-        source.captions,
-        autoencoder,
-        text_encoder.to(place),
-        sizes,
-        seed=seed,
-        model=None if start is None else load_unet(start / "unet"),
-        layout=layouts(composed) if composed and all("things" in each for each in composed) else None,
-        ceiling=ceiling,
-        prompts=sheet_prompts(source),
-    )
-    task.model.to(place)
-    choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon, "compile": compile}
-    run(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
+    with process_group(place):
+        cached = scenes / "latents.safetensors" if data is None else own_latents(output, autoencoder, source)
+        task = UNetTask(
+            cached,
+            source.captions,
+            autoencoder,
+            text_encoder.to(place),
+            sizes,
+            seed=seed,
+            model=None if start is None else load_unet(start / "unet"),
+            layout=layouts(composed) if composed and all("things" in each for each in composed) else None,
+            ceiling=ceiling,
+            prompts=sheet_prompts(source),
+        )
+        task.model.to(place)
+        choices = {"resume": resume, "bfloat16": bfloat16, "muon": muon, "compile": compile}
+        run(task, output, steps=steps, minutes=minutes, batch=batch, lr=lr, seed=seed, **choices)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minisd.autoencoder import Autoencoder
 from minisd.config import TINY, ModelConfig
-from minisd.features.distributed import local_device, process_group
+from minisd.features.distributed import local_device
 from minisd.images import to_images, to_pixels
 from minisd.io.configs import check_config, read_json
 from minisd.pipeline.memory import best_device, usable_device
@@ -107,10 +107,9 @@ def read_data(
 
 
 def own_latents(output: Path, autoencoder: Autoencoder, data: Scenes) -> Path:
-    """Encode the pictures; return the file of their latents."""
+    """Encode the pictures; return the file of their latents. Under torchrun, call it within a `process_group`."""
     path = output / "latents.safetensors"
-    with process_group(autoencoder.quant_conv.weight.device):
-        cache_latents(autoencoder, data, path)
+    cache_latents(autoencoder, data, path)
     return path
 
 

@@ -82,6 +82,8 @@ def cache_latents(autoencoder: Autoencoder, scenes: Scenes, path: Path, batch: i
         shares = [latents]
     if rank() == 0:
         save_atomically(lambda target: save_file({"latents": torch.cat(shares).contiguous()}, target), path)
+    if world_size() > 1:
+        dist.barrier()  # the other processes read the file next
 
 
 class UNetTask:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -127,6 +130,14 @@ def test_from_pictures_to_a_model(pictures, tmp_path, capsys):
         more = parts if part == "unet" else []
         assert main(["train", part, *own, *run, *more, "--output", str(folder)]) == 0
     assert (folders["unet"] / "sheet-000002.png").exists()
+    # the same on two processes
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun += ["-m", "minisd.training.commands", "unet", *own, *run, *parts, "--output", str(tmp_path / "two")]
+    done = subprocess.run(torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ((folder / "losses.jsonl").read_text().splitlines() for folder in (folders["unet"], tmp_path / "two"))
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     unet = ["--unet", str(folders["unet"] / "export")]
     assert main(["train", "export", str(tmp_path / "model"), *parts, *unet]) == 0
     sd = StableDiffusion.from_pretrained(tmp_path / "model", device="cpu")
