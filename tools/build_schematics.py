@@ -482,6 +482,22 @@ def training_step() -> Drawing:
         "guesses v = √ᾱ ε − √(1−ᾱ) x₀. The squared difference from the true v, weighted by w(t), is the loss, and "
         "its gradient changes the UNet's weights."
     )
+    target = "v = √ᾱ ε − √(1−ᾱ) x_0"
+    return one_step(alt, "“in the snow”\n(1 in 10: “”)", "w(t) · ‖v − guess‖²", target, "ᾱ depends on t")
+
+
+def simple_loss() -> Drawing:
+    """For 06: the same step for any target, without weights and without captions left out."""
+    alt = (
+        "A picture is encoded to latents x₀; random noise ε is mixed in, as much as a random time t says. The UNet "
+        "sees the noisy latents x_t, the time and the caption, and guesses the target: ε, x₀, or v, a mixture of both. "
+        "The squared difference is the loss; its gradient changes the UNet's weights."
+    )
+    return one_step(alt, "“in the snow”", "‖target − guess‖²", "target: ε, x_0 or v")
+
+
+def one_step(alt: str, caption: str, loss: str, target: str, note: str = "") -> Drawing:
+    """A step of the UNet's training, with these words in its boxes and this note above the target."""
     d = Drawing(760, 306, alt)
     scene(d, 16, 34, 84, 0, 0, ground=(245, 248, 252))
     d.text(58, 132, "picture", 13)
@@ -501,16 +517,17 @@ def training_step() -> Drawing:
     d.arrow((362, 146), (305, 88))
     d.arrow((402, 146), (402, 108))
     d.box(380, 44, 110, 64, "UNet", PURPLE, 17)
-    d.box(16, 250, 150, 44, "“in the snow”\n(1 in 10: “”)", GREEN, 12)
+    d.box(16, 250, 150, 44, caption, GREEN, 12)
     d.arrow((166, 272), (196, 272), color=GREEN)
     d.box(196, 250, 104, 44, "text encoder", FAINT, 13)
     d.arrow((300, 272), (460, 272), (460, 108), color=GREEN)
     d.arrow((490, 76), (560, 76), color=PURPLE)
     d.text(524, 62, "guess", 13)
-    d.box(560, 46, 184, 60, "loss\nw(t) · ‖v − guess‖²", FAINT)
+    d.box(560, 46, 184, 60, f"loss\n{loss}", FAINT)
     d.arrow((652, 150), (652, 106))
-    d.box(560, 150, 184, 44, "v = √ᾱ ε − √(1−ᾱ) x_0", FAINT, 13)
-    d.text(644, 130, "ᾱ depends on t", 12, FAINT, "end")
+    d.box(560, 150, 184, 44, target, FAINT, 13)
+    if note:
+        d.text(644, 130, note, 12, FAINT, "end")
     d.arrow((600, 46), (600, 20), (435, 20), (435, 44), color=PURPLE, dashed=True)
     d.text(518, 10, "gradient", 12, FAINT)
     return d
@@ -636,6 +653,7 @@ SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "pipeline": pipeline,
     "inpainting": inpainting,
     "training-step": training_step,
+    "simple-loss": simple_loss,
     "lora": lora,
 }
 
