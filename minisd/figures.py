@@ -301,39 +301,32 @@ def token_rows(tokenizer: Tokenizer, prompts: Sequence[str], length: int = 77) -
     return sheet.quantize(32)
 
 
-def shape_ladder(maps: Mapping[str, Tensor], sheets: int = 2) -> Image.Image:
-    """Draw feature maps (1, c, h, w) from left to right, each as a stack of its channels with the largest range.
+def shape_ladder(maps: Mapping[str, Tensor], sheets: int = 2, side: int = 96) -> Image.Image:
+    """Draw feature maps (1, c, h, w) from left to right, each as a column of its channels with the largest range.
 
-    Maps of three channels are drawn as images in [-1, 1]. Below each stand its name, its shape and its element count.
+    All are drawn `side` pixels wide, so that the small ones show how coarse they are. Maps of three channels are drawn
+    as images in [-1, 1]. Below each stand its name, its shape and its element count.
     """
-    tiles = []
-    for name, x in maps.items():
+    gap, foot, width = 4, 58, max(side, 96) + 10
+    sheet = Image.new("RGB", (width * len(maps), sheets * (side + gap) + foot), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, (name, x) in enumerate(maps.items()):
         _, c, h, w = x.shape
-        size = (round(8 * w**0.5), round(8 * h**0.5))
         if c == 3:
-            faces = to_pil(x)
+            faces = to_pil(x)[:1]
         else:
             low, high = x[0].flatten(1).quantile(torch.tensor([0.01, 0.99]), dim=1)  # robust to single outliers
-            order = (high - low).argsort(descending=True)[: sheets if c > 4 else c].tolist()
+            order = (high - low).argsort(descending=True)[:sheets].tolist()
             faces = [paint(x[0, channel], low[channel].item(), high[channel].item()) for channel in order]
-        tiles.append(
-            (name, f"{c} × {h} × {w}", f"{x.numel():,}", [face.resize(size, Image.Resampling.BOX) for face in faces])
-        )
-    step, foot = 10, 58
-    widths = [max(faces[0].width + step * (len(faces) - 1), 96) + 10 for *_, faces in tiles]
-    top = max(faces[0].height + step * (len(faces) - 1) for *_, faces in tiles)
-    sheet = Image.new("RGB", (sum(widths), top + foot), PAPER)
-    draw, left = ImageDraw.Draw(sheet), 0
-    for (*texts, faces), width in zip(tiles, widths, strict=True):
-        stack = faces[0].width + step * (len(faces) - 1)
-        for depth, face in reversed(list(enumerate(faces))):
-            x0 = left + (width - stack) // 2 + step * depth
-            y0 = top - face.height - step * depth
-            sheet.paste(face, (x0, y0))
-            draw.rectangle((x0, y0, x0 + face.width - 1, y0 + face.height - 1), None, PAPER)
-        for row, (text, color) in enumerate(zip(texts, (INK, BLUE, FAINT), strict=True)):
-            draw.text((left + width / 2, top + 14 + 16 * row), text, color, _font(12), anchor="mm")
-        left += width
+        method = Image.Resampling.BOX if w > side else Image.Resampling.NEAREST
+        for row, face in enumerate(faces):
+            place = column * width + (width - side) // 2, row * (side + gap)
+            sheet.paste(face.resize((side, round(side * h / w)), method), place)
+        texts = (name, INK), (f"{c} × {h} × {w}", BLUE), (f"{x.numel():,}", FAINT)
+        for line, (text, color) in enumerate(texts):
+            draw.text(
+                ((column + 0.5) * width, sheet.height - foot + 14 + 16 * line), text, color, _font(12), anchor="mm"
+            )
     return sheet
 
 

@@ -190,6 +190,32 @@ def hourglass() -> Drawing:
     return d
 
 
+def residual_block() -> Drawing:
+    """For 02: two halves of three layers, and the bypass."""
+    alt = (
+        "The residual block from left to right: x passes norm, SiLU and a 3 × 3 convolution, twice, and becomes f(x). "
+        "Below, a bypass carries x, through a 1 × 1 convolution where the width changes. A plus adds both to y."
+    )
+    d = Drawing(760, 178, alt)
+    d.text(24, 62, "x", 17)
+    d.line([(36, 62), (64, 62)])
+    x = 64.0
+    for name, width, color in 2 * (("norm", 62, FAINT), ("SiLU", 62, FAINT), ("conv\n3 × 3", 76, PURPLE)):
+        d.arrow((x, 62), (x + 22, 62))
+        d.box(x + 22, 36, width, 52, name, color)
+        x += 22 + width
+    d.arrow((x, 62), (657, 62))
+    d.text((x + 657) / 2, 46, "f(x)", 15)
+    d.arrow((52, 62), (52, 138), (286, 138))
+    d.box(286, 114, 94, 48, "conv\n1 × 1", PURPLE)
+    d.arrow((380, 138), (674, 138), (674, 80))
+    d.text(390, 154, "only where the width changes; else x as it is", 13, FAINT, "start")
+    d.circle(674, 62, 17, "+")
+    d.arrow((691, 62), (724, 62))
+    d.text(738, 62, "y", 17)
+    return d
+
+
 def byte_pairs() -> Drawing:
     """For 03: the words of the toy text, merge by merge."""
     alt = (
@@ -643,6 +669,7 @@ def inpainting() -> Drawing:
 SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "diffusion": diffusion,
     "hourglass": hourglass,
+    "residual-block": residual_block,
     "byte-pairs": byte_pairs,
     "two-towers": two_towers,
     "attention": attention,

@@ -74,16 +74,17 @@ def test_heat_map_is_a_table_of_its_values():
         figures.heat_map(values, ["a", "b"], ["x", "y"])
 
 
-def test_shape_ladder_draws_areas_as_the_shapes_say():
+def test_shape_ladder_draws_all_maps_of_one_width():
     varied = torch.stack([torch.zeros(16, 16), torch.eye(16), 5 * torch.eye(16), *torch.zeros(5, 16, 16)])[None]
     ladder = figures.shape_ladder({"picture": torch.zeros(1, 3, 64, 64), "features": varied})
-    # 8 √64 = 64 pixels for the picture, in a column of 96 + 10; 8 √16 = 32 and 10 more for the second channel
     pixels = np.asarray(ladder)
-    assert ladder.width == 2 * 106 and ladder.height == 64 + 58
-    grey = (pixels[:64] == 128).all(axis=-1)
-    assert grey.sum() == (64 - 2) ** 2  # less the frame around it
-    front = pixels[64 - 32 : 64, 106 + (106 - 42) // 2 :][1:31, 1:31]  # the most varied channel: a bright diagonal
-    assert front[5, 5].sum() > front[5, 20].sum() + 200
+    assert ladder.width == 2 * 106 and ladder.height == 2 * 100 + 58
+    assert (pixels[:96, 5:101] == 128).all()  # a picture of 64 × 64 in a column of 96 + 10
+    assert (pixels[100:196, :106] == 255).all()  # it has one face only
+    for top in (0, 100):  # the two most varied channels: bright diagonals of 16 places, 6 pixels each
+        face = pixels[top : top + 96, 111:207].astype(int)
+        assert face[3, 3].sum() > face[3, 93].sum() + 200
+        assert (face[:6, :6] == face[0, 0]).all() and (face[0, 6] == face[0, 95]).all()
 
 
 def test_plot_picture_has_few_colours_and_closes_the_plot():
