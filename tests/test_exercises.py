@@ -51,7 +51,7 @@ SLIPS = [
         "return sd.encode_image(torch.zeros(1, 3, height, width))",
         "a tensor of shape",
     ),
-    ("00_tour", 2, "x * (sigma**2 + 1) ** 0.5", "x", "first undo the scale"),
+    ("00_tour", 2, "x_t * (sigma**2 + 1) ** 0.5", "x_t", "first undo the scale"),
     ("00_tour", 2, "- sigma * epsilon", "+ sigma * epsilon", "taken away, not added"),
     ("00_tour", 3, "(1 - share) * a + share * b", "share * a + (1 - share) * b", "share 0 is the first prompt"),
     ("01_latents", 1, "2 * 10", "10", "twice as wide"),
