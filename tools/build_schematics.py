@@ -377,8 +377,8 @@ def unet() -> Drawing:
     alt = (
         "A U with the sizes of Stable Diffusion 1: on the left four levels go down, 64, 32, 16 and 8 places wide, with "
         "320, 640, 1280 and 1280 channels; one block in the middle; on the right the same levels go up. Dashed arrows, "
-        "the skips, carry the maps of the left side to the right. The time goes into every block, the words into "
-        "those of the three upper levels and the middle."
+        "three skips on each level, carry the maps of the left side to the right. The time goes into every block, the "
+        "words into those of the three upper levels and the middle."
     )
     d = Drawing(760, 370, alt)
     sizes = ((112, "64 × 64\n320 channels"), (96, "32 × 32\n640"), (82, "16 × 16\n1280"), (74, "8 × 8\n1280"))
@@ -389,13 +389,13 @@ def unet() -> Drawing:
         for x in (left, right):
             d.box(x - side / 2, y, side, 46, name, color, 12)
         d.arrow((left + side / 2, y + 23), (right - side / 2, y + 23), color=ORANGE, dashed=True)
+        d.text(380, y + 12, "3 skips", 13, FAINT)
         if level < 3:
             d.arrow((left + 14, y + 46), (left + 34, y + 70))
             d.arrow((right - 34, y + 70), (right - 14, y + 46))
     d.box(335, 312, 90, 46, "middle\n8 × 8", GREEN, 12)
     d.arrow((310, 280), (340, 312))
     d.arrow((420, 312), (450, 280))
-    d.text(380, 34, "skips", 13, FAINT)
     d.arrow((38, 47), (94, 47), color=BLUE)
     d.text(10, 28, "latents x_t", 13, INK, "start")
     d.arrow((666, 47), (716, 47), color=PURPLE)

@@ -25,19 +25,24 @@ def draw_u(maps: Mapping[str, Tensor], popped: Sequence[tuple[str, str]], width:
         width: Of the figure, in inches.
     """
     names, depths = list(maps), [_depth(one, maps) for one in maps.values()]
-    y, half = [-2.1 * depth for depth in depths], [0.47 * 0.9**depth for depth in depths]
-    figure = plt.figure(figsize=(width, width * (2.7 - min(y)) / (len(names) + 0.4)))
+    y, half = [-2.15 * depth for depth in depths], [0.41 * 0.9**depth for depth in depths]
+    wires = Counter(y[names.index(skip)] for _, skip in popped)
+    top, bottom = 0.65 + 0.27 * wires[0], min(y) - 1.25
+    figure = plt.figure(figsize=(width, width * (top - bottom) / (len(names) + 0.4)))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.plot(range(len(names)), y, color="#999999", linewidth=1, zorder=0)
     for x, (name, one) in enumerate(maps.items()):
         _draw_map(axes, name, one[0], (x, y[x]), half[x])
+        if x:
+            _draw_arrow(axes, (x - 1 + half[x - 1], y[x - 1]), (x - half[x], y[x]), "#555555")
     nested: Counter[float] = Counter()
     for consumer, skip in popped:
         a, b = names.index(skip), names.index(consumer)
         nested[y[a]] += 1
-        top = y[a] + half[a] + 0.19 * nested[y[a]]
-        axes.plot([a, a, b, b], [y[a] + half[a], top, top, y[b] + half[b]], color=BLUE, linewidth=1.5)
-    axes.set(xlim=(-0.7, len(names) - 0.3), ylim=(min(y) - 1.5, 1.2), aspect="equal")
+        over = y[a] + half[a] + 0.27 * nested[y[a]]
+        axes.plot([a, a, b], [y[a] + half[a], over, over], color=BLUE, linewidth=1.5)
+        _draw_arrow(axes, (b, over), (b, y[b] + half[b]), BLUE)
+        axes.text(b, over + 0.02, f"+{maps[skip].shape[1]}", ha="right", va="bottom", fontsize=11, color=BLUE)
+    axes.set(xlim=(-0.7, len(names) - 0.3), ylim=(bottom, top), aspect="equal")
     axes.axis("off")
     return plot_picture(figure, 32)
 
@@ -53,6 +58,11 @@ def _draw_map(axes: Axes, name: str, one: Tensor, place: tuple[float, float], ha
     axes.imshow(face, cmap="cividis", extent=(x - half, x + half, y - half, y + half), zorder=2)
     text = "{}\n{}\n{}×{}".format(name.split(", ")[-1].split()[0], *one.shape)
     axes.text(x, y - half - 0.08, text, ha="center", va="top", fontsize=11)
+
+
+def _draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str) -> None:
+    style = {"arrowstyle": "-|>", "color": color, "mutation_scale": 10, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.5}
+    axes.annotate("", end, start, arrowprops=style)
 
 
 def plot_losses(losses: Sequence[Mapping[str, float]], name: str, alt: str, width: int = 10) -> None:

@@ -32,7 +32,7 @@ import minisd.attention
 import minisd.text_encoder
 import minisd.unet
 from minisd.attention import GEGLU, Attention
-from minisd.blocks import Downsample
+from minisd.blocks import Downsample, ResBlock
 from minisd.config import ModelConfig
 from minisd.pipeline.stable_diffusion import StableDiffusion
 
@@ -203,6 +203,23 @@ def test_mistake(case, mistake, monkeypatch):
     pair = build()
     mistake(pair.ours, monkeypatch)
     assert compare(pair) > CLEAR
+
+
+@pytest.mark.parametrize("case", [UNET, UNET_2], ids=["UNET", "UNET_2"])
+def test_every_block_that_forgets_the_time(case):
+    """With one channel per group the second norm would take the time away, and nothing would be found."""
+    build, compare = case
+    pair = build()
+    blocks = each(pair.ours, ResBlock)
+    assert len(blocks) == 17
+    for number, block in enumerate(blocks):
+        projection = block.time_emb_proj
+        block.time_emb_proj = nn.Linear(projection.in_features, projection.out_features, dtype=torch.float64)
+        nn.init.zeros_(block.time_emb_proj.weight)
+        nn.init.zeros_(block.time_emb_proj.bias)
+        assert compare(pair) > CLEAR, number
+        block.time_emb_proj = projection
+    assert compare(pair) <= TOLERANCE
 
 
 def pipeline_around(autoencoder: Any) -> StableDiffusion:
