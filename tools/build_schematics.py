@@ -666,6 +666,38 @@ def inpainting() -> Drawing:
     return d
 
 
+def reuse() -> Drawing:
+    """For 14: a full and a shallow call of the UNet."""
+    alt = (
+        "Two Us. In the full call all blocks are coloured. In the shallow call only the two at the top are; a dashed "
+        "arrow brings the right one what the deep blocks gave in the full call."
+    )
+    d = Drawing(760, 300, alt)
+    for left, full in ((0, True), (392, False)):
+        d.text(left + 176, 16, "full call: every block runs" if full else "shallow call: only the top runs", 15)
+        for level in range(3):
+            y, color = 44 + 58 * level, PURPLE if full or not level else FAINT
+            for x in (left + 70 + 30 * level, left + 282 - 30 * level):
+                d.box(x - 36, y, 72, 36, "" if full or not level else "not run", color, 12)
+            ends = (left + 106 + 30 * level, y + 18), (left + 246 - 30 * level, y + 18)
+            if full or not level:
+                d.arrow(*ends, color=ORANGE, dashed=True)
+            if level < 2 and full:
+                x = left + 78 + 30 * level
+                d.arrow((x, y + 36), (x + 18, y + 58))
+                d.arrow((left + 352 - x + left - 18, y + 58), (left + 352 - x + left, y + 36))
+        d.box(left + 140, 218, 72, 36, "" if full else "not run", PURPLE if full else FAINT, 12)
+        if full:
+            d.arrow((148, 196), (158, 218))
+            d.arrow((194, 218), (204, 196))
+        d.arrow((left + 4, 62), (left + 34, 62), color=BLUE)
+        d.arrow((left + 318, 62), (left + 348, 62), color=BLUE)
+    d.line([(265, 91), (362, 91), (362, 286), (698, 286)], BLUE, 2.4, dashed=True)
+    d.arrow((698, 286), (698, 80), color=BLUE, width=2.4, dashed=True)
+    d.text(530, 271, "kept from the call before", 13, INK)
+    return d
+
+
 SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "diffusion": diffusion,
     "hourglass": hourglass,
@@ -682,6 +714,7 @@ SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "training-step": training_step,
     "simple-loss": simple_loss,
     "lora": lora,
+    "reuse": reuse,
 }
 
 

@@ -7,6 +7,7 @@ processes take turns, A B A B …; the table has the medians, the interquartile 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -254,18 +255,25 @@ def row(what: str, library: str, times: Sequence[float], flop: int = 0, peak: in
         peak: in bytes.
     """
     low = median = high = None
+    rate = 0.0
     if times:
         quarters = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
-        low, median, high = (round(value, 4) for value in quarters)
+        low, median, high = (_rounded(value, 4) for value in quarters)
+        rate = flop / quarters[1] / 1e9 if quarters[1] else 0.0
     return {
         "what": what,
         "library": library,
         "seconds": median,
         "low": low,
         "high": high,
-        "gflops": round(flop / median / 1e9, 1) if flop and median else None,
-        "peak_gb": None if peak is None else round(peak / 1e9, 3),
+        "gflops": _rounded(rate, 1) if rate else None,
+        "peak_gb": None if peak is None else _rounded(peak / 1e9, 3),
     }
+
+
+def _rounded(value: float, decimals: int) -> float:
+    """Round to so many decimals, or to four significant digits if that is more."""
+    return round(value, max(decimals, 3 - math.floor(math.log10(value)))) if value else value
 
 
 def _import_seconds(name: str) -> float:

@@ -1,4 +1,4 @@
-"""The tally of PyTorch's FLOP counter, added up by kind of operation and by level of a network."""
+"""Counts of a network's work: FLOP by kind of operation and by level, and the bytes that its operators move."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from minisd.autoencoder import Autoencoder
+from minisd.config import ModelConfig
+from minisd.unet import UNet
 
 KINDS = {"convolution": "convolutions", "mm": "linear layers", "addmm": "linear layers", "bmm": "attention"}
 RESAMPLING = ("upsamplers", "downsamplers")
@@ -41,4 +50,41 @@ def by_level(counter: FlopCounterMode, sides: Sides) -> dict[str, Counter[str]]:
             here, there = sides[path[0]][int(path[1]) :][:2]
             found[f"{here}²"].subtract(by_kind(counts))
             found[f"{there}²"].update(by_kind(counts))
+    return found
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes of what operators read and write; a view moves nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        if not operator.is_view and operator.overloadpacket.__name__ != "_unsafe_view":
+            # an expanded tensor has more numbers than memory
+            self.bytes += sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in tensors)
+        return result
+
+
+def bytes_moved(config: ModelConfig) -> dict[str, int]:
+    """Count the bytes that the operators of a guided step and of decoding read and write, at the model's own size.
+
+    Every operator is taken to read its tensors from memory and to write its answer there, in float32 on a CPU; nothing
+    is computed.
+    """
+    side, found = config.unet.sample_size, {}
+    with FakeTensorMode(), torch.no_grad():
+        unet, autoencoder = UNet(config.unet), Autoencoder(config.autoencoder)
+        latents, context = torch.empty(2, 4, side, side), torch.empty(2, 77, config.unet.cross_attention_dim)
+        calls: dict[str, Callable[[], Any]] = {
+            "step": lambda: unet(latents, torch.tensor(481.0), context),
+            "decode": lambda: autoencoder.decode(latents[:1]),
+        }
+        for name, call in calls.items():
+            with _Traffic() as traffic:
+                call()
+            found[name] = traffic.bytes
     return found

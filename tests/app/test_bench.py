@@ -91,6 +91,13 @@ def test_rows_hold_medians_and_the_middle_half():
     assert row["gflops"] == 2.0
 
 
+def test_short_times_and_slow_rates_keep_four_digits():
+    row = bench.row("x", "torch", [0.000187654], flop=1_000_000)
+    assert (row["seconds"], row["gflops"]) == (0.0001877, 5.329)
+    row = bench.row("x", "torch", [120.12342], flop=1_000_000, peak=1_234_567)
+    assert (row["seconds"], row["gflops"], row["peak_gb"]) == (120.1234, 8.325e-06, 0.001235)
+
+
 def test_a_process_that_fails_says_why():
     process = bench.Process("minisd", bench.Settings(threads=1))
     with pytest.raises(RuntimeError, match="minisd failed at 'load'.*no model at"):

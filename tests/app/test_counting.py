@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from minisd.bench.counting import by_kind, by_level
+from minisd.bench.counting import _Traffic, by_kind, by_level, bytes_moved
+from minisd.config import SD15
 
 
 class Block(nn.Module):
@@ -59,3 +60,17 @@ def test_kinds_add_up_to_everything(counter):
 def test_an_operation_without_a_kind_is_refused():
     with pytest.raises(KeyError, match="baddbmm"):
         by_kind({torch.ops.aten.baddbmm: 1})
+
+
+def test_bytes_are_those_that_operators_read_and_write():
+    conv, x = nn.Conv2d(2, 3, 3, padding=1, bias=False), torch.empty(1, 2, 8, 8)
+    with torch.no_grad(), _Traffic() as traffic:
+        y = conv(x)  # 128 numbers, 54 weights, 192 answers
+        y.view(3, 64).transpose(0, 1)  # views
+        torch.relu_(y)  # reads and writes 192
+    assert traffic.bytes == 4 * (128 + 54 + 192 + 2 * 192)
+
+
+def test_a_step_reads_its_weights_at_least_once():
+    moved = bytes_moved(SD15)
+    assert moved["step"] > 4 * 859e6 and moved["decode"] > 4 * 49e6
