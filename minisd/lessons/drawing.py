@@ -1,4 +1,4 @@
-"""Drawings that one notebook alone needs: the lit maps of 05, the U of 07, and the losses of 12."""
+"""Drawings that one notebook alone needs: the U of 07, and the losses of 12."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-import torch.nn.functional as F
 from matplotlib.axes import Axes
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
-from minisd.figures import BLUE, paint, plot_picture, show
+from minisd.figures import BLUE, plot_picture, show
 
 
 def draw_u(maps: Mapping[str, Tensor], popped: Sequence[tuple[str, str]], width: float) -> Image.Image:
@@ -65,43 +63,3 @@ def plot_losses(losses: Sequence[Mapping[str, float]], name: str, alt: str, widt
     axes.plot(np.arange(width - 1, len(values)), np.convolve(values, np.ones(width) / width, "valid"))
     axes.set(xlabel="step", ylabel=name)
     show(plot_picture(figure, 16), alt=alt)
-
-
-def lit(picture: Image.Image, weights: Tensor, side: int = 256) -> Image.Image:
-    """A picture, square and dark but for the places where weights (h, w) ≥ 0 are large next to the largest."""
-    light = paint(weights, 0, colors="gray").convert("L").resize((side, side), Image.Resampling.BICUBIC)
-    bright = picture.convert("RGB").resize((side, side))
-    dark = bright.convert("L").point(lambda value: value // 5).convert("RGB")
-    return Image.composite(bright, dark, light)
-
-
-def marked(picture: Image.Image, place: int, across: int) -> Image.Image:
-    """A copy of a square picture with a white frame around one of its across × across cells, counted row by row."""
-    copy, cell = picture.copy(), picture.width / across
-    x, y = place % across * cell, place // across * cell
-    ImageDraw.Draw(copy).rectangle((x - 5, y - 5, x + cell + 4, y + cell + 4), outline="white", width=3)
-    return copy
-
-
-def mean_map(maps: Sequence[Tensor]) -> Tensor:
-    """The mean of maps (words, h, w), smaller ones scaled up to the size of the largest first."""
-    size = max(tuple(one.shape[1:]) for one in maps)
-    return torch.cat([F.interpolate(one[None], size=size, mode="bilinear") for one in maps]).mean(0)
-
-
-def car_masks(picture: Image.Image) -> dict[str, Tensor]:
-    """Two masks (h, w) of a red car with dark wheels: its red pixels, and the car with all that it encloses."""
-    rgb = torch.from_numpy(np.array(picture.convert("RGB"))).float()
-    red, dark = rgb[..., 0] - rgb[..., 1:].amax(-1) > 60, rgb.amax(-1) < 128
-    whole = torch.ones_like(red)
-    for axis in (0, 1):  # between the first and the last marked pixel of its column, and of its row
-        some = (red | dark).long()
-        whole &= (some.cumsum(axis) > 0) & (some.flip(axis).cumsum(axis) > 0).flip(axis)
-    return {"red pixels": red.float(), "whole car": whole.float()}
-
-
-def contrast(weights: Tensor, mask: Tensor) -> float:
-    """The mean of weights (h, w) inside a mask divided by their mean outside; the mask is averaged to their size."""
-    inside = F.adaptive_avg_pool2d(mask[None], tuple(weights.shape))[0]
-    within, without = ((weights * part).sum() / part.sum().clamp_min(1e-6) for part in (inside, 1 - inside))
-    return (within / without).item()
