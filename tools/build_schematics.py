@@ -298,9 +298,9 @@ def two_towers() -> Drawing:
 def attention() -> Drawing:
     """For 05: queries, keys and values."""
     alt = (
-        "Pixels become queries Q; words become keys K and values V. Q times K transposed, divided by the root of d, "
-        "gives a table of scores with a row for each pixel and a column for each word. Softmax turns every row into "
-        "weights that sum to 1; the weights times V give one mixed vector for each pixel."
+        "Pixels become queries Q, words keys K and values V. Q Kᵀ / √d is a table of scores: a row for each pixel, a "
+        "column for each word. Softmax turns each row into weights that sum to 1; weights times V give one vector for "
+        "each pixel."
     )
     d = Drawing(760, 290, alt)
     d.box(14, 40, 96, 62, "pixels\n(n, c)", BLUE)
@@ -320,16 +320,14 @@ def attention() -> Drawing:
     d.text(366, 84, "Q Kᵀ / √d", 13, INK)
     d.arrow((383, 116), (412, 116))
     rng = random.Random(3)
-    for table, x in enumerate((414, 560)):
-        for row in range(6):
-            scores = [rng.gauss(0, 1.3) for _ in range(5)]
-            if table:
-                total = sum(math.exp(s) for s in scores)
-                scores = [math.exp(s) / total for s in scores]
-            for column, score in enumerate(scores):
-                strength = score if table else 1 / (1 + math.exp(-score))
+    scores = [[rng.gauss(0, 1.3) for _ in range(5)] for _ in range(6)]
+    for row, some in enumerate(scores):
+        total = sum(math.exp(s) for s in some)
+        for column, score in enumerate(some):
+            for x, strength in ((414, 1 / (1 + math.exp(-score))), (560, math.exp(score) / total)):
                 shade = [round(255 - (255 - c) * strength) for c in (0, 114, 178)]
                 d.rectangle(x + column * 18, 62 + row * 18, 18, 18, "rgb({},{},{})".format(*shade), "#fff")
+    d.text(459, 184, "darker: larger", 12, FAINT)
     d.text(459, 46, "scores (n, 77)", 13)
     d.text(605, 46, "weights, rows sum to 1", 13)
     d.arrow((506, 116), (556, 116))
