@@ -477,8 +477,8 @@ def paths() -> Drawing:
 def remember() -> Drawing:
     """For 08: the guess of DPM++ 2M for a step, from the two before it, in the numbers of the text."""
     alt = (
-        "The guess rises from 0.6 at σ = 4 to 0.8 at σ = 2. The line through both gives D = 0.9 half-way to σ = 1; DDIM "
-        "keeps 0.8."
+        "The guess rises from 0.6 at σ = 4 to 0.8 at σ = 2. The line through both gives D = 0.9 half-way to σ = 1; "
+        "DDIM keeps 0.8."
     )
     d = Drawing(760, 262, alt)
     at = {4: 130.0, 2: 350.0, 1: 570.0}
