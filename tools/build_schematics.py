@@ -498,6 +498,39 @@ def paths() -> Drawing:
     return d
 
 
+def remember() -> Drawing:
+    """For 08: the guess of DPM++ 2M for a step, from the two before it, in the numbers of the text."""
+    alt = (
+        "The guess rises from 0.6 at σ = 4 to 0.8 at σ = 2. The line through both gives D = 0.9 half-way to σ = 1; "
+        "DDIM keeps 0.8."
+    )
+    d = Drawing(760, 262, alt)
+    at = {4: 130.0, 2: 350.0, 1: 570.0}
+
+    def height(guess: float) -> float:
+        return 176 - (guess - 0.6) * 320
+
+    d.arrow((60, 206), (730, 206))
+    d.text(724, 226, "λ = −ln σ", 14, INK, "end")
+    for sigma, x in at.items():
+        d.line([(x, 201), (x, 211)])
+        d.text(x, 226, f"σ = {sigma}", 14)
+    d.text((at[4] + at[2]) / 2, 248, "step before, h = ln 2", 13, FAINT)
+    d.text((at[2] + at[1]) / 2, 248, "this step, h = ln 2", 13, FAINT)
+    d.line([(at[4], height(0.6)), (at[2], height(0.8))], BLUE, 2.2)
+    d.line([(at[2], height(0.8)), (at[1], height(1.0))], BLUE, 2.2, dashed=True)
+    d.line([(at[2], height(0.8)), (at[1], height(0.8))], FAINT, 1.8, dashed=True)
+    for x, guess in ((at[4], 0.6), (at[2], 0.8)):
+        d.circle(x, height(guess), 6, "", BLUE)
+    d.circle((at[2] + at[1]) / 2, height(0.9), 7, "", INK)
+    d.text(at[4] - 18, height(0.6) - 22, "x̂₀ before = 0.6", 14)
+    d.text(at[2] - 8, height(0.8) - 22, "x̂₀ = 0.8", 14)
+    d.text((at[2] + at[1]) / 2 - 14, height(0.9) - 22, "D = 0.9, half-way", 14, INK, "end")
+    d.text(at[1] + 14, height(1.0), "x̂₀ moving on", 13, FAINT, "start")
+    d.text(at[1] + 14, height(0.8), "standing still: DDIM", 13, FAINT, "start")
+    return d
+
+
 def training_step() -> Drawing:
     """For 12: one step of the UNet's training."""
     alt = (
@@ -706,6 +739,7 @@ SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "transformer-block": block,
     "unet": unet,
     "paths": paths,
+    "remember": remember,
     "guidance": guidance,
     "pipeline": pipeline,
     "inpainting": inpainting,
