@@ -1,4 +1,4 @@
-"""Drawings that one notebook alone needs: the U of 07, the losses of 12, and the roof of 14."""
+"""Drawings that one notebook alone needs: the U of 07, and the losses of 12."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 
-from minisd.figures import BLUE, FAINT, INK, ORANGE, PAPER, plot_picture, show
+from minisd.figures import BLUE, plot_picture, show
 
 
 def draw_u(maps: Mapping[str, Tensor], popped: Sequence[tuple[str, str]], width: float) -> Image.Image:
@@ -73,40 +73,3 @@ def plot_losses(losses: Sequence[Mapping[str, float]], name: str, alt: str, widt
     axes.plot(np.arange(width - 1, len(values)), np.convolve(values, np.ones(width) / width, "valid"))
     axes.set(xlabel="step", ylabel=name)
     show(plot_picture(figure, 16), alt=alt)
-
-
-Points = Mapping[str, tuple[float, float]]
-
-
-def plot_roof(peak: float, bandwidth: float, computed: Points, measured: Points) -> Image.Image:
-    """Draw the roofline of a machine, and points (FLOP per byte, FLOP a second): computed ones hollow, measured full.
-
-    Args:
-        peak: FLOP a second.
-        bandwidth: Bytes a second.
-        computed, measured: Points by their names.
-    """
-    figure, axes = plt.subplots(figsize=(9, 4.4), layout="constrained")
-    reach = np.geomspace(0.4, 1500, 200)
-    axes.loglog(reach, np.minimum(bandwidth * reach, peak) / 1e9, color=INK, linewidth=2.5)
-    for points, full in ((computed, False), (measured, True)):
-        x, y = np.array(list(points.values())).T
-        color, name = (BLUE, "measured") if full else (ORANGE, "computed, with reordering")
-        fill = color if full else PAPER
-        axes.loglog(x, y / 1e9, "o", color=color, markerfacecolor=fill, markeredgewidth=2, markersize=9, label=name)
-        for place, label in enumerate(points):
-            close = place and abs(math.log(x[place] / x[place - 1])) < 0.1  # to the dot before: its label goes beside
-            at = (x[place], 1.4 * peak / 1e9) if full else (x[place], y[place] / 1e9)
-            offset = (0, 0) if full else (28, -18) if close else (30, -8) if x[place] < peak / bandwidth else (0, -18)
-            axes.annotate(label, at, offset, textcoords="offset points", ha="center", va="center")
-    axes.text(0.5, 90, "memory-bound:\nmove less", color=FAINT)
-    axes.text(24, 25, "compute-bound:\ncompute less", color=FAINT)
-    axes.axvline(peak / bandwidth, color=FAINT, linewidth=1, linestyle=":")
-    axes.set(
-        xlabel="FLOP per byte",
-        ylabel="GFLOP/s",
-        ylim=(7, 700),
-        title="the line is a model; only full dots are measured",
-    )
-    axes.legend(frameon=False, loc="lower right")
-    return plot_picture(figure)

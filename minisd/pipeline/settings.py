@@ -157,11 +157,7 @@ class Settings:
         metavar="N L",
     )
     clip_skip: int = setting(
-        int,
-        "Text encoder layer to use, counted from the last. [default: 1]",
-        1,
-        option="--clip-skip",
-        png="Clip skip",
+        int, "Text encoder layer to use, counted from the last. [default: 1]", 1, option="--clip-skip", png="Clip skip"
     )
     width: int | None = setting(int, "Width in pixels, a multiple of 8. [default: native]", None, option="--width")
     height: int | None = setting(int, "Height in pixels, a multiple of 8. [default: native]", None, option="--height")
@@ -173,11 +169,7 @@ class Settings:
         png="Denoising strength",
     )
     mask_blur: float | None = setting(
-        float,
-        "Blur of the mask's edges, in pixels. [default: 0]",
-        None,
-        option="--mask-blur",
-        png="Mask blur",
+        float, "Blur of the mask's edges, in pixels. [default: 0]", None, option="--mask-blur", png="Mask blur"
     )
     padding_mask_crop: int | None = setting(
         int,
