@@ -19,15 +19,7 @@ from minisd.features.adapters import Weight, default_name
 from minisd.features.more_samplers import Sampler
 from minisd.features.prompt_syntax import TAG, split_loras
 from minisd.pipeline.metadata import Parameters, no_metadata, parse_parameters, read_sampler, read_texts
-from minisd.pipeline.provenance import (
-    PNG_NAMES,
-    USUAL,
-    Provenance,
-    file_hash,
-    format_weight,
-    parse_weight,
-    split_lora,
-)
+from minisd.pipeline.provenance import PNG_NAMES, USUAL, Provenance, file_hash, format_weight, parse_weight, split_lora
 from minisd.pipeline.settings import SAMPLER_LABELS, SAMPLER_PARTS, SETTINGS, Setting, Settings
 
 REQUIRED = {"seed"} | {item.name for item in fields(Settings) if item.default is MISSING}

@@ -41,8 +41,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files inst
 
 
 Preset: Any = Annotated[
-    Literal[tuple(PRESETS)] | None,
-    typer.Option(help="Named group of settings that trades a little quality for speed."),
+    Literal[tuple(PRESETS)] | None, typer.Option(help="Named group of settings that trades a little quality for speed.")
 ]
 
 

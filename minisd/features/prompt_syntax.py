@@ -196,11 +196,7 @@ def switched(denoisers: Sequence[Denoiser]) -> Denoiser:
 
 
 def composed(
-    unet: Callable[..., Tensor],
-    conds: Sequence[Tensor],
-    weights: Tensor,
-    uncond: Tensor,
-    guidance: Guidance,
+    unet: Callable[..., Tensor], conds: Sequence[Tensor], weights: Tensor, uncond: Tensor, guidance: Guidance
 ) -> Denoiser:
     """Return a denoiser for prompts of several parts, composed as p = p_uncond + Σ wᵢ (pᵢ − p_uncond).
 

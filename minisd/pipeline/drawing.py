@@ -62,12 +62,7 @@ class Drawing:
     ) -> list[Image.Image]: ...
     @overload
     def __call__(
-        self,
-        prompt: Prompt,
-        *,
-        num_images_per_prompt: int = 1,
-        output_type: Literal["np"],
-        **options: Unpack[Options],
+        self, prompt: Prompt, *, num_images_per_prompt: int = 1, output_type: Literal["np"], **options: Unpack[Options]
     ) -> NDArray[np.float32]: ...
     @overload
     def __call__(

@@ -79,11 +79,7 @@ def denoiser(sd: StableDiffusion, request: Request, unet: Callable[..., Tensor])
 
 
 def _denoiser_of(
-    sd: StableDiffusion,
-    request: Request,
-    unet: Callable[..., Tensor],
-    prompts: Sequence[str],
-    negatives: Sequence[str],
+    sd: StableDiffusion, request: Request, unet: Callable[..., Tensor], prompts: Sequence[str], negatives: Sequence[str]
 ) -> Denoiser:
     """Return the denoiser for the prompts of one step; all of them are encoded in one call."""
     clip_skip, scales = request.settings.clip_skip, request.scales
