@@ -270,6 +270,9 @@ SLIPS = [
     ),
     ("13_adapting", 3, "torch.cat([A1, A2])", "torch.cat([w1 * A1, w2 * A2])", "in both it is squared"),
     ("13_adapting", 3, "w1 * B1, w2 * B2", "B1, B2", "weights are missing"),
+    ("13_adapting", 4, "weight * error[mine:].mean()", "error[mine:].mean()", "without the weight"),
+    ("13_adapting", 4, "error[:mine].mean() + weight * ", "weight * error[:mine].mean() + ", "the second group"),
+    ("13_adapting", 4, ".mean()", ".sum()", "not a sum"),
     ("14_speed", 1, " + to_k_and_v", "", "expected"),
     ("14_speed", 1, "return to_q_and_out + to_k_and_v + scores_and_mix", "return scores_and_mix", "four linear layers"),
     (

@@ -593,26 +593,27 @@ def one_step(alt: str, caption: str, loss: str, target: str, note: str = "") -> 
 def lora() -> Drawing:
     """For 13: a thin correction beside a frozen matrix."""
     alt = (
-        "The input x goes through the frozen weight W, a large square, and beside it through two thin matrices: A, "
-        "which has r rows, and B, which has r columns. Both results are added. Only A and B are trained."
+        "The input x goes through the frozen square W, and beside it through A, as wide as W with r rows, and B, as "
+        "tall with r columns. Both results are added. Only A and B are trained."
     )
-    d = Drawing(760, 240, alt)
-    d.text(30, 120, "x", 17)
-    d.arrow((44, 120), (90, 120), (90, 70), (190, 70))
-    d.arrow((44, 120), (90, 120), (90, 184), (190, 184))
-    d.box(190, 14, 250, 112, "W: 768 × 768, frozen\n589,824 numbers", FAINT)
-    d.box(190, 166, 110, 36, "A: 8 × 768", PURPLE)
-    d.arrow((300, 184), (334, 184))
-    d.text(317, 168, "8", 13, FAINT)
-    d.box(334, 142, 44, 84, "B", PURPLE)
-    d.text(388, 184, "768 × 8", 13, INK, "start")
-    d.arrow((454, 184), (530, 184), (530, 138), color=PURPLE)
-    d.arrow((440, 70), (530, 70), (530, 102))
-    d.text(540, 160, "× α / r", 13, FAINT, "start")
-    d.circle(530, 120, 17, "+")
-    d.arrow((547, 120), (594, 120))
-    d.text(602, 120, "W x + (α / r) B A x", 14, INK, "start")
-    d.text(190, 222, "trained: 12,288", 13, FAINT, "start")
+    d = Drawing(760, 276, alt)
+    d.text(30, 134, "x", 17)
+    d.arrow((44, 134), (90, 134), (90, 70), (190, 70))
+    d.arrow((44, 134), (90, 134), (90, 204), (190, 204))
+    d.box(190, 8, 124, 124, "W, frozen:\n768 × 768\n= 589,824", FAINT)
+    d.rectangle(190, 200, 124, 8, FILL[PURPLE], PURPLE, 1.6)
+    d.text(252, 186, "A: 8 × 768", 14)
+    d.text(190, 226, "trained: 12,288 in A and B", 13, FAINT, "start")
+    d.arrow((314, 204), (380, 204))
+    d.text(344, 190, "8", 13, FAINT)
+    d.rectangle(380, 142, 8, 124, FILL[PURPLE], PURPLE, 1.6)
+    d.text(398, 252, "B: 768 × 8", 14, INK, "start")
+    d.arrow((388, 204), (530, 204), (530, 152), color=PURPLE)
+    d.arrow((314, 70), (530, 70), (530, 116))
+    d.text(540, 180, "× α / r", 13, FAINT, "start")
+    d.circle(530, 134, 17, "+")
+    d.arrow((547, 134), (594, 134))
+    d.text(602, 134, "W x + (α / r) B A x", 14, INK, "start")
     return d
 
 
