@@ -302,16 +302,16 @@ def looking_back() -> Drawing:
         "None comes from on, which stands after car."
     )
     d = Drawing(700, 190, alt)
-    d.box(420, 14, 240, 44, "car takes in (0.01, 0.97)", GREEN)
-    weights = ("0.01", 1.2), ("0.97", 8), ("0.01", 1.2)
+    d.box(310, 14, 240, 44, "car takes in (0.01, 0.97)", GREEN)
+    weights = ("0.01", 1.2, 330, (165, 95)), ("0.97", 8, 390, (350, 110)), ("0.01", 1.2, 430, (456, 98))
     for place, (word, value) in enumerate((("a", "(0, 0)"), ("red", "(0, 1)"), ("car", "(1, 0)"), ("on", ""))):
         x = 60 + 160 * place
         d.box(x, 136, 100, 44, f"{word}  {value}".strip(), BLUE if value else FAINT)
         if value:
-            share, width = weights[place]
-            d.arrow((x + 50, 136), (440 + 60 * place, 60), color=PURPLE, width=width)
-            d.text(x + (70, 76, 100)[place], (106, 92, 112)[place], share, 14, INK)
-    d.text(590, 124, "comes later: no arrow", 13, FAINT)
+            share, width, end, label = weights[place]
+            d.arrow((x + 50, 136), (end, 60), color=PURPLE, width=width)
+            d.text(*label, share, 14, INK)
+    d.text(590, 122, "comes later: no arrow", 13, FAINT)
     return d
 
 
