@@ -149,17 +149,23 @@ def heat_over(picture: Image.Image, weights: Tensor, strength: float = 0.65) -> 
     return Image.blend(picture.convert("L").convert("RGB"), heat, strength)
 
 
-def token_row(tokens: Sequence[str], below: Sequence[object] = (), weights: Iterable[float] = ()) -> Image.Image:
-    """Draw tokens in boxes, each with a note below, such as its id; weights in [0, 1] colour the boxes."""
+def token_row(
+    tokens: Sequence[str], below: Sequence[object] = (), weights: Iterable[float] = (), framed: Sequence[bool] = ()
+) -> Image.Image:
+    """Draw tokens in boxes, each with a note below, such as its id; weights in [0, 1] colour the boxes.
+
+    Boxes that are `framed` have a thick orange edge.
+    """
     shares = [float(weight) for weight in weights] or [0.0] * len(tokens)
     notes = [str(note) for note in below] or [""] * len(tokens)
     names = [token.replace("</w>", "") for token in tokens]
     widths = [int(max(_font(14).getlength(a), _font(12).getlength(b))) + 20 for a, b in zip(names, notes, strict=True)]
     sheet = Image.new("RGB", (sum(widths) + 6 * len(widths), 58 if below else 36), PAPER)
     draw, x = ImageDraw.Draw(sheet), 0
-    for name, note, share, width in zip(names, notes, shares, widths, strict=True):
+    edges = [(ORANGE, 3) if frame else (BLUE, 1) for frame in framed or [False] * len(names)]
+    for name, note, share, width, edge in zip(names, notes, shares, widths, edges, strict=True):
         fill = tuple(round(255 * (1 - share) + share * part) for part in (0x56, 0xB4, 0xE9))
-        draw.rounded_rectangle((x, 2, x + width, 34), 6, fill, BLUE)
+        draw.rounded_rectangle((x, 2, x + width, 34), 6, fill, *edge)
         draw.text((x + width / 2, 18), name, INK, _font(14), anchor="mm")
         draw.text((x + width / 2, 46), note, FAINT, _font(12), anchor="mm")
         x += width + 6

@@ -83,8 +83,8 @@ SLIPS = [
     ("03_tokenizer", 2, 'if tokens[i].endswith("</w>"):', "if True:", "move whole words"),
     ("03_tokenizer", 3, "return best[-1]", "return tokenizer.tokenize(word)", "what merging gives"),
     ("03_tokenizer", 3, '"</w>" if end == len(word) else ""', '""', "the last token carries"),
-    ("04_text_encoder", 1, "2 * norm) + norm", "2 * norm)", "at the very end"),
-    ("04_text_encoder", 1, "4 * (width * width + width)", "4 * width * width", "four layers of attention"),
+    ("04_text_encoder", 1, "F.normalize(vectors.mean(dim=0), dim=0)", "vectors.mean(dim=0)", "length 1 again"),
+    ("04_text_encoder", 1, "argmax(dim=1)", "argmax(dim=0)", "one class for each picture"),
     ("04_text_encoder", 2, "return s * on_scores", "return on_scores", "times what is expected"),
     (
         "04_text_encoder",

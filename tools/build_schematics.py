@@ -295,6 +295,26 @@ def two_towers() -> Drawing:
     return d
 
 
+def looking_back() -> Drawing:
+    """For 04: one token takes in the values of those before it."""
+    alt = (
+        "Arrows lead to what car takes in: thin ones from a and car, weight 0.01, a thick one from red, 0.97. "
+        "None comes from on, which stands after car."
+    )
+    d = Drawing(700, 190, alt)
+    d.box(310, 14, 240, 44, "car takes in (0.01, 0.97)", GREEN)
+    weights = ("0.01", 1.2, 330, (165, 95)), ("0.97", 8, 390, (350, 110)), ("0.01", 1.2, 430, (456, 98))
+    for place, (word, value) in enumerate((("a", "(0, 0)"), ("red", "(0, 1)"), ("car", "(1, 0)"), ("on", ""))):
+        x = 60 + 160 * place
+        d.box(x, 136, 100, 44, f"{word}  {value}".strip(), BLUE if value else FAINT)
+        if value:
+            share, width, end, label = weights[place]
+            d.arrow((x + 50, 136), (end, 60), color=PURPLE, width=width)
+            d.text(*label, share, 14, INK)
+    d.text(590, 122, "comes later: no arrow", 13, FAINT)
+    return d
+
+
 def attention() -> Drawing:
     """For 05: queries, keys and values."""
     alt = (
@@ -735,6 +755,7 @@ SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "hourglass": hourglass,
     "residual-block": residual_block,
     "byte-pairs": byte_pairs,
+    "looking-back": looking_back,
     "two-towers": two_towers,
     "attention": attention,
     "transformer-block": block,

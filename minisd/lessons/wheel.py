@@ -1,0 +1,48 @@
+"""A wheel of colour words, for notebook 04."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def color_wheel(
+    axes: Any, words: Tensor, title: str, colors: Mapping[str, Sequence[float]], pictures: Tensor | None = None
+) -> None:
+    """Draw words (n, 2) as dots around a centre, and pictures (n, 2), if any, as bars.
+
+    Args:
+        axes: matplotlib's axes.
+        words, pictures: a row for each colour.
+        title: stands above the wheel.
+        colors: name to red, green and blue in [0, 1], in the order of the rows.
+    """
+    radius = words.norm(dim=1).max().item()
+    for (x, y), color in zip([] if pictures is None else pictures.tolist(), colors.values(), strict=False):
+        axes.plot([0, x], [0, y], color=color, linewidth=5, zorder=1)
+    angles = _spread([math.atan2(y, x) for x, y in words.tolist()])
+    for (x, y), angle, (name, color) in zip(words.tolist(), angles, colors.items(), strict=True):
+        axes.plot([0, x], [0, y], color="lightgray", zorder=0)
+        axes.scatter([x], [y], s=140, color=[color], edgecolor="black", zorder=2)
+        far = math.hypot(x, y) + 0.14 * radius
+        side = math.cos(angle)
+        beside = "center" if abs(side) < 0.3 else "left" if side > 0 else "right"
+        above = "center" if beside != "center" else "bottom" if math.sin(angle) > 0 else "top"
+        axes.annotate(name, (far * side, far * math.sin(angle)), ha=beside, va=above)
+    limits = (-1.7 * radius, 1.7 * radius)
+    axes.set(xlim=limits, ylim=limits, aspect="equal", title=title)
+    axes.axis("off")
+
+
+def _spread(angles: list[float], apart: float = 0.3) -> list[float]:
+    """The angles, with close neighbours pushed apart to about this distance, so that labels don't cover each other."""
+    found = list(angles)
+    for _ in range(20):
+        order = sorted(range(len(found)), key=lambda i: found[i])
+        for i, j in zip(order, order[1:], strict=False):
+            lack = max(0.0, apart - (found[j] - found[i])) / 2
+            found[i], found[j] = found[i] - lack, found[j] + lack
+    return found
