@@ -16,16 +16,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from minisd.attention import Attention
-from minisd.autoencoder import Decoder, Encoder, PixelAttention
+from minisd.autoencoder import Decoder, Encoder
 from minisd.blocks import Upsample
 from minisd.unet import UNet
 
 HEAVY = 16  # weights per input element above which a single matmul beats torch's convolution on a CPU
 LARGE = 2**18  # input elements above which QuarterUpsample is faster
 MANY = 2**27  # multiplications above which oneDNN's preparations no longer matter
-PIXELS = 1024  # from so many on, attention by products through oneDNN is faster than torch's kernel
-ROWS = 256  # queries at a time; their scores over 4,096 pixels, 4 MB, stay in the cache
 TOLERANCE = 1e-5  # of the root mean square; float32 has 3e-7, float32 rounded to bfloat16 2e-3
 
 
@@ -82,26 +79,6 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-
-class FastAttention(Attention):
-    """Self-attention over many pixels in float32, as products with the faster library; other calls as they are."""
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        plain = context is not None or x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[1] < PIXELS
-        if plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().forward(x, context)
-        q, k, v = (rearrange(to(x), "n p (h d) -> (n h) p d", h=self.heads) for to in (self.to_q, self.to_k, self.to_v))
-        out = torch.empty_like(q)
-        for head, (queries, keys, values) in enumerate(zip(q * q.shape[-1] ** -0.5, k, v.mT.contiguous(), strict=True)):
-            for start in range(0, len(queries), ROWS):
-                scores = onednn_linear(queries[start : start + ROWS], keys, None)
-                out[head, start : start + ROWS] = onednn_linear(torch.softmax(scores, -1, out=scores), values, None)
-        return self.to_out[0](rearrange(out, "(n h) p d -> n p (h d)", h=self.heads))  # type: ignore[no-any-return]
-
-
-class FastPixelAttention(PixelAttention, FastAttention):
-    """That of the autoencoder: the attention inside `PixelAttention` is then `FastAttention`'s."""
 
 
 class ChannelsLastConv(nn.Conv2d):
@@ -181,9 +158,6 @@ class InPlaceSiLU(nn.SiLU):
         return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-THROUGH_ONEDNN = {nn.Linear: FastLinear, Attention: FastAttention, PixelAttention: FastPixelAttention}
-
-
 def speed_up(model: nn.Module) -> None:
     """Swap the layers of a UNet or an autoencoder for faster ones, in place.
 
@@ -196,8 +170,8 @@ def speed_up(model: nn.Module) -> None:
             module.__class__ = QuarterUpsample
         elif type(module) is nn.SiLU:
             module.__class__ = InPlaceSiLU
-        elif type(module) in THROUGH_ONEDNN and not fake and onednn_is_faster():
-            module.__class__ = THROUGH_ONEDNN[type(module)]
+        elif type(module) is nn.Linear and not fake and onednn_is_faster():
+            module.__class__ = FastLinear
         elif isinstance(module, UNet):
             module.conv_in.__class__ = ChannelsLastConv
         elif isinstance(module, (Encoder, Decoder)):

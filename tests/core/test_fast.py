@@ -11,10 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from minisd import Autoencoder, StableDiffusion, UNet
-from minisd.attention import Attention
-from minisd.autoencoder import PixelAttention
 from minisd.blocks import Upsample
-from minisd.features.fast import FastAttention, MatmulConv, QuarterUpsample, linear, onednn_is_faster, speed_up
+from minisd.features.fast import MatmulConv, QuarterUpsample, linear, onednn_is_faster, speed_up
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])
@@ -128,29 +126,3 @@ def test_products_stay_where_onednn_rounds(amd, monkeypatch):
 
     monkeypatch.setattr("minisd.features.fast.onednn_linear", rounded)
     assert not onednn_is_faster()
-
-
-@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
-@torch.no_grad()
-def test_attention_by_products(amd, monkeypatch):
-    monkeypatch.setattr("minisd.features.fast.PIXELS", 4)
-    monkeypatch.setattr("minisd.features.fast.ROWS", 3)
-    layer, pixels = Attention(24, heads=3), PixelAttention(16, groups=4)
-    for module, x in ((layer, noise(2, 10, 24)), (pixels, noise(2, 16, 5, 4))):
-        module.load_state_dict(random_weights(module, torch.float32))
-        peaked = deepcopy(module).double()
-        peaked.to_q.weight.mul_(30)  # scores far apart, where rounding shows
-        expected = peaked(x)
-        plain = deepcopy(peaked).float()
-        error = (plain(x.float()) - expected).abs().max()
-        speed_up(nn.ModuleList([plain]))
-        with Counting() as counting:
-            found = plain(x.float())
-        assert isinstance(plain, FastAttention) and counting.calls["_linear_pointwise"] >= 2 * 2 * 4
-        assert (found - expected).abs().max() < 4 * error + 1e-6
-        with torch.enable_grad():  # torch's own kernel, which has a gradient
-            assert plain(x.float()).requires_grad
-    context = noise(2, 7, 24).float()
-    fast = deepcopy(layer)
-    speed_up(nn.ModuleList([fast]))
-    torch.testing.assert_close(fast(noise(2, 10, 24).float(), context), layer(noise(2, 10, 24).float(), context))
