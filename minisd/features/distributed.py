@@ -57,13 +57,16 @@ def local_device(device: str | None) -> str | None:
 
 @contextmanager
 def process_group(device: torch.device | None = None) -> Iterator[None]:
-    """Join torchrun's process group, if any: NCCL on CUDA, Gloo elsewhere."""
+    """Join torchrun's process group, if any and not joined yet: NCCL on CUDA, Gloo elsewhere."""
     if world_size() == 1:
         yield
         return
     import torch
     import torch.distributed as dist
 
+    if dist.is_initialized():
+        yield
+        return
     cuda = device is not None and device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)

@@ -356,8 +356,7 @@ class Trainer:
 
 def train(task: Task, options: Options) -> Trainer:
     """Run a training to its end, export the averaged weights to `options.folder / "export"`, and return the trainer."""
-    joined = nullcontext() if dist.is_initialized() else process_group(next(task.model.parameters()).device)
-    with joined:
+    with process_group(next(task.model.parameters()).device):
         trainer = Trainer(task, options)
         trainer.run()
         if world_size() > 1:
