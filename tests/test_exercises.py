@@ -246,7 +246,9 @@ SLIPS = [
     ),
     ("11_editing", 3, "math.sqrt(high**2 - low**2)", "(high - low)", "not levels"),
     ("11_editing", 3, "math.sqrt(high**2 - low**2)", "high", "already"),
-    ("11_editing", 4, "larger - sigma", "sigma - larger", "positive"),
+    ("11_editing", 4, "up(x, sigma)", "up(x, larger)", "up asks at the lower level"),
+    ("11_editing", 4, "down(x, sigma)", "down(x, smaller)", "down asks at the upper level"),
+    ("11_editing", 4, "down(x, sigma)", "up(x, sigma)", "a prediction of its own"),
     ("12_training", 1, "[decay**n]", "[(1 - decay) * decay**n]", "in full"),
     ("12_training", 1, "torch.arange(n - 1, -1, -1)", "torch.arange(n)", "expected"),
     (
