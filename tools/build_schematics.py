@@ -638,10 +638,10 @@ def lora() -> Drawing:
 
 
 def pipeline() -> Drawing:
-    """For 10: the wires of text to image, and the three places at which section 10 breaks them."""
+    """For 10: the wires of text to image, and the four lines that the reader writes."""
     alt = (
-        "The wires: two texts become a context, through the final norm (3). The UNet gets x twice, context and time; "
-        "its answers are split (2) and guided; the step makes x′. The last x′ is divided by the factor (1) and decoded."
+        "Two texts become a context (1). The schedule gives t, ᾱ and ᾱ′ (2). The UNet gets x twice and gives two "
+        "answers (3), which are guided; the step makes x′. The last x′ is divided by the factor (4) and decoded."
     )
     d = Drawing(760, 344, alt)
     d.box(14, 26, 112, 48, "negative,\nprompt", GREEN, 13)
@@ -653,7 +653,7 @@ def pipeline() -> Drawing:
     d.arrow((396, 50), (444, 50), color=GREEN)
     d.box(444, 26, 72, 48, "final\nnorm", FAINT, 13)
     d.arrow((480, 74), (480, 100), (330, 100), (330, 140), color=GREEN)
-    d.text(402, 89, "context (2, 77, w)", 12, FAINT)
+    d.text(402, 89, "context (2, 77, width)", 12, FAINT)
     d.box(600, 26, 146, 48, "schedule:\nt, ᾱ, next ᾱ′", ORANGE, 13)
     d.arrow((620, 74), (620, 122), (362, 122), (362, 140), color=ORANGE)
     d.text(500, 112, "t", 13, FAINT)
@@ -683,7 +683,7 @@ def pipeline() -> Drawing:
     d.box(404, 288, 96, 48, "decoder", FAINT, 14)
     d.arrow((404, 312), (368, 312), color=BLUE)
     d.box(256, 288, 112, 48, "image\n(1, 3, h, w)", BLUE, 13)
-    for x, y, number in ((694, 312, "1"), (430, 171, "2"), (418, 50, "3")):
+    for x, y, number in ((330, 119, "1"), (650, 98, "2"), (430, 171, "3"), (694, 312, "4")):
         d.circle(x, y, 10, number, INK, 13)
     return d
 
