@@ -219,9 +219,9 @@ def residual_block() -> Drawing:
 def byte_pairs() -> Drawing:
     """For 03: the words of the toy text, merge by merge."""
     alt = (
-        "Nine rows of boxes: six words of the toy text, first letter by letter. Each further row joins one pair "
-        "wherever it stands, and colours it: first a + t in four of the words, then t + h in two. In the last row "
-        "every word is one box. A bar, the length of the whole text, shrinks from 54 symbols to 26."
+        "Six words of the toy text, at first letter by letter. Each row joins one pair, and colours it: a + t in four "
+        "of the words, then t + h in two. In the last row every word is one box. A bar, the length of the whole text, "
+        "shrinks from 54 symbols to 26."
     )
     toy = "the cat sat on the mat the fat cat ate the rat and that rat sat on a hat"
     text = toy.split()
