@@ -308,6 +308,17 @@ SLIPS = [
     ("14_speed", 3, "kept_rows < rows or ", "age == 0 or ", "too few for a guided call"),
 ]
 
+# blank lines in the lessons: notebook, what a learner writes, and words of the message ("yes" for the right line)
+BLANK_SLIPS = [
+    ("14_speed", "return 2 * n * c_in * c_out * k * k * h * w", "yes"),
+    ("14_speed", "return n * c_in * c_out * k * k * h * w", "are two FLOP"),
+    ("14_speed", "return 2 * n * c_in * c_out * k * h * w", "k squared"),
+    ("14_speed", "return 2 * n * c_in * c_out * k * k", "of the output's places"),
+    ("14_speed", "return 2 * c_in * c_out * k * k * h * w", "for each picture"),
+    ("14_speed", "return 2 * n * c_in * c_out * 9 * h * w", "k is not always 3"),
+    ("14_speed", "2 * n * c_in * c_out * k * k * h * w", "return its answer"),
+]
+
 
 @pytest.fixture(scope="module")
 def prepared() -> Iterator[Callable[[str], tuple[dict, bool]]]:
@@ -363,6 +374,21 @@ def test_slip_is_named(name, exercise, old, new, words, prepared, capsys):
         run([question], namespace)
     said = capsys.readouterr().out
     assert said.startswith("not yet: ") and words in said, said
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "words"), [pytest.param(*row, id=f"{row[0]}-{row[2]}") for row in BLANK_SLIPS]
+)
+def test_slip_in_a_blank_line_is_named(name, line, words, capsys):
+    """The cell of the blank needs the lesson's first cell of code, and no other."""
+    cells = nbformat.read(FOLDER.parent / f"{name}.ipynb", 4).cells
+    first, *others = [cell.source for cell in cells if cell.cell_type == "code"]
+    blank = next(source for source in others if "# your line" in source)
+    namespace: dict = {}
+    with torch.enable_grad(), matplotlib.rc_context():
+        run([first, re.sub(r"raise NotImplementedError  # your line.*", line, blank)], namespace)
+    said = capsys.readouterr().out
+    assert said.endswith("yes\n") if words == "yes" else "not yet: " in said and words in said, said
 
 
 def said_of(capsys: pytest.CaptureFixture[str], *arguments: object, **choices: object) -> list[str]:

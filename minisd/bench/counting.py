@@ -1,7 +1,8 @@
-"""Counts of a network's work: FLOP by kind of operation and by level, and the bytes that its operators move."""
+"""Counts of a network's work: FLOP by kind and by level, the bytes that operators move, and the peak of memory."""
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,39 @@ def by_level(counter: FlopCounterMode, sides: Sides) -> dict[str, Counter[str]]:
             found[f"{here}²"].subtract(by_kind(counts))
             found[f"{there}²"].update(by_kind(counts))
     return found
+
+
+class Meter(TorchDispatchMode):
+    """Peak memory of the tensors that operators make while it is entered; those from before are not counted.
+
+    A tensor's bytes count from the operator that makes it until nothing refers to it any more; a view has none of its
+    own. It works on the meta device and on fake tensors, where nothing is computed.
+
+    Attributes:
+        alive: Bytes of each storage that is alive.
+        peak: The most bytes alive at the same time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        given = _storages((args, kwargs))
+        for key, storage in _storages(result).items():
+            if key not in given and key not in self.alive:
+                self.alive[key] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors in nested containers, by their addresses as C++ objects."""
+    tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+    return {x.untyped_storage()._cdata: x.untyped_storage() for x in tensors}
 
 
 class _Traffic(TorchDispatchMode):

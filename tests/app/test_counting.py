@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from minisd.bench.counting import _Traffic, by_kind, by_level, bytes_moved
+from minisd.bench.counting import Meter, _Traffic, by_kind, by_level, bytes_moved
 from minisd.config import SD15
 
 
@@ -74,3 +74,16 @@ def test_bytes_are_those_that_operators_read_and_write():
 def test_a_step_reads_its_weights_at_least_once():
     moved = bytes_moved(SD15)
     assert moved["step"] > 4 * 859e6 and moved["decode"] > 4 * 49e6
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_meter_counts_what_is_alive_at_the_same_time(device):
+    with torch.device(device):
+        before = torch.zeros(1000)
+        with Meter() as meter:
+            x = before + 1
+            x = x * 2  # both are alive
+            x = x + 3
+            view = x[:10].view(2, 5)
+            view.add_(1)
+    assert (meter.peak, sum(meter.alive.values())) == (8000, 4000)
