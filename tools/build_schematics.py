@@ -260,6 +260,48 @@ def byte_pairs() -> Drawing:
     return d
 
 
+def text_block() -> Drawing:
+    """For 04: the text encoder, with one of its layers opened."""
+    alt = (
+        "Two tables turn ids into x. In each of four layers: norm, matrices for q, k and v, attention, out_proj; norm, "
+        "MLP. Bypasses run around both halves. A final norm gives the context."
+    )
+    d = Drawing(896, 242, alt)
+    d.rectangle(112, 26, 620, 186, "none", FAINT, 1.2, corner=10)
+    d.text(18, 128, "ids", 15)
+    d.arrow((32, 128), (46, 128), color=GREEN)
+    d.box(46, 98, 54, 60, "two\ntables", PURPLE, 13)
+    d.arrow((100, 128), (146, 128))
+    d.text(118, 142, "x", 14)
+    d.box(146, 104, 54, 48, "norm_1", FAINT, 13)
+    for y, index in ((76, "q"), (128, "k"), (180, "v")):
+        d.arrow((200, 128 + (y - 128) / 4), (226, y))
+        d.box(226, y - 19, 42, 38, f"W_{index}", PURPLE)
+        d.arrow((268, y), (284, y))
+        d.box(284, y - 19, 34, 38, index, GREEN)
+        d.arrow((318, y), (346, 128 + (y - 128) / 4))
+    d.box(346, 96, 82, 64, "attention\n(4 heads)", FAINT, 13)
+    d.arrow((428, 128), (442, 128))
+    d.box(442, 104, 70, 48, "out\nproj", PURPLE, 13)
+    d.arrow((512, 128), (526, 128))
+    d.circle(539, 128, 13, "+")
+    d.arrow((552, 128), (582, 128))
+    d.box(582, 104, 54, 48, "norm_2", FAINT, 13)
+    d.arrow((636, 128), (648, 128))
+    d.box(648, 104, 44, 48, "MLP", PURPLE, 13)
+    d.arrow((692, 128), (702, 128))
+    d.circle(715, 128, 13, "+")
+    d.arrow((124, 128), (124, 42), (539, 42), (539, 115))
+    d.arrow((564, 128), (564, 42), (715, 42), (715, 115))
+    d.text(422, 228, "each half reads x and adds to it; the bypass keeps x", 13, FAINT)
+    d.text(116, 14, "a layer, one of four in a row", 13, FAINT, "start")
+    d.arrow((728, 128), (748, 128))
+    d.box(748, 104, 50, 48, "final\nnorm", FAINT, 13)
+    d.arrow((798, 128), (814, 128), color=GREEN)
+    d.box(814, 104, 76, 48, "context", GREEN)
+    return d
+
+
 def two_towers() -> Drawing:
     """For 04: CLIP's towers and the matrix of similarities."""
     alt = (
@@ -270,10 +312,10 @@ def two_towers() -> Drawing:
     d = Drawing(760, 340, alt)
     d.box(150, 120, 108, 176, "image\ntower", BLUE, 16)
     d.box(326, 46, 296, 44, "text tower", GREEN, 16)
-    captions = ("a fox in\na meadow", "a red\ncar", "two\nowls", "a castle\nat night")
+    captions = ("a red\nball", "a house\nat night", "two\ntrees", "a yellow\nkite")
     for row, caption in enumerate(captions):
         y = 142 + row * 44
-        d.text(118, y, f"picture {row + 1}", 13, INK, "end")
+        _thumbnail(d, 84, y - 18, row)
         d.arrow((124, y), (150, y), color=BLUE)
         d.arrow((258, y), (284, y), color=BLUE)
         d.text(300, y, f"p{'₁₂₃₄'[row]}", 15)
@@ -295,6 +337,34 @@ def two_towers() -> Drawing:
     return d
 
 
+def _thumbnail(d: Drawing, x: float, y: float, number: int) -> None:
+    """One of the four pictures of the towers, 36 pixels wide."""
+    night = number == 1
+    sky, ground = ("#1d2b53", "#3a4a3a") if night else ("#cfe8f7", "#7fbf7b")
+    d.rectangle(x, y, 36, 36, sky)
+    d.rectangle(x, y + 25, 36, 11, ground)
+
+    def paint(color: str, *points: Point) -> None:
+        listed = " ".join(f"{x + a:g},{y + b:g}" for a, b in points)
+        d.shapes.append(f'<polygon points="{listed}" fill="{color}"/>')
+
+    if number == 0:
+        d.shapes.append(f'<circle cx="{x + 18:g}" cy="{y + 22:g}" r="8" fill="#d1322d"/>')
+    elif night:
+        paint("#b08968", (10, 18), (26, 18), (26, 30), (10, 30))
+        paint("#8a3b2a", (7, 18), (18, 9), (29, 18))
+        d.rectangle(x + 15, y + 21, 6, 6, "#f6d24a")
+        d.shapes.append(f'<circle cx="{x + 29:g}" cy="{y + 7:g}" r="3" fill="#f4f1de"/>')
+    elif number == 2:
+        for left in (10, 26):
+            d.rectangle(x + left - 1.5, y + 22, 3, 8, "#7a5230")
+            paint("#1f6b3a", (left - 7, 23), (left, 6), (left + 7, 23))
+    else:
+        paint("#f0b400", (20, 4), (28, 13), (20, 24), (12, 13))
+        d.line([(x + 20, y + 24), (x + 15, y + 28), (x + 19, y + 33)], INK, 1.2)
+    d.rectangle(x, y, 36, 36, "none", FAINT)
+
+
 def looking_back() -> Drawing:
     """For 04: one token takes in the values of those before it."""
     alt = (
@@ -306,7 +376,7 @@ def looking_back() -> Drawing:
     weights = ("0.01", 1.2, 330, (165, 95)), ("0.97", 8, 390, (350, 110)), ("0.01", 1.2, 430, (456, 98))
     for place, (word, value) in enumerate((("a", "(0, 0)"), ("red", "(0, 1)"), ("car", "(1, 0)"), ("on", ""))):
         x = 60 + 160 * place
-        d.box(x, 136, 100, 44, f"{word}  {value}".strip(), BLUE if value else FAINT)
+        d.box(x, 136, 100, 44, f"{word}  {value}".strip(), GREEN if value else FAINT)
         if value:
             share, width, end, label = weights[place]
             d.arrow((x + 50, 136), (end, 60), color=PURPLE, width=width)
@@ -756,6 +826,7 @@ SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "residual-block": residual_block,
     "byte-pairs": byte_pairs,
     "looking-back": looking_back,
+    "text-block": text_block,
     "two-towers": two_towers,
     "attention": attention,
     "transformer-block": block,

@@ -6,7 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def plane(points: Tensor) -> tuple[Tensor, float]:
+    """Put points (n, width) into the plane of their first two principal components.
+
+    Returns:
+        Their places there (n, 2), from their mean, turned until the first is to the right of it, and mirrored if that
+        brings the third above it; and the plane's share of their variance.
+    """
+    u, s, _ = torch.linalg.svd(points - points.mean(dim=0), full_matrices=False)
+    x, y = u[:, 0] * s[0], u[:, 1] * s[1]
+    angle = torch.atan2(y[0], x[0])
+    x, y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+    share = (s[:2] ** 2).sum() / (s**2).sum()
+    return torch.stack([x, y if y[2] > 0 else -y], dim=1), share.item()
 
 
 def color_wheel(
