@@ -464,34 +464,38 @@ def unet() -> Drawing:
     """For 07: the U, its skips, the time and the words."""
     alt = (
         "A U with the sizes of Stable Diffusion 1: on the left four levels go down, 64, 32, 16 and 8 places wide, with "
-        "320, 640, 1280 and 1280 channels; one block in the middle; on the right the same levels go up. Dashed arrows, "
-        "three skips on each level, carry the maps of the left side to the right. The time goes into every block, the "
-        "words into those of the three upper levels and the middle."
+        "320, 640, 1280 and 1280 channels; between the lowest two the middle block; on the right the same levels go "
+        "up. Three dashed skips on each level carry maps from left to right. The time goes into every block, the words "
+        "into all but the lowest level's."
     )
-    d = Drawing(760, 370, alt)
+    d = Drawing(760, 330, alt)
     sizes = ((112, "64 × 64\n320 channels"), (96, "32 × 32\n640"), (82, "16 × 16\n1280"), (74, "8 × 8\n1280"))
     for level, (side, name) in enumerate(sizes):
-        y = 24 + level * 70
-        left, right = 150 + level * 52, 610 - level * 52
-        color = BLUE if level == 3 else GREEN
+        y = 24 + level * 72
+        left, right = 150 + level * 46, 610 - level * 46
+        color = FAINT if level == 3 else GREEN
         for x in (left, right):
             d.box(x - side / 2, y, side, 46, name, color, 12)
-        d.arrow((left + side / 2, y + 23), (right - side / 2, y + 23), color=ORANGE, dashed=True)
-        d.text(380, y + 12, "3 skips", 13, FAINT)
         if level < 3:
-            d.arrow((left + 14, y + 46), (left + 34, y + 70))
-            d.arrow((right - 34, y + 70), (right - 14, y + 46))
-    d.box(335, 312, 90, 46, "middle\n8 × 8", GREEN, 12)
-    d.arrow((310, 280), (340, 312))
-    d.arrow((420, 312), (450, 280))
+            d.arrow((left + side / 2, y + 23), (right - side / 2, y + 23), color=BLUE, dashed=True)
+            d.text(380, y + 12, "3 skips", 13, FAINT)
+            d.arrow((left + 14, y + 46), (left + 30, y + 72))
+            d.arrow((right - 30, y + 72), (right - 14, y + 46))
+    d.arrow((312, 240), (312, 218), (448, 218), (448, 240), color=BLUE, dashed=True)
+    d.text(380, 207, "3 skips", 13, FAINT)
+    d.box(345, 240, 70, 46, "middle\n8 × 8", GREEN, 12)
+    d.arrow((325, 263), (345, 263))
+    d.arrow((415, 263), (435, 263))
     d.arrow((38, 47), (94, 47), color=BLUE)
     d.text(10, 28, "latents x_t", 13, INK, "start")
+    d.text(10, 66, "4 channels", 12, FAINT, "start")
     d.arrow((666, 47), (716, 47), color=PURPLE)
     d.text(752, 28, "prediction", 13, INK, "end")
-    d.box(14, 190, 100, 36, "time t", ORANGE)
-    d.text(14, 240, "into every block", 12, FAINT, "start")
-    d.box(14, 276, 100, 36, "words", GREEN)
-    d.text(14, 326, "into the green blocks", 12, FAINT, "start")
+    d.text(752, 66, "4 channels", 12, FAINT, "end")
+    d.box(14, 182, 100, 36, "time t", ORANGE)
+    d.text(14, 230, "into every block", 12, FAINT, "start")
+    d.box(14, 260, 100, 36, "words", GREEN)
+    d.text(14, 308, "into the green blocks", 12, FAINT, "start")
     return d
 
 
