@@ -308,6 +308,17 @@ SLIPS = [
     ("14_speed", 3, "kept_rows < rows or ", "age == 0 or ", "too few for a guided call"),
 ]
 
+# blank lines in the lessons: notebook, what a learner writes, and words of the message ("yes" for the right line)
+BLANK_SLIPS = [
+    ("11_editing", "return small * x + (1 - small) * (clean + plan.sigmas[call + 1] * noise)", "yes"),
+    ("11_editing", "return (1 - small) * x + small * (clean + plan.sigmas[call + 1] * noise)", "the other way round"),
+    ("11_editing", "return small * x + (1 - small) * clean", "clean has no noise"),
+    ("11_editing", "return small * x + (1 - small) * (clean + plan.sigmas[call] * noise)", "not the one it left"),
+    ("11_editing", "return small * x + (1 - small) * (clean + noise)", "the level reached has, not 1"),
+    ("11_editing", "return small * x + (1 - small) * clean + plan.sigmas[call + 1] * noise", "mind the brackets"),
+    ("11_editing", "return clean + plan.sigmas[call + 1] * noise", "x is missing"),
+]
+
 
 @pytest.fixture(scope="module")
 def prepared() -> Iterator[Callable[[str], tuple[dict, bool]]]:
@@ -363,6 +374,21 @@ def test_slip_is_named(name, exercise, old, new, words, prepared, capsys):
         run([question], namespace)
     said = capsys.readouterr().out
     assert said.startswith("not yet: ") and words in said, said
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "words"), [pytest.param(*row, id=f"{row[0]}-{row[2]}") for row in BLANK_SLIPS]
+)
+def test_slip_in_a_blank_line_is_named(name, line, words, capsys):
+    """The cell of the blank needs the lesson's first cell of code, and no other."""
+    cells = nbformat.read(FOLDER.parent / f"{name}.ipynb", 4).cells
+    first, *others = [cell.source for cell in cells if cell.cell_type == "code"]
+    blank = next(source for source in others if "# your line" in source)
+    namespace: dict = {}
+    with torch.enable_grad(), matplotlib.rc_context():
+        run([first, re.sub(r"raise NotImplementedError  # your line.*", line, blank)], namespace)
+    said = capsys.readouterr().out
+    assert said.endswith("yes\n") if words == "yes" else "not yet: " in said and words in said, said
 
 
 def said_of(capsys: pytest.CaptureFixture[str], *arguments: object, **choices: object) -> list[str]:
