@@ -310,6 +310,13 @@ SLIPS = [
 
 # blank lines in the lessons: notebook, what a learner writes, and words of the message ("yes" for the right line)
 BLANK_SLIPS = [
+    ("11_editing", "return small * x + (1 - small) * (clean + plan.sigmas[call + 1] * noise)", "yes"),
+    ("11_editing", "return (1 - small) * x + small * (clean + plan.sigmas[call + 1] * noise)", "the other way round"),
+    ("11_editing", "return small * x + (1 - small) * clean", "clean has no noise"),
+    ("11_editing", "return small * x + (1 - small) * (clean + plan.sigmas[call] * noise)", "not the one it left"),
+    ("11_editing", "return small * x + (1 - small) * (clean + noise)", "the level reached has, not 1"),
+    ("11_editing", "return small * x + (1 - small) * clean + plan.sigmas[call + 1] * noise", "mind the brackets"),
+    ("11_editing", "return clean + plan.sigmas[call + 1] * noise", "x is missing"),
     ("14_speed", "return 2 * n * c_in * c_out * k * k * h * w", "yes"),
     ("14_speed", "return n * c_in * c_out * k * k * h * w", "are two FLOP"),
     ("14_speed", "return 2 * n * c_in * c_out * k * h * w", "k squared"),
