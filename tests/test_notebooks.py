@@ -34,6 +34,7 @@ IMAGES = ("image/png", "image/jpeg")
 LAYERED = LESSONS[10:]  # with a core path, and deeper sections that are folded
 BLANK_LINES = {"00_tour": 1, "02_autoencoder": 1, "03_tokenizer": 2, "04_text_encoder": 2, "05_attention": 1}
 BLANK_LINES |= {"06_schedule": 1, "07_unet": 1, "08_samplers": 1, "10_pipeline": 1, "12_training": 1, "13_adapting": 1}
+BLANK_LINES |= {"09_guidance": 1}
 TWO_LAYERS = ("05_attention", "06_schedule", "07_unet", "08_samplers", "09_guidance")
 ANY_MODEL = ("00_tour.ipynb", "05_attention.ipynb", "07_unet.ipynb", "10_pipeline.ipynb")
 
