@@ -398,6 +398,28 @@ def test_slip_in_a_blank_line_is_named(name, line, words, capsys):
     assert said.endswith("yes\n") if words == "yes" else "not yet: " in said and words in said, said
 
 
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("log_density(x, sigma) + s * classifier(x, sigma)", "yes"),
+        ("log_density(x, sigma) + classifier(x, sigma)", "that is s = 1"),
+        ("s * classifier(x, sigma)", "log p(x) is missing"),
+        ("s * (log_density(x, sigma) + classifier(x, sigma))", "s times both"),
+        ("log_density(x, sigma) + s * log_density(x, sigma, BIRD)", "in place of log p(bird | x)"),
+    ],
+)
+def test_slip_in_the_blank_line_of_guidance_is_named(answer, words, prepared, capsys):
+    namespace, gradients = prepared("09_guidance")
+    namespace |= {"guide": lambda u, c, s: u + s * (c - u), "spots": torch.tensor([[-2.0, 2.0], [0.8, -1.4]])}
+    lesson = nbformat.read(FOLDER.parent / "09_guidance.ipynb", 4).cells
+    (blank,) = [cell.source for cell in lesson if "# your line" in cell.source]
+    capsys.readouterr()
+    with torch.set_grad_enabled(gradients):
+        run([re.sub("raise NotImplementedError  # your line.*", f"return {answer}", blank)], namespace)
+    said = capsys.readouterr().out
+    assert words in said and said.startswith(("yes", "not yet: ")), said
+
+
 def said_of(capsys: pytest.CaptureFixture[str], *arguments: object, **choices: object) -> list[str]:
     """The lines that `check` prints of one expectation."""
     check(lambda: expect("case", *arguments, **choices))  # type: ignore[arg-type]
