@@ -1,21 +1,32 @@
-"""A wheel of colour words, for notebook 04."""
+"""For notebook 04: the shipped CLIP, and a wheel of colour words."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minisd.io.diffusers_folder import load_text_encoder
+from minisd.training.clip import CLIP
+
+
+def shipped_clip() -> CLIP:
+    """Both towers of the tiny model's CLIP, in float32 on the CPU; folders of other models hold no image tower."""
+    tiny = Path(str(resources.files("minisd"))) / "assets/tiny"
+    with torch.random.fork_rng(devices=[]):  # a new text encoder draws weights, which the file's then replace
+        return CLIP.load(tiny / "clip", load_text_encoder(tiny / "text_encoder"))
+
 
 def plane(points: Tensor) -> tuple[Tensor, float]:
     """Put points (n, width) into the plane of their first two principal components.
 
-    Returns:
-        Their places there (n, 2), from their mean, turned until the first is to the right of it, and mirrored if that
-        brings the third above it; and the plane's share of their variance.
+    Returns their places there (n, 2), from their mean, turned until the first is to the right of it, and mirrored if
+    that brings the third above it; and the plane's share of their variance.
     """
     u, s, _ = torch.linalg.svd(points - points.mean(dim=0), full_matrices=False)
     x, y = u[:, 0] * s[0], u[:, 1] * s[1]
