@@ -113,7 +113,8 @@ def _check_torch_agrees(path: Path, archive: ZipFile) -> None:
     """
     try:
         reader: Any = torch._C.PyTorchFileReader(str(path))
-        places = {n: (reader.get_record_offset(n), reader.get_record_size(n)) for n in reader.get_all_records()}
+        size = getattr(reader, "get_record_size", lambda name: len(reader.get_record(name)))  # torch 2.13 has it
+        places = {name: (reader.get_record_offset(name), size(name)) for name in reader.get_all_records()}
         program = reader.get_record("data.pkl")
     except RuntimeError as error:
         raise PickleError("is corrupted or incomplete (torch cannot open the archive)") from error
