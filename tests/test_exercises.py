@@ -420,6 +420,26 @@ def test_slip_in_the_blank_line_of_guidance_is_named(answer, words, prepared, ca
     assert words in said and said.startswith(("yes", "not yet: ")), said
 
 
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("(x - mean) @ V @ V.T + mean", "yes"),
+        ("(x - mean) @ V @ V.T", "add the mean row back"),
+        ("x @ V @ V.T + mean", "subtract the mean row first"),
+        ("x @ V @ V.T", "the mean row is missing"),
+        ("(x - mean) @ V", "these are codes: decode"),
+    ],
+)
+def test_slip_in_the_blank_line_of_pca_is_named(answer, words, capsys):
+    lesson = nbformat.read(FOLDER.parent / "01_latents.ipynb", 4).cells
+    (blank,) = [cell.source for cell in lesson if "# your line" in cell.source]
+    asked = blank[blank.index("def project") :]
+    line = re.sub("raise NotImplementedError  # your line.*", f"return {answer}", asked)
+    run([line], {"torch": torch, "check": check, "expect": expect})
+    said = capsys.readouterr().out
+    assert words in said and said.startswith(("yes", "not yet: ")), said
+
+
 def said_of(capsys: pytest.CaptureFixture[str], *arguments: object, **choices: object) -> list[str]:
     """The lines that `check` prints of one expectation."""
     check(lambda: expect("case", *arguments, **choices))  # type: ignore[arg-type]

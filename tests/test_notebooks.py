@@ -32,8 +32,8 @@ LESSONS = [page for page in PAGES if page.parent == FOLDER]
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|work|opt|usr|var|mnt|private)/|[A-Z]:\\\\?\w")
 IMAGES = ("image/png", "image/jpeg")
 LAYERED = LESSONS[10:]  # with a core path, and deeper sections that are folded
-# how many lines each notebook leaves to the reader; 01 leaves none
-BLANK_LINES = dict.fromkeys([page.stem for page in LESSONS if not page.stem.startswith("01")], 1)
+# how many lines each notebook leaves to the reader
+BLANK_LINES = dict.fromkeys([page.stem for page in LESSONS], 1)
 BLANK_LINES |= {"03_tokenizer": 2, "04_text_encoder": 2, "07_unet": 2}
 TWO_LAYERS = ("05_attention", "06_schedule", "07_unet", "08_samplers", "09_guidance")
 ANY_MODEL = ("00_tour.ipynb", "05_attention.ipynb", "07_unet.ipynb", "10_pipeline.ipynb")

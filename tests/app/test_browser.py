@@ -1,4 +1,4 @@
-"""JupyterLab in a real browser: headless Chromium (see `browsers.py`) runs whole notebooks, and moves a slider."""
+"""JupyterLab in a real browser: headless Chromium (see `browsers.py`) runs the tour, and moves its slider."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import nbformat
 import pytest
 from browsers import chromium, free_port, need_chromium, wait_for_server
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+TOUR = Path(__file__).parents[2] / "notebooks/00_tour.ipynb"
 SECONDS_TO_RUN = 400  # for all cells of one notebook; a quiet machine needs a tenth of it
 
 pytestmark = pytest.mark.timeout(1000)
 
 
 class Lab(NamedTuple):
-    """A JupyterLab server on loopback, over a folder with copies of the notebooks."""
+    """A JupyterLab server on loopback, over a folder with a copy of the tour."""
 
     address: str
     folder: Path
@@ -33,12 +33,11 @@ class Lab(NamedTuple):
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     need_chromium()
     folder = tmp_path_factory.mktemp("lab")
-    for name in ("00_tour.ipynb", "05_attention.ipynb"):
-        notebook = nbformat.read(NOTEBOOKS / name, 4)
-        for cell in notebook.cells:  # with the stored outputs, a run that never began would look finished
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
-        nbformat.write(notebook, folder / name)
+    notebook = nbformat.read(TOUR, 4)
+    for cell in notebook.cells:  # with the stored outputs, a run that never began would look finished
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, folder / TOUR.name)
     port = free_port()
     token = secrets.token_hex(16)
     command = [
@@ -80,11 +79,12 @@ CELLS = """() => Array.from(window.jupyterapp.shell.currentWidget.content.model.
     }))"""
 
 
-def run_all(browser: Any, lab: Lab, name: str) -> Any:
-    """Open the notebook, choose Run → Run All Cells, wait until all have run; return the page."""
+@pytest.fixture(scope="module")
+def tour(browser: Any, lab: Lab) -> Iterator[Any]:
+    """The page of the tour after Run → Run All Cells, when all have run."""
     page = browser.new_page(viewport={"width": 1300, "height": 1000})
     page.set_default_timeout(120_000)
-    page.goto(lab.address.format(name))
+    page.goto(lab.address.format(TOUR.name))
     page.wait_for_function("() => window.jupyterapp && window.jupyterapp.shell.currentWidget?.sessionContext")
     page.evaluate(
         """async () => {
@@ -106,7 +106,8 @@ def run_all(browser: Any, lab: Lab, name: str) -> Any:
             break
         page.wait_for_timeout(500)
     assert [cell["count"] for cell in cells] == list(range(1, len(cells) + 1)), "not every cell has run, in order"
-    return page
+    yield page
+    page.close()
 
 
 def frame(page: Any) -> bytes:
@@ -123,20 +124,17 @@ def frame(page: Any) -> bytes:
     return base64.b64decode(encoded)
 
 
-def test_the_tour_runs_in_jupyterlab(lab, browser):
-    page = run_all(browser, lab, "00_tour.ipynb")
-    pictures = page.evaluate(
+def test_the_tour_runs_in_jupyterlab(tour):
+    pictures = tour.evaluate(
         """() => Array.from(window.jupyterapp.shell.currentWidget.content.model.cells).filter(c => c.type === "code")
             .flatMap(cell => cell.sharedModel.getOutputs()).filter(o => o.data && o.data["image/png"]).length"""
     )
     assert pictures >= 5
-    page.close()
 
 
-def test_a_slider_moves_and_the_picture_changes(lab, browser):
-    page = run_all(browser, lab, "05_attention.ipynb")
+def test_a_slider_moves_and_the_picture_changes(lab, tour):
     # cells off the screen are not in the page: scroll to the one that makes the slider
-    page.evaluate(
+    tour.evaluate(
         """async () => {
             const notebook = window.jupyterapp.shell.currentWidget.content;
             const cells = Array.from(notebook.model.cells);
@@ -145,15 +143,14 @@ def test_a_slider_moves_and_the_picture_changes(lab, browser):
             await notebook.scrollToItem(place, "start");
         }"""
     )
-    before = frame(page)
-    handle = page.locator(".widget-slider .noUi-handle, .widget-hslider .noUi-handle").first
+    before = frame(tour)
+    handle = tour.locator(".widget-slider .noUi-handle, .widget-hslider .noUi-handle").first
     handle.focus()
     for _ in range(3):
-        page.keyboard.press("ArrowRight")
+        tour.keyboard.press("ArrowRight")
     deadline = time.monotonic() + 120
-    while frame(page) == before and time.monotonic() < deadline:
-        page.wait_for_timeout(300)
-    after = frame(page)
+    while frame(tour) == before and time.monotonic() < deadline:
+        tour.wait_for_timeout(300)
+    after = frame(tour)
     assert before.startswith(b"\x89PNG") and after.startswith(b"\x89PNG") and after != before
-    page.screenshot(path=str(lab.folder / "slider.png"))
-    page.close()
+    tour.screenshot(path=str(lab.folder / "slider.png"))
