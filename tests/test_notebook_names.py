@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import re
 import symtable
 from collections.abc import Iterator
 
@@ -58,6 +59,40 @@ def test_core_path_defines_what_it_uses(path):
     core = core_path(notebook.cells[: your_turn(notebook.cells)])
     assert undefined([cell for cell in core if cell.cell_type == "code"]) == []
     assert undefined(code_cells(notebook)) == []
+
+
+def rebound(cells: list[NotebookNode], core: list[NotebookNode]) -> list[str]:
+    """The names that mean something else in a folded cell if the core path has been run first, in one go.
+
+    cells: those of a lesson; core: those of them that are not folded. Imports bind the same thing everywhere.
+    """
+    binds = [(cell, *loaded_and_bound(cell.source)) for cell in cells if cell.cell_type == "code"]
+    shown, found = {id(cell) for cell in core}, []
+    for place, (cell, loaded, _) in enumerate(binds):
+        for name in sorted(loaded) if id(cell) not in shown else []:
+            before = [one for one, _, bound in binds[:place] if name in bound]
+            folded = [one for one in before if id(one) not in shown]
+            latest = folded or [one for one, _, bound in binds if name in bound and id(one) in shown]
+            imports = [
+                re.search(rf"^(from|import) .*\b{name}\b", one[-1].source, re.M) for one in (before, latest) if one
+            ]
+            if before and before[-1] is not latest[-1] and not all(imports):
+                found.append(f"{name} in {cell.source[:40]!r}")
+    return found
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_folded_sections_can_be_run_after_the_core_path(path):
+    notebook = nbformat.read(path, 4)
+    cells = notebook.cells[: your_turn(notebook.cells)]
+    assert rebound(cells, core_path(cells)) == []
+
+
+def test_rebound_names_are_found():
+    first, folded, user, last = (nbformat.v4.new_code_cell(text) for text in ("x = 1", "x = 2", "print(x)", "x = 3"))
+    assert rebound([first, user, last], [first, last]) == ["x in 'print(x)'"]
+    assert rebound([folded, first, user], [first]) == ["x in 'print(x)'"]
+    assert rebound([first, folded, user, last], [first, last]) == []
 
 
 @pytest.mark.parametrize(
