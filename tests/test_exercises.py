@@ -398,6 +398,16 @@ def test_slip_in_a_blank_line_is_named(name, line, words, capsys):
     assert said.endswith("yes\n") if words == "yes" else "not yet: " in said and words in said, said
 
 
+def said_of_blank(name: str, begins: str, answer: str, namespace: dict, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the check says when the one blank line of a lesson returns `answer`; its cell is run from `begins` on."""
+    cells = nbformat.read(FOLDER.parent / f"{name}.ipynb", 4).cells
+    (blank,) = [cell.source for cell in cells if "# your line" in cell.source]
+    asked = re.sub("raise NotImplementedError  # your line.*", f"return {answer}", blank[blank.index(begins) :])
+    capsys.readouterr()
+    run([asked], namespace)
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
@@ -411,12 +421,8 @@ def test_slip_in_a_blank_line_is_named(name, line, words, capsys):
 def test_slip_in_the_blank_line_of_guidance_is_named(answer, words, prepared, capsys):
     namespace, gradients = prepared("09_guidance")
     namespace |= {"guide": lambda u, c, s: u + s * (c - u), "spots": torch.tensor([[-2.0, 2.0], [0.8, -1.4]])}
-    lesson = nbformat.read(FOLDER.parent / "09_guidance.ipynb", 4).cells
-    (blank,) = [cell.source for cell in lesson if "# your line" in cell.source]
-    capsys.readouterr()
     with torch.set_grad_enabled(gradients):
-        run([re.sub("raise NotImplementedError  # your line.*", f"return {answer}", blank)], namespace)
-    said = capsys.readouterr().out
+        said = said_of_blank("09_guidance", "def ", answer, namespace, capsys)
     assert words in said and said.startswith(("yes", "not yet: ")), said
 
 
@@ -431,12 +437,8 @@ def test_slip_in_the_blank_line_of_guidance_is_named(answer, words, prepared, ca
     ],
 )
 def test_slip_in_the_blank_line_of_pca_is_named(answer, words, capsys):
-    lesson = nbformat.read(FOLDER.parent / "01_latents.ipynb", 4).cells
-    (blank,) = [cell.source for cell in lesson if "# your line" in cell.source]
-    asked = blank[blank.index("def project") :]
-    line = re.sub("raise NotImplementedError  # your line.*", f"return {answer}", asked)
-    run([line], {"torch": torch, "check": check, "expect": expect})
-    said = capsys.readouterr().out
+    namespace = {"torch": torch, "check": check, "expect": expect}
+    said = said_of_blank("01_latents", "def project", answer, namespace, capsys)
     assert words in said and said.startswith(("yes", "not yet: ")), said
 
 

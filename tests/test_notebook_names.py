@@ -73,11 +73,10 @@ def rebound(cells: list[NotebookNode], core: list[NotebookNode]) -> list[str]:
             before = [one for one, _, bound in binds[:place] if name in bound]
             folded = [one for one in before if id(one) not in shown]
             latest = folded or [one for one, _, bound in binds if name in bound and id(one) in shown]
-            imports = [
-                re.search(rf"^(from|import) .*\b{name}\b", one[-1].source, re.M) for one in (before, latest) if one
-            ]
-            if before and before[-1] is not latest[-1] and not all(imports):
-                found.append(f"{name} in {cell.source[:40]!r}")
+            if before and before[-1] is not latest[-1]:
+                imports = rf"^(from|import) .*\b{name}\b"
+                if not all(re.search(imports, one.source, re.M) for one in (before[-1], latest[-1])):
+                    found.append(f"{name} in {cell.source[:40]!r}")
     return found
 
 
