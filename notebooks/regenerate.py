@@ -48,16 +48,17 @@ def kernel_environment(model: str | None = None, dtype: str | None = None) -> di
 def strip(notebook: NotebookNode) -> NotebookNode:
     """A copy without outputs, execution counts, and all metadata but tags and folds; cells are numbered anew.
 
-    JupyterLab folds the outputs of cells with the tag `hide-output`, so that their readers can guess first, and the
-    sections whose heading has FOLDED.
+    JupyterLab folds the outputs of cells with the tag `hide-output`, so that their readers can guess first, the code of
+    cells with `hide-input`, which only plots, and the sections whose heading has FOLDED.
     """
     cells = []
     for number, cell in enumerate(notebook.cells):
         tags = sorted(cell.metadata.get("tags", []))
         new = {"id": f"cell-{number:02}", "cell_type": cell.cell_type, "source": cell.source}
         new["metadata"] = {"tags": tags} if tags else {}
-        if "hide-output" in tags:
-            new["metadata"]["jupyter"] = {"outputs_hidden": True}
+        folds = {"hide-output": "outputs_hidden", "hide-input": "source_hidden"}
+        if hidden := {key: True for tag, key in folds.items() if tag in tags}:
+            new["metadata"]["jupyter"] = hidden
         if cell.metadata.get(FOLDED):
             new["metadata"][FOLDED] = True
         cells.append(new | ({"outputs": [], "execution_count": None} if cell.cell_type == "code" else {}))

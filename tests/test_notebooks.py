@@ -150,10 +150,9 @@ def test_answers_are_folded_until_they_are_asked_for(path, regenerate):
     for i in asked:
         answer = next(cell for cell in cells[i:] if cell.cell_type == "code" and cell.outputs)
         assert "hide-output" in answer.metadata.get("tags", []), f"the answer to cell {i} can be seen"
-    folded = [i for i, cell in enumerate(cells) if "jupyter" in cell.metadata]
+    folded = [i for i, cell in enumerate(cells) if "outputs_hidden" in cell.metadata.get("jupyter", {})]
     assert folded == [i for i, cell in enumerate(cells) if "hide-output" in cell.metadata.get("tags", [])]
     for i in folded:
-        assert cells[i].metadata.jupyter == {"outputs_hidden": True}
         assert cells[i].source.startswith('print("The answer, once you have yours:")\n')
         assert cells[i + 1].cell_type == "markdown", f"no words about the output of cell {i}"
     assert len(folded) >= len(asked) > 0
@@ -245,6 +244,16 @@ def test_core_path_is_read_in_half_an_hour(name):
     assert "**Core path**" in cells[0].source
     questions = sum(cell.source.count("<details><summary>Question") for cell in cells)
     assert 3 <= questions <= 5
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_only_code_that_plots_is_folded(path):
+    """Its first line says what it draws, and its output can be seen."""
+    for cell in nbformat.read(path, 4).cells:
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            assert cell.cell_type == "code" and {"hide-input", "compare-image"} <= set(cell.metadata.tags)
+            assert cell.source.startswith("# Plot: "), cell.source[:60]
+            assert "hide-output" not in cell.metadata.tags
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
