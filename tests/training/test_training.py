@@ -60,30 +60,30 @@ def run(*arguments: str) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_resume_after_kill_repeats_the_unbroken_run(part, scenes, tmp_path):
     often = "--save-every-step"
-    run(*command(part, scenes, tmp_path / "whole", 12, often))
+    run(*command(part, scenes, tmp_path / "whole", 8, often))
     broken = subprocess.Popen(
-        command(part, scenes, tmp_path / "broken", 12, often), env=environment(), stderr=subprocess.DEVNULL
+        command(part, scenes, tmp_path / "broken", 8, often), env=environment(), stderr=subprocess.DEVNULL
     )
     curve = tmp_path / "broken" / "losses.jsonl"
     deadline = time.monotonic() + 120
-    while not (curve.exists() and len(losses(tmp_path / "broken")) >= 3) and time.monotonic() < deadline:
+    while not (curve.exists() and len(losses(tmp_path / "broken")) >= 2) and time.monotonic() < deadline:
         time.sleep(0.01)
     broken.send_signal(signal.SIGKILL)
     broken.wait()
     state = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
-    assert 0 < state["step"] < 12, "the kill came too late to show anything"
-    run(*command(part, scenes, tmp_path / "broken", 12, often, "--resume"))
+    assert 0 < state["step"] < 8, "the kill came too late to show anything"
+    run(*command(part, scenes, tmp_path / "broken", 8, often, "--resume"))
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", PARTS)
 def test_two_processes_make_the_step_of_one(part, scenes, tmp_path):
-    run(*command(part, scenes, tmp_path / "one", 20))
-    run(*command(part, scenes, tmp_path / "two", 20, processes=2))
+    run(*command(part, scenes, tmp_path / "one", 12))
+    run(*command(part, scenes, tmp_path / "two", 12, processes=2))
     one, two = np.array(losses(tmp_path / "one")), np.array(losses(tmp_path / "two"))
     print(part, "largest difference of the losses", np.abs(one - two).max())
-    assert len(one) == len(two) == 20
+    assert len(one) == len(two) == 12
     assert np.abs(one - two).max() <= 1e-4
     assert one.max() - one.min() > 1e-3, "the loss did not move, so agreeing means nothing"
 
@@ -93,9 +93,9 @@ def test_mixed_precision_follows_the_steps_of_float32(part, scenes, tmp_path):
     found, losses = {}, {}
     for bfloat16 in (False, True):
         task = small_task(part, scenes, tmp_path)
-        options = Options(folder=tmp_path, steps=12, batch=8, lr=1e-3, warmup=2, bfloat16=bfloat16)
+        options = Options(folder=tmp_path, steps=8, batch=8, lr=1e-3, warmup=2, bfloat16=bfloat16)
         trainer = Trainer(task, options)
-        losses[bfloat16] = [trainer.advance(step / 12)["loss"] for step in range(12)]
+        losses[bfloat16] = [trainer.advance(step / 8)["loss"] for step in range(8)]
         found[bfloat16] = {p.dtype for p in task.model.parameters()} | {p.grad.dtype for p in trainer.parameters}  # type: ignore[union-attr]
     assert found[True] == {torch.float32}  # weights and gradients; what is multiplied is rounded
     assert losses[True] != losses[False]
