@@ -176,17 +176,28 @@ def core_path(cells: list[NotebookNode]) -> list[NotebookNode]:
     return found
 
 
-@pytest.mark.parametrize("path", LAYERED, ids=lambda path: path.stem)
-def test_core_path_is_short_and_the_rest_is_folded(path):
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_core_path_is_short(path):
+    """At most 25 cells and 1,500 words before questions and exercises: half an hour to forty minutes.
+
+    Formulas count as nothing, or as one word within a line; folded answers are not counted.
+    """
     cells = nbformat.read(path, 4).cells
-    core = core_path(cells)
-    assert len(core) <= 25
-    assert sum(len(cell.source.split()) for cell in core if cell.cell_type == "markdown") <= 1800
+    core = core_path(cells[: your_turn(cells)])
+    text = "\n".join(cell.source for cell in core if cell.cell_type == "markdown")
+    prose = re.sub(r"<details>.*?</details>|\$\$.*?\$\$|```.*?```", "", text, flags=re.DOTALL)
+    words = len(re.findall(r"[^\W_]+(?:['’.\-][^\W_]+)*", re.sub(r"\$[^$]*\$", "x", prose)))
+    assert len(core) <= 25 and words <= 1500, (len(core), words)
+    assert "core path" in cells[0].source.lower()
+
+
+@pytest.mark.parametrize("path", LAYERED, ids=lambda path: path.stem)
+def test_deeper_sections_are_folded(path):
+    cells = nbformat.read(path, 4).cells
     for cell in cells:
         deeper = cell.cell_type == "markdown" and re.findall(r"^#+ (Deeper:)?.*$", cell.source, re.MULTILINE)
         assert bool(deeper and deeper[0]) == cell.metadata.get("jp-MarkdownHeadingCollapsed", False), cell.source[:40]
         assert not deeper or not any(deeper[1:]), f"a second heading to fold in {cell.source[:40]!r}"
-    assert "**Core path**" in cells[0].source
     asked = next(cell.source for cell in cells if "## Check yourself" in cell.source)
     assert 3 <= asked.count("<details><summary>Answer</summary>") == asked.count("</details>") <= 5
 
@@ -224,24 +235,15 @@ def test_blank_lines_have_a_folded_answer_and_the_next_cell_has_it(path):
 
 
 @pytest.mark.parametrize("name", TWO_LAYERS)
-def test_core_path_is_read_in_half_an_hour(name):
-    """Sections headed "Deeper" are folded. What is left before the exercises is at most 25 cells and 1,800 words.
-
-    Formulas count as nothing, or as one word within a line; folded answers are not counted.
-    """
+def test_sections_of_two_layers(name):
+    """Sections headed "Deeper" are folded."""
     cells = nbformat.read(FOLDER / f"{name}.ipynb", 4).cells
-    core, words, deeper = 0, 0, False
+    deeper = False
     for cell in cells[: your_turn(cells)]:
         heads = [line for line in cell.source.splitlines() if line.startswith("## ") and cell.cell_type == "markdown"]
         assert heads in ([], cell.source.splitlines()[:1]), f"a heading within a cell: {heads}"
         deeper = heads[0].startswith("## Deeper") if heads else deeper
         assert bool(cell.metadata.get("jp-MarkdownHeadingCollapsed")) == bool(heads and deeper), heads
-        core += not deeper
-        if cell.cell_type == "markdown" and not deeper:
-            prose = re.sub(r"<details>.*?</details>|\$\$.*?\$\$|```.*?```", "", cell.source, flags=re.DOTALL)
-            words += len(re.findall(r"[^\W_]+(?:['’.\-][^\W_]+)*", re.sub(r"\$[^$]*\$", "x", prose)))
-    assert core <= 25 and words <= 1800, (core, words)
-    assert "**Core path**" in cells[0].source
     questions = sum(cell.source.count("<details><summary>Question") for cell in cells)
     assert 3 <= questions <= 5
 
