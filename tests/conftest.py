@@ -56,8 +56,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.quick)
         if item.get_closest_marker("full"):
             item.add_marker(pytest.mark.timeout(1200))
-        if item.path.suffix == ".ipynb":  # a cell takes up to 160 s on two cores without AVX-512, twice that under load
-            item.add_marker(pytest.mark.timeout(600))
         if item.get_closest_marker("real") and not os.environ.get("MINISD_MODEL"):
             item.add_marker(pytest.mark.skip(reason=REAL))
     # the longest ones come first, so that under `-n 2` no process is left with one of them at the end
