@@ -20,6 +20,7 @@ from nbformat import NotebookNode
 HERE = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FOLDED = "jp-MarkdownHeadingCollapsed"  # of a heading in JupyterLab: its section is folded
+HIDDEN = {"hide-output": "outputs_hidden", "hide-input": "source_hidden"}  # tag: what JupyterLab folds
 DROPPED = ("MPLBACKEND", "MINISD_MODEL", "MINISD_DTYPE")
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -56,8 +57,7 @@ def strip(notebook: NotebookNode) -> NotebookNode:
         tags = sorted(cell.metadata.get("tags", []))
         new = {"id": f"cell-{number:02}", "cell_type": cell.cell_type, "source": cell.source}
         new["metadata"] = {"tags": tags} if tags else {}
-        folds = {"hide-output": "outputs_hidden", "hide-input": "source_hidden"}
-        if hidden := {key: True for tag, key in folds.items() if tag in tags}:
+        if hidden := {key: True for tag, key in HIDDEN.items() if tag in tags}:
             new["metadata"]["jupyter"] = hidden
         if cell.metadata.get(FOLDED):
             new["metadata"][FOLDED] = True

@@ -153,6 +153,7 @@ def test_answers_are_folded_until_they_are_asked_for(path, regenerate):
     folded = [i for i, cell in enumerate(cells) if "outputs_hidden" in cell.metadata.get("jupyter", {})]
     assert folded == [i for i, cell in enumerate(cells) if "hide-output" in cell.metadata.get("tags", [])]
     for i in folded:
+        assert cells[i].metadata.jupyter == {"outputs_hidden": True}
         assert cells[i].source.startswith('print("The answer, once you have yours:")\n')
         assert cells[i + 1].cell_type == "markdown", f"no words about the output of cell {i}"
     assert len(folded) >= len(asked) > 0
@@ -198,6 +199,7 @@ def test_deeper_sections_are_folded(path):
         deeper = cell.cell_type == "markdown" and re.findall(r"^#+ (Deeper:)?.*$", cell.source, re.MULTILINE)
         assert bool(deeper and deeper[0]) == cell.metadata.get("jp-MarkdownHeadingCollapsed", False), cell.source[:40]
         assert not deeper or not any(deeper[1:]), f"a second heading to fold in {cell.source[:40]!r}"
+    assert "**Core path**" in cells[0].source
     asked = next(cell.source for cell in cells if "## Check yourself" in cell.source)
     assert 3 <= asked.count("<details><summary>Answer</summary>") == asked.count("</details>") <= 5
 
@@ -244,6 +246,7 @@ def test_sections_of_two_layers(name):
         assert heads in ([], cell.source.splitlines()[:1]), f"a heading within a cell: {heads}"
         deeper = heads[0].startswith("## Deeper") if heads else deeper
         assert bool(cell.metadata.get("jp-MarkdownHeadingCollapsed")) == bool(heads and deeper), heads
+    assert "**Core path**" in cells[0].source
     questions = sum(cell.source.count("<details><summary>Question") for cell in cells)
     assert 3 <= questions <= 5
 
