@@ -6,7 +6,6 @@ model draws scenes that the attribute classifier knows, it counts how many pictu
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minisd.bench.compare import flops as step_and_decode
 from minisd.bench.worker import PROMPT
 from minisd.config import SD15, TINY, ModelConfig
-from minisd.evaluation.metrics import Z95
+from minisd.evaluation.metrics import paired_difference
 from minisd.features.deepcache import run_full, run_last
 from minisd.features.presets import find_preset
 from minisd.images import grid
@@ -222,26 +221,12 @@ def _judge(settings: Settings, plain: np.ndarray, fast: np.ndarray) -> dict[str,
     verdicts = [verdicts_of(judge, pixels, settings.batch) for pixels in (plain, fast)]
     tallies = [tally(scenes, some) for some in verdicts]
     results = [[marks(*pair) for pair in zip(scenes, some, strict=True)] for some in verdicts]
-    differences = {
-        name: difference(*([all(result[name]) for result in way] for way in results))
-        for name in ("object", "everything")
-    }
+    differences = {}
+    for name in ("object", "everything"):
+        found = paired_difference(*([all(result[name]) for result in way] for way in results))
+        differences[name] = dict(zip(("change", "low", "high"), (round(value, 4) for value in found), strict=True))
     shares = {name: [shares[name].to_dict() for shares in tallies] for name in tallies[0] if tallies[0][name].of}
     return {"attributes": shares, "difference": differences}
-
-
-def difference(before: Sequence[bool], after: Sequence[bool]) -> dict[str, float]:
-    """The difference of two paired proportions, after minus before, with its 95% interval.
-
-    Source: Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on
-    paired data", method 1.
-    """
-    n = len(before)
-    gained = sum(b and not a for a, b in zip(before, after, strict=True))
-    lost = sum(a and not b for a, b in zip(before, after, strict=True))
-    # d = (g − l) / n,   s² = (g + l − (g − l)²/n) / n²
-    change, half = (gained - lost) / n, Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
-    return {"change": round(change, 4), "low": round(change - half, 4), "high": round(change + half, 4)}
 
 
 def table(report: dict[str, Any]) -> str:

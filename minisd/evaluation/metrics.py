@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -41,6 +42,29 @@ def wilson(right: int, of: int, z: float = Z95) -> tuple[float, float]:
     half = z * sqrt(p * (1 - p) / of + z**2 / (4 * of**2))
     scale = 1 + z**2 / of
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
+    """The difference of two shares of the same cases, after minus before, with its 95% interval: (change, low, high).
+
+    Source: Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on
+    paired data", method 10.
+    """
+    n, a, b = len(before), sum(before), sum(after)
+    if n == 0 or n != len(after):
+        raise ValueError(f"{n} cases before, {len(after)} after; expected as many, at least 1")
+    both = sum(x and y for x, y in zip(before, after, strict=True))
+    # φ, the correlation of the pairs: b₀₀ b₁₁ − b₀₁ b₁₀ over √(a (n−a) b (n−b)), with a correction for continuity
+    odds = float(both * (n - a - b + both) - (a - both) * (b - both))
+    scale = sqrt(a * (n - a) * b * (n - b))
+    phi = (max(odds - n / 2, 0) if odds > 0 else odds) / scale if scale else 0.0
+    p, q, (low_p, high_p), (low_q, high_q) = a / n, b / n, wilson(a, n), wilson(b, n)
+
+    def joined(x: float, y: float) -> float:
+        return sqrt(x**2 - 2 * phi * x * y + y**2)
+
+    change = q - p
+    return change, change - joined(q - low_q, high_p - p), change + joined(high_q - q, p - low_p)
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minisd import SD15, Sampler, StableDiffusion
 from minisd.app.cli import main
 from minisd.bench import compare as bench
-from minisd.bench.preset import Call, Settings, difference, flops, work
+from minisd.bench.preset import Call, Settings, flops, work
 
 
 def pixels(path: str | Path) -> np.ndarray:
@@ -108,13 +107,7 @@ def test_work_of_the_preset_at_full_size():
     assert work(SD15, [Call(2, full=True)] * 20, fast, 2)["picture_ratio"] <= 0.45
 
 
-def test_difference_by_hand():
-    before, after = [True] * 3 + [False] * 7, [True] * 2 + [False] + [True] * 4 + [False] * 3
-    # 4 gained, 1 lost, of 10: d = 0.3, s² = (5 − 9/10) / 100
-    reach = 1.959964 * math.sqrt(4.1) / 10
-    expected = {"change": 0.3, "low": round(0.3 - reach, 4), "high": round(0.3 + reach, 4)}
-    assert difference(before, after) == expected
-    assert difference(after, before)["change"] == -0.3
+def test_nothing_to_measure():
     with pytest.raises(ValueError, match="at least 1"):
         Settings(pictures=0)
 

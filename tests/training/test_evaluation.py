@@ -13,7 +13,7 @@ from minisd.config import TINY
 from minisd.evaluation import memory
 from minisd.evaluation.attributes import marks, tally
 from minisd.evaluation.measure import Settings, draw, evaluate, verdicts_of
-from minisd.evaluation.metrics import edge_energy, frechet_distance, psnr, retrieval, ssim, wilson
+from minisd.evaluation.metrics import edge_energy, frechet_distance, paired_difference, psnr, retrieval, ssim, wilson
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import Tokenizer
@@ -60,6 +60,28 @@ def test_wilson_interval_of_nothing_and_of_nonsense():
     assert wilson(0, 0) == (0, 1)
     with pytest.raises(ValueError, match="3 right of 2"):
         wilson(3, 2)
+
+
+# published for method 10: Fagerland, Lydersen and Laake 2014, "Recommended tests and confidence intervals for paired
+# binomial proportions" (airways); Newcombe 1998
+@pytest.mark.parametrize(
+    ("both", "lost", "gained", "neither", "low", "high"),
+    [(1, 7, 1, 12, -0.507, -0.026), (36, 2, 12, 0, 0.0569, 0.3404)],
+)
+def test_interval_of_a_paired_difference_is_newcombes(both, lost, gained, neither, low, high):
+    before = [True] * (both + lost) + [False] * (gained + neither)
+    after = [True] * both + [False] * lost + [True] * gained + [False] * neither
+    change, *interval = paired_difference(before, after)
+    assert change == pytest.approx((gained - lost) / len(before))
+    assert interval == pytest.approx([low, high], abs=5e-4 if high < 0 else 5e-5)
+    assert paired_difference(after, before)[1:] == pytest.approx([-interval[1], -interval[0]])
+
+
+def test_paired_difference_of_equal_and_of_no_cases():
+    _, low, high = paired_difference([True] * 20, [True] * 20)
+    assert high == -low == pytest.approx(1 - wilson(20, 20)[0])  # both shares are 1, and nothing is known of φ
+    with pytest.raises(ValueError, match="2 cases before, 1 after"):
+        paired_difference([True, False], [True])
 
 
 def test_psnr_of_a_constant_error():
