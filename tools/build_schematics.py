@@ -194,7 +194,8 @@ def residual_block() -> Drawing:
     """For 02: two halves of three layers, and the bypass."""
     alt = (
         "The residual block from left to right: x passes norm, SiLU and a 3 × 3 convolution, twice, and becomes f(x). "
-        "Below, a bypass carries x, through a 1 × 1 convolution where the width changes. A plus adds both to y."
+        "Below, a bypass carries x, through a 1 × 1 convolution where the number of channels changes. "
+        "A plus adds both to y."
     )
     d = Drawing(760, 178, alt)
     d.text(24, 62, "x", 17)
@@ -209,7 +210,7 @@ def residual_block() -> Drawing:
     d.arrow((52, 62), (52, 138), (286, 138))
     d.box(286, 114, 94, 48, "conv\n1 × 1", PURPLE)
     d.arrow((380, 138), (674, 138), (674, 80))
-    d.text(390, 154, "only where the width changes; else x as it is", 13, FAINT, "start")
+    d.text(390, 154, "only if the channel count changes; else x as it is", 13, FAINT, "start")
     d.circle(674, 62, 17, "+")
     d.arrow((691, 62), (724, 62))
     d.text(738, 62, "y", 17)
