@@ -58,8 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(1200))
         if item.get_closest_marker("real") and not os.environ.get("MINISD_MODEL"):
             item.add_marker(pytest.mark.skip(reason=REAL))
-    # the longest ones come first, so that under `-n 2` no process is left with one of them at the end
-    items.sort(key=lambda item: 0 if item.get_closest_marker("full") else 1 if item.path.suffix == ".ipynb" else 2)
+    # the longest files come first, so that under `-n 2` no process is left with one of them at the end
+    items.sort(key=_place)
     if (seed := config.getoption("--shuffle")) is not None:
         cells = [item for item in items if item.path.suffix == ".ipynb"]  # their order is their meaning
         tests = [item for item in items if item.path.suffix != ".ipynb"]
@@ -67,6 +67,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         places = {path: shuffled.random() for path in {item.path for item in tests}}
         shuffled.shuffle(tests)
         items[:] = [*cells, *sorted(tests, key=lambda item: places[item.path])]
+
+
+def _place(item: pytest.Item) -> int:
+    if item.get_closest_marker("full"):
+        return 0
+    if item.path.suffix == ".ipynb":
+        return 1 if item.path.parent.name == "notebooks" else 3
+    return 2 if item.path.parent.name in ("training", "robustness") else 4
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

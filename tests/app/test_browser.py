@@ -1,4 +1,7 @@
-"""JupyterLab in a real browser: headless Chromium (see `browsers.py`) runs the tour, and moves its slider."""
+"""JupyterLab in a real browser: headless Chromium (see `browsers.py`) runs the tour, and moves its slider.
+
+The tour draws with a small random model here: its 32×32 pictures take a moment.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class Lab(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def lab(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     need_chromium()
     folder = tmp_path_factory.mktemp("lab")
     notebook = nbformat.read(TOUR, 4)
@@ -53,6 +56,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # no window that asks about news
     environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"} | places
+    environment["MINISD_MODEL"] = str(small_model)  # what the shipped model draws, nbval compares
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:

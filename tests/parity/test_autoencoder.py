@@ -102,7 +102,6 @@ def test_sample_by_hand():
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_full_size():
-    """At 256×256; test_end_to_end decodes 512×512."""
     start = time.perf_counter()
     pair = autoencoders(SD1_AUTOENCODER, torch.float32)
     with norms_in_float64():
