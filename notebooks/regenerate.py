@@ -50,7 +50,7 @@ def strip(notebook: NotebookNode) -> NotebookNode:
     """A copy without outputs, execution counts, and all metadata but tags and folds; cells are numbered anew.
 
     JupyterLab folds the outputs of cells with the tag `hide-output`, so that their readers can guess first, the code of
-    cells with `hide-input`, which only plots, and the sections whose heading has FOLDED.
+    cells with `hide-input`, which only plots or holds an answer, and the sections whose heading has FOLDED.
     """
     cells = []
     for number, cell in enumerate(notebook.cells):
