@@ -114,11 +114,13 @@ SLIPS = [
     (
         "05_attention",
         1,
-        "scores.masked_fill(~keep, -torch.inf).softmax(dim=-1)",
-        "scores.softmax(-1) * keep",
+        "scores.masked_fill(~keep[:, None, None], -torch.inf).softmax(dim=-1)",
+        "scores.softmax(-1) * keep[:, None, None]",
         "hide before the softmax",
     ),
-    ("05_attention", 1, "~keep", "keep", "that may be seen"),
+    ("05_attention", 1, "~keep[:, None, None]", "keep[:, None, None]", "hide the padding, not the words"),
+    ("05_attention", 1, "keep[:, None, None]", "keep", "yours went to queries"),
+    ("05_attention", 1, "<", "<=", "has the keys 0 to 3"),
     ("05_attention", 1, "-torch.inf", "-60", "nearly 0 is not 0"),
     ("05_attention", 2, "torch.tensor(float(factor)).log()", "factor", "e to the power of what"),
     (
