@@ -1,10 +1,7 @@
 """Kills a small training again and again, at random points, and checks that nothing was lost each time.
 
-python tests/killed_training.py autoencoder|clip|unet|lora|inversion|dreambooth|full DATA MODEL OUTPUT KILLS SEED
-
-DATA: rendered scenes, or for the last four a folder of pictures. MODEL: the folder of a small model for these.
 In turn a run is killed by another process after a random time, in the middle of writing the checkpoint, and just before
-or just after a finished file takes its place. Runs are forks of this process, which imports everything once.
+or just after a finished file takes its place. Runs are forks of this process.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections import Counter
@@ -34,7 +30,7 @@ from minisd.training.fine_tuning import FullTask
 from minisd.training.loop import Options, Task, train
 from minisd.training.tuning_options import LoRAOptions, Tuning
 
-STEPS = 6
+STEPS = 4
 # a batch of tuning is computed in two pieces
 MORE: dict[str, dict[str, Any]] = {
     "lora": {"accumulate": 2},
@@ -162,10 +158,13 @@ def compare(mine: Path, whole: Path) -> None:
             assert (mine / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def main() -> None:
-    part, data, model, output = sys.argv[1], *map(Path, sys.argv[2:5])
-    kills, rng = int(sys.argv[5]), random.Random(int(sys.argv[6]))
-    began = time.monotonic()
+def kill_again_and_again(part: str, data: Path, model: Path, output: Path, kills: int, seed: int) -> None:
+    """Print what was found, as JSON.
+
+    part: autoencoder, clip or unet, whose data are rendered scenes; or lora, inversion, dreambooth or full, which tune
+    the small model in this folder on a folder of pictures.
+    """
+    rng, began = random.Random(seed), time.monotonic()
     assert run(part, data, model, output / "whole", None, rng, 0)
     length, done, found = time.monotonic() - began, Counter[str](), Counter(ends=0, lost=0, corrupt=0)
     broken, step = output / "broken", 0
@@ -183,7 +182,3 @@ def main() -> None:
                 step = check(broken, step, found)
     finally:
         print(json.dumps({"kills": done} | found))
-
-
-if __name__ == "__main__":
-    main()

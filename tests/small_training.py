@@ -1,12 +1,5 @@
-"""Runs a small training of the named part, for the tests that kill it, resume it, or split it over processes.
+"""Small trainings of each part, for the tests that kill them, resume them, or split them over processes."""
 
-python tests/small_training.py autoencoder|clip|unet SCENES OUTPUT STEPS [--resume] [--save-every-step]
-
-Saving in every step, it draws no curves and no sheets of samples, and the UNet never does: they would take most of the
-time.
-"""
-
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,24 +58,8 @@ def assert_same_run(mine: Path, whole: Path) -> None:
         assert torch.equal(average, wanted)
 
 
-def main() -> None:
-    part, scenes, output, steps = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-    torch.set_num_threads(1)
-    often = "--save-every-step" in sys.argv
-    options = Options(
-        folder=output,
-        steps=steps,
-        batch=8,
-        lr=2e-4,
-        warmup=2,
-        save_minutes=0.0 if often else 60.0,
-        resume="--resume" in sys.argv,
-        sheet_every=0 if often or part == "unet" else None,
-    )
-    if often:
-        loop.draw_curves = count_lines
+def train_small(part: str, scenes: Path, output: Path, steps: int) -> None:
+    """A whole training without pictures, alone or as one of several processes."""
+    loop.draw_curves = count_lines
+    options = Options(folder=output, steps=steps, batch=8, lr=1e-3, warmup=2, sheet_every=0)
     loop.train(small_task(part, scenes, output), options)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,5 @@
 """Counts the memory of one training step of a full-size model on the fake GPU, mixed precision included.
 
-python tests/training_memory.py lora|inversion|full SIDE BATCH bfloat16|float32 checkpointing|plain [adafactor]
-
 Prints the peak in bytes: weights, activations, gradients, the state of the optimizer. What rests on the CPU in training
 (the autoencoder; the text encoder too where it is not trained) is not there. Attention is counted as plain products,
 with all its scores; fused kernels take less.
@@ -98,9 +96,8 @@ def make_task(kind: str, sd: StableDiffusion, tuning: Tuning) -> Adapting:
     return task  # type: ignore[no-any-return]
 
 
-def main() -> None:
-    kind, side, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    precision, checkpointing = sys.argv[4], sys.argv[5] == "checkpointing"
+def count(kind: str, side: int, batch: int, precision: str, checkpointing: bool, optimizer: str = "adamw") -> None:
+    """Print, as JSON, what a step of lora, inversion or full takes; without checkpointing its way forward, no more."""
     mode = register()
     mode.number = 1  # of the optimizer's first step
     libraries = register_autocast()
@@ -118,7 +115,7 @@ def main() -> None:
         task.loss = lambda *_: task.loss_of(drawn)
         options = Options(
             Path(folder), 1, batch=batch, decays=(0.99,) if kind != "full" else (), bfloat16=precision == "bfloat16",
-            optimizer=sys.argv[6] if len(sys.argv) > 6 else "adamw",
+            optimizer=optimizer,
         )  # fmt: skip
         with Meter() as meter:
             kept = [parameter for module in (sd.unet, sd.text_encoder, task.model) for parameter in module.parameters()]
@@ -126,11 +123,11 @@ def main() -> None:
                 meter.note(parameter)
             trainer = Trainer(task, options)
             before = meter.now
-            trainer.advance(0.0)
+            if checkpointing:
+                trainer.advance(0.0)
+            else:
+                with trainer.precision():
+                    task.loss_of(drawn)
     updated = sum(p.grad is not None for p in trainer.parameters), len(trainer.parameters)
     json.dump({"peak": meter.peak, "weights": before, "after": meter.now, "updated": updated}, sys.stdout)
     del libraries
-
-
-if __name__ == "__main__":
-    main()

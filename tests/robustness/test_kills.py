@@ -1,34 +1,32 @@
 """Trainings killed at random points, in the middle of a save too: what is resumed equals what was never killed.
 
-Usually four parts are killed three times each. MINISD_KILLS=70 kills seventy times, ten times
-each of seven parts.
+Usually six parts are killed three times each. MINISD_KILLS=70 kills seventy times, ten times each of seven parts.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import Child
+from killed_training import kill_again_and_again
 from PIL import Image
 
 from minisd.training.data import render_scenes
 
-SCRIPT = Path(__file__).parents[1] / "killed_training.py"
 TUNED = ("lora", "inversion", "dreambooth", "full")
-PARTS = ["autoencoder", "lora", "inversion", "dreambooth"]
-PARTS += ["full", "clip", "unet"] if "MINISD_KILLS" in os.environ else []
-SEED = os.environ.get("MINISD_SEED", "0")
+PARTS = ["autoencoder", "clip", "unet", "lora", "inversion", "dreambooth"]
+PARTS += ["full"] if "MINISD_KILLS" in os.environ else []
+SEED = int(os.environ.get("MINISD_SEED", "0"))
 KILLS = max(3, int(os.environ.get("MINISD_KILLS", 0)) // len(PARTS))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    render_scenes(folder / "scenes", 24, seed=5)
+    render_scenes(folder / "scenes", 8, seed=5)
     (folder / "pictures").mkdir()
     lines = []
     for index, color in enumerate(("red", "blue", "green")):
@@ -43,14 +41,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("part", PARTS)
 def test_a_killed_training_loses_nothing(part, data, small_model, tmp_path, record_property):
     source = data / ("pictures" if part in TUNED else "scenes")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), part, str(source), str(small_model), str(tmp_path), str(KILLS), SEED],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
-        capture_output=True,
-        text=True,
-    )
-    report = json.loads((done.stdout.splitlines() or ["{}"])[-1])
-    assert done.returncode == 0, done.stderr[-3000:]
+    child = Child(kill_again_and_again, part, source, small_model, tmp_path, KILLS, SEED)
+    done = child.finish(60 * (2 + KILLS))
+    report = json.loads((done.out.splitlines() or ["{}"])[-1])
+    assert done.code == 0, done.err[-3000:]
     print(f"\n{part}: {report}")
     assert sum(report["kills"].values()) == KILLS and report["ends"] >= 1
     record_property("kills", KILLS)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from forked import module, together
 from PIL import Image
 
 from minisd import StableDiffusion
@@ -131,10 +129,9 @@ def test_from_pictures_to_a_model(pictures, tmp_path, capsys):
         assert main(["train", part, *own, *run, *more, "--output", str(folder)]) == 0
     assert (folders["unet"] / "sheet-000002.png").exists()
     # the same on two processes
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    torchrun += ["-m", "minisd.training.commands", "unet", *own, *run, *parts, "--output", str(tmp_path / "two")]
-    done = subprocess.run(torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = ["minisd.training.commands", "unet", *own, *run, *parts, "--output", str(tmp_path / "two")]
+    for done in together(2, module, *words):
+        assert done.code == 0, done.err[-2000:]
     one, two = ((folder / "losses.jsonl").read_text().splitlines() for folder in (folders["unet"], tmp_path / "two"))
     losses = [[json.loads(line)["loss"] for line in lines] for lines in (one, two)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)

@@ -1,18 +1,14 @@
-"""The training loop: a killed run that resumes is the run that was never killed, and two processes make one step."""
+"""The training loop: two processes make the step of one. Runs that are killed: `robustness/test_kills.py`."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import call, together
 from safetensors.torch import load_file
-from small_training import assert_same_run, small_task
+from small_training import small_task, train_small
 
 from minisd.app.cli import main
 from minisd.config import TINY
@@ -26,7 +22,6 @@ from minisd.training.loop import Options, Shuffled, Trainer, learning_rate
 from minisd.training.scenes import Mixture, flipped, render, scene, vocabulary
 from minisd.training.unet import loss_weight
 
-SCRIPT = Path(__file__).parents[1] / "small_training.py"
 PARTS = ("autoencoder", "clip", "unet")
 
 
@@ -37,63 +32,31 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(part: str, scenes: Path, output: Path, steps: int, *more: str, processes: int = 1) -> list[str]:
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*start, str(SCRIPT), part, str(scenes), str(output), str(steps), *more]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
-
-
 def losses(output: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "losses.jsonl").read_text().splitlines()]
 
 
-def run(*arguments: str) -> None:
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_resume_after_kill_repeats_the_unbroken_run(part, scenes, tmp_path):
-    often = "--save-every-step"
-    run(*command(part, scenes, tmp_path / "whole", 8, often))
-    broken = subprocess.Popen(
-        command(part, scenes, tmp_path / "broken", 8, often), env=environment(), stderr=subprocess.DEVNULL
-    )
-    curve = tmp_path / "broken" / "losses.jsonl"
-    deadline = time.monotonic() + 120
-    while not (curve.exists() and len(losses(tmp_path / "broken")) >= 2) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    broken.send_signal(signal.SIGKILL)
-    broken.wait()
-    state = torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)
-    assert 0 < state["step"] < 8, "the kill came too late to show anything"
-    run(*command(part, scenes, tmp_path / "broken", 8, often, "--resume"))
-    assert_same_run(tmp_path / "broken", tmp_path / "whole")
-
-
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", PARTS)
 def test_two_processes_make_the_step_of_one(part, scenes, tmp_path):
-    run(*command(part, scenes, tmp_path / "one", 12))
-    run(*command(part, scenes, tmp_path / "two", 12, processes=2))
+    steps = 6
+    for done in (
+        call(train_small, part, scenes, tmp_path / "one", steps),
+        *together(2, train_small, part, scenes, tmp_path / "two", steps),
+    ):
+        assert done.code == 0, done.err[-2000:]
     one, two = np.array(losses(tmp_path / "one")), np.array(losses(tmp_path / "two"))
     print(part, "largest difference of the losses", np.abs(one - two).max())
-    assert len(one) == len(two) == 12
+    assert len(one) == len(two) == steps
     assert np.abs(one - two).max() <= 1e-4
     assert one.max() - one.min() > 1e-3, "the loss did not move, so agreeing means nothing"
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_mixed_precision_follows_the_steps_of_float32(part, scenes, tmp_path):
-    found, losses = {}, {}
+    found, losses, batch = {}, {}, 8 if part == "clip" else 4
     for bfloat16 in (False, True):
         task = small_task(part, scenes, tmp_path)
-        options = Options(folder=tmp_path, steps=8, batch=8, lr=1e-3, warmup=2, bfloat16=bfloat16)
+        options = Options(folder=tmp_path, steps=8, batch=batch, lr=1e-3, warmup=2, bfloat16=bfloat16)
         trainer = Trainer(task, options)
         losses[bfloat16] = [trainer.advance(step / 8)["loss"] for step in range(8)]
         found[bfloat16] = {p.dtype for p in task.model.parameters()} | {p.grad.dtype for p in trainer.parameters}  # type: ignore[union-attr]
@@ -115,15 +78,9 @@ def test_clip_goes_on_from_what_it_exported(scenes, tmp_path):
 
 
 def test_resume_without_checkpoint_says_so(scenes, tmp_path):
-    done = subprocess.run(
-        command("autoencoder", scenes, tmp_path / "none", 2, "--resume"),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode != 0
-    assert "nothing to resume" in done.stderr
+    task = small_task("autoencoder", scenes, tmp_path)
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        Trainer(task, Options(folder=tmp_path / "none", steps=2, resume=True))
 
 
 def test_rendered_scenes_are_the_stream(scenes):
