@@ -106,9 +106,9 @@ SLIPS = [
     (
         "04_text_encoder",
         3,
-        "position_embedding.weight[place]",
+        "position_embedding.weight[position]",
         "position_embedding.weight[0]",
-        "vector of its own place",
+        "vector of its own position",
     ),
     ("04_text_encoder", 3, 'te.text_model["final_layer_norm"](x)', "x", "norm at the very end"),
     (
