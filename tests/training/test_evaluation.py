@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -252,10 +253,17 @@ def test_counts_are_exact():
     ]
 
 
+@cache
+def shipped_verdicts() -> tuple[list[Scene], list[Verdict]]:
+    """What the shipped judge says of 200 scenes."""
+    scenes = held_out(200)
+    return scenes, verdicts_of(Judge.load(), pictures(scenes), 16)
+
+
 @SHIPPED
 def test_shipped_judge_is_right_about_scenes_with_new_combinations():
-    scenes = held_out(200)
-    shares = tally(scenes, verdicts_of(Judge.load(), pictures(scenes), 16))
+    scenes, verdicts = shipped_verdicts()
+    shares = tally(scenes, verdicts)
     judged = {name for name, share in shares.items() if share.of >= 5}
     assert {"object", "background", "time", "color", "left_right", "count"} <= judged
     # 200 scenes hold a dozen of some attributes, so the bound leaves room for chance below the 97% of the long run
@@ -265,9 +273,8 @@ def test_shipped_judge_is_right_about_scenes_with_new_combinations():
 @SHIPPED
 def test_shipped_judge_sees_mistakes():
     """Beside the captions of other scenes, its verdicts are mostly wrong: it reads the picture, not the odds."""
-    scenes = held_out(100)
-    verdicts = verdicts_of(Judge.load(), pictures(scenes), 16)
-    shares = tally(scenes, verdicts[50:] + verdicts[:50])
+    scenes, verdicts = shipped_verdicts()
+    shares = tally(scenes, verdicts[100:] + verdicts[:100])
     assert shares["object"].right < 0.15 * shares["object"].of
     assert shares["background"].right < 0.25 * shares["background"].of
     assert shares["everything"].right == 0
@@ -324,18 +331,18 @@ def untrained() -> StableDiffusion:
 
 def test_evaluate_writes_a_report_and_draws_nothing_twice(untrained, tmp_path, monkeypatch):
     judge = Judge(JudgeConfig(Vocabulary.of_scenes(), widths=(8, 16, 16), groups=4)).eval()
-    settings = Settings(count=6, steps=1)
-    result = evaluate(untrained, tmp_path, settings, judge=judge, batch=4)
+    settings = Settings(count=3, steps=1)
+    result = evaluate(untrained, tmp_path, settings, judge=judge, batch=2)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(result))
     assert (tmp_path / "evaluation.png").stat().st_size > 10_000
     figures = result["attributes"]
-    assert figures["background"]["drawn"]["of"] == 6
+    assert figures["background"]["drawn"]["of"] == 3
     assert not figures["everything"]["quoted"], "an untrained judge is not to be quoted"
     assert result["autoencoder"]["psnr"] < 20
     assert set(result["edge_energy"]) == set(result["frechet_distance"]) == {"drawn", "reconstructed"}
 
     monkeypatch.setattr(StableDiffusion, "__call__", None)
-    again = evaluate(untrained, tmp_path, settings, judge=judge, batch=4)
+    again = evaluate(untrained, tmp_path, settings, judge=judge, batch=2)
     assert again == result
 
 

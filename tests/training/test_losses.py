@@ -144,8 +144,8 @@ def test_exported_decoder_lies_between_the_first_and_the_last(scenes, tmp_path):
 
 def test_features_learn_what_is_in_a_cell(scenes, tmp_path):
     task = FeaturesTask(scenes)
-    trainer = Trainer(task, Options(tmp_path, steps=30, batch=8, lr=3e-3, warmup=5))
-    lines = [trainer.advance(0.0) for _ in range(30)]
+    trainer = Trainer(task, Options(tmp_path, steps=16, batch=2, lr=3e-3, warmup=5))
+    lines = [trainer.advance(0.0) for _ in range(16)]
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
     task.export(task.model, tmp_path)
     loaded = SceneFeatures.load(tmp_path / "features.safetensors")
