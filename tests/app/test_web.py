@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import json
-import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -25,12 +22,12 @@ import numpy as np
 import pytest
 import torch
 from browsers import chromium, free_port, need_chromium, wait_for_server
+from forked import Child, module
 from page_client import Address, page_of
 from PIL import Image
 from safetensors.torch import save_file
 
 from minisd import StableDiffusion, record_attention
-from minisd.app import cli
 from minisd.app.web import MAX_RESULTS, MAX_WAITING
 from minisd.app.web_drawing import Preview, Request, Result, draw, overlay
 from minisd.features.attention_maps import Word, WordMaps, split_words
@@ -420,23 +417,15 @@ def test_help_of_the_command_waits_for_neither_torch_nor_starlette():
 def started(folder: Path, log: Path, *options: str) -> Iterator[str]:
     """`minisd serve` in a folder, by default with the tiny model; gives the page's address."""
     port = free_port()
-    command = [sys.executable, "-m", "minisd", "serve", *options, "--port", str(port), "--device", "cpu"]
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
-    with log.open("w") as output:
-        # a shell that starts jobs in the background lets them ignore SIGINT, and they hand that on
-        interruptible = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=folder, env=environment, preexec_fn=interruptible
-        )
-        try:
-            wait_for_server("minisd serve", f"http://127.0.0.1:{port}/", process, log)
-            yield f"http://127.0.0.1:{port}/"
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                assert process.wait(30) == 0
-            finally:
-                process.kill()
+    process = Child(module, "minisd", "serve", *options, "--port", str(port), "--device", "cpu", cwd=folder)
+    try:
+        wait_for_server("minisd serve", f"http://127.0.0.1:{port}/", process, process.err)  # type: ignore[arg-type]
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        process.interrupt()
+        code, out, err = process.finish(30)
+        log.write_text(out + err)
+        assert code == 0, err
 
 
 @pytest.fixture(scope="module")

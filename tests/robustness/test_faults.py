@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Child, call, execute
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -21,7 +20,6 @@ from minisd import StableDiffusion
 from minisd.io.adapter_files import save_lora
 from minisd.lora import LoRA, LowRank
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
 
@@ -73,7 +71,6 @@ from minisd import StableDiffusion
 from minisd.io.adapter_files import save_lora
 from minisd.lora import LoRA, LowRank
 from minisd.app import cli
-torch.set_num_threads(1)
 sd = StableDiffusion.from_pretrained(sys.argv[1], device="cpu")
 sd("fox", num_inference_steps=1)
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -92,15 +89,12 @@ print("code", code)
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits the address space, as Linux can")
 def test_a_process_short_of_memory_tells_and_goes_on(small_model, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", TIGHT, str(small_model)],
-        env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    told, size, code = done.stdout.splitlines()
+    done = call(execute, TIGHT, str(small_model), cwd=tmp_path)
+    assert done.code == 0, done.err[-2000:]
+    told, size, code = done.out.splitlines()
     assert told.startswith("told: out of memory in the ") and "tile=True" in told
     assert (size, code) == ("size (32, 32)", "code 1")
-    assert "error: out of memory; try a smaller --batch" in done.stderr and "Traceback" not in done.stderr
+    assert "error: out of memory; try a smaller --batch" in done.err and "Traceback" not in done.err
     assert not list(tmp_path.iterdir())
 
 
@@ -221,6 +215,7 @@ from pathlib import Path
 from PIL import Image
 from safetensors.torch import save_file
 from minisd.pipeline.metadata import save_png
+Path(f"ready-{sys.argv[1]}").touch()
 while not Path("go").exists():
     pass
 for number in range(40):
@@ -229,15 +224,15 @@ for number in range(40):
 
 
 def test_processes_that_write_the_same_name_lose_no_picture(tmp_path):
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(one)], env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.PIPE, text=True
-        )
-        for one in range(3)
-    ]
+    writers = [Child(execute, WRITER, str(one), cwd=tmp_path) for one in range(3)]
+    for one in range(3):
+        while not (tmp_path / f"ready-{one}").exists():
+            assert writers[one].poll() is None
+            time.sleep(0.01)
     (tmp_path / "go").touch()
-    names = [name for writer in writers for name in writer.communicate(timeout=100)[0].splitlines()]
-    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    done = [writer.finish() for writer in writers]
+    assert [one.code for one in done] == [0, 0, 0], [one.err for one in done]
+    names = [name for one in done for name in one.out.splitlines()]
     files = list((tmp_path / "out").iterdir())
     assert sorted(names) == sorted(f"out/{path.name}" for path in files) and len(set(names)) == 120
     colors = {Image.open(path).getpixel((0, 0)) for path in files}
