@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
+import forked
 import numpy as np
 import pytest
 from checkpoints import SMALL, make_parts, write_folder
@@ -218,17 +220,14 @@ def settings(home: Path, endpoint: str, offline: bool = False) -> dict[str, str]
 DESCRIBE = f"from minisd.io.checkpoint import describe; print(describe({REPO!r}))"
 
 
-def run(
-    home: Path, endpoint: str, offline: bool = False, code: str = DESCRIBE, *arguments: str
-) -> subprocess.CompletedProcess[str]:
+def begin(home: Path, endpoint: str, offline: bool = False, code: str = DESCRIBE, *arguments: str) -> forked.Child:
+    with mock.patch.dict(os.environ, settings(home, endpoint, offline), clear=True):
+        return forked.Child(forked.execute, code, *arguments)
+
+
+def run(home: Path, endpoint: str, offline: bool = False, code: str = DESCRIBE, *arguments: str) -> forked.Done:
     """`describe("owner/name")`, or other code, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=settings(home, endpoint, offline),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return begin(home, endpoint, offline, code, *arguments).finish()
 
 
 def endpoint_of(hub: Hub) -> str:
@@ -240,39 +239,39 @@ CLOSED = "http://127.0.0.1:9"
 
 def test_download_then_cache_then_offline(hub, tmp_path):
     first = run(tmp_path, endpoint_of(hub))
-    assert "5,054,411 parameters" in first.stdout, first.stderr
+    assert "5,054,411 parameters" in first.out, first.err
     fetched = {name for name, _ in hub.sent}
     assert fetched == set(hub.files) - {"model.ckpt", "safety_checker/model.safetensors"} - {
         name for name in hub.files if name.startswith("tokenizer/") and name.endswith(".jinja")
     }
     size = sum(len(hub.files[name]) for name in fetched)
-    assert f"{REPO}: downloading {len(fetched)} files, {size / 1e9:.2f} GB" in first.stderr
+    assert f"{REPO}: downloading {len(fetched)} files, {size / 1e9:.2f} GB" in first.err
     hub.sent.clear()
     second = run(tmp_path, endpoint_of(hub))
-    assert second.stdout == first.stdout
-    assert "downloading" not in second.stderr
+    assert second.out == first.out
+    assert "downloading" not in second.err
     assert hub.sent == []
     for place, offline in ((endpoint_of(hub), True), (CLOSED, False)):
         again = run(tmp_path, place, offline)
-        assert again.stdout == first.stdout, again.stderr
+        assert again.out == first.out, again.err
     for status in (500, 429):
         hub.status = (status, "")
-        assert run(tmp_path, endpoint_of(hub)).stdout == first.stdout
+        assert run(tmp_path, endpoint_of(hub)).out == first.out
 
 
 def test_only_the_autoencoder_is_downloaded(hub, folder, tmp_path):
     code = f"from minisd.io.checkpoint import describe; print(describe({str(folder)!r}, vae={REPO!r}))"
     first = run(tmp_path, endpoint_of(hub), False, code)
-    assert "5,054,411 parameters" in first.stdout, first.stderr
+    assert "5,054,411 parameters" in first.out, first.err
     assert {name for name, _ in hub.sent} == {"model_index.json", "vae/config.json", f"{PARTS[2]}.safetensors"}
-    assert run(tmp_path, CLOSED, True, code).stdout == first.stdout
+    assert run(tmp_path, CLOSED, True, code).out == first.out
 
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_nothing_cached_and_no_hub(tmp_path, offline):
     result = run(tmp_path, CLOSED, offline)
-    assert result.returncode == 1
-    assert f"HubError: {REPO} is not in the cache and the hub cannot be reached" in result.stderr
+    assert result.code == 1
+    assert f"HubError: {REPO} is not in the cache and the hub cannot be reached" in result.err
 
 
 @pytest.mark.parametrize(
@@ -290,23 +289,23 @@ def test_nothing_cached_and_no_hub(tmp_path, offline):
 def test_refusals_are_explained(hub, tmp_path, status, code, message):
     hub.status = (status, code)
     result = run(tmp_path, endpoint_of(hub))
-    assert result.returncode == 1
-    assert f"HubError: {message}" in result.stderr or f"HubError: owner/name {message}" in result.stderr
+    assert result.code == 1
+    assert f"HubError: {message}" in result.err or f"HubError: owner/name {message}" in result.err
 
 
 def test_cut_download_goes_on_with_what_is_missing(hub, tmp_path):
     name = "unet/diffusion_pytorch_model.safetensors"
     hub.hang_up[name] = len(hub.files[name]) // 2
     broken = run(tmp_path, endpoint_of(hub))
-    assert f"HubError: the download of {REPO} failed" in broken.stderr
+    assert f"HubError: the download of {REPO} failed" in broken.err
     done = {sent for sent, _ in hub.sent} - {name}
     hub.hang_up.clear()
     hub.sent.clear()
     result = run(tmp_path, endpoint_of(hub))
-    assert "5,054,411 parameters" in result.stdout, result.stderr
+    assert "5,054,411 parameters" in result.out, result.err
     assert (name, 0) in hub.sent
     assert not done & {sent for sent, _ in hub.sent}
-    assert "downloading" in result.stderr
+    assert "downloading" in result.err
 
 
 def test_damage_that_keeps_the_size_is_caught(hub, tmp_path):
@@ -314,9 +313,9 @@ def test_damage_that_keeps_the_size_is_caught(hub, tmp_path):
     good = hub.files[name]
     hub.files[name] = good[:-100] + bytes([good[-100] ^ 1]) + good[-99:]
     result = run(tmp_path, endpoint_of(hub))
-    assert f"CheckpointError: {name} was corrupted in transit" in result.stderr
+    assert f"CheckpointError: {name} was corrupted in transit" in result.err
     hub.files[name] = good
-    assert "5,054,411 parameters" in run(tmp_path, endpoint_of(hub)).stdout
+    assert "5,054,411 parameters" in run(tmp_path, endpoint_of(hub)).out
 
 
 def damage(data: bytes) -> bytes:
@@ -330,12 +329,12 @@ def test_every_damaged_file_is_caught_and_good_ones_are_hashed_once(hub, tmp_pat
     for name in weights[:2]:
         hub.files[name] = damage(good[name])
     result = run(tmp_path, endpoint_of(hub))
-    assert all(f"{name} was corrupted in transit" in result.stderr for name in weights[:2])
+    assert all(f"{name} was corrupted in transit" in result.err for name in weights[:2])
     (record,) = tmp_path.rglob("minisd-verified-*.json")
     known = json.loads(record.read_text())
     assert {name for name in known if known[name][2]} == {weights[2]}
     hub.files |= good
-    assert "5,054,411 parameters" in run(tmp_path, endpoint_of(hub)).stdout
+    assert "5,054,411 parameters" in run(tmp_path, endpoint_of(hub)).out
     assert all(entry[2] for entry in json.loads(record.read_text()).values())
 
 
@@ -351,24 +350,24 @@ def test_a_run_killed_before_it_verifies_leaves_nothing_trusted(hub, tmp_path, o
     name = "unet/diffusion_pytorch_model.safetensors"
     good = dict(hub.files)
     hub.files[name] = damage(good[name])
-    assert run(tmp_path, endpoint_of(hub), False, KILLED).returncode == 9
+    assert run(tmp_path, endpoint_of(hub), False, KILLED).code == 9
     assert [*tmp_path.rglob("diffusion_pytorch_model.safetensors")]
     for _ in range(2):
         result = run(tmp_path, endpoint_of(hub), offline)
-        assert f"CheckpointError: {name} was corrupted in transit" in result.stderr or _ and offline
-        assert result.returncode == 1
+        assert f"CheckpointError: {name} was corrupted in transit" in result.err or _ and offline
+        assert result.code == 1
     hub.files |= good
-    assert "5,054,411 parameters" in run(tmp_path, endpoint_of(hub)).stdout
+    assert "5,054,411 parameters" in run(tmp_path, endpoint_of(hub)).out
     # what is recorded is not hashed again; what has changed since then is
     (stored,) = {path.resolve() for path in tmp_path.rglob(name)}
     stored.write_bytes(damage(stored.read_bytes()))
-    assert "was corrupted in transit" in run(tmp_path, endpoint_of(hub), True).stderr
+    assert "was corrupted in transit" in run(tmp_path, endpoint_of(hub), True).err
 
 
 def test_repository_without_a_folder(hub, tmp_path):
     del hub.files["vae/diffusion_pytorch_model.safetensors"]
     result = run(tmp_path, endpoint_of(hub))
-    assert "CheckpointError: owner/name is not a Stable Diffusion model" in result.stderr
+    assert "CheckpointError: owner/name is not a Stable Diffusion model" in result.err
     assert hub.sent == []
 
 
@@ -381,13 +380,13 @@ sd("a fox in the snow", seed=7, num_inference_steps=2).save(sys.argv[1])
 
 
 def test_the_tiny_model_from_the_hub_draws_as_the_shipped_one(tmp_path):
+    shipped = StableDiffusion.from_pretrained(device="cpu")("a fox in the snow", seed=7, num_inference_steps=2)
     with serving(SHIPPED) as hub:
         for offline in (False, True):
             result = run(tmp_path / "home", endpoint_of(hub), offline, DRAW, str(tmp_path / "fox.png"))
-            assert result.returncode == 0, result.stderr
+            assert result.code == 0, result.err
             drawn = np.asarray(Image.open(tmp_path / "fox.png"))
             (tmp_path / "fox.png").unlink()
-            shipped = StableDiffusion.from_pretrained(device="cpu")("a fox in the snow", seed=7, num_inference_steps=2)
             assert np.array_equal(drawn, np.asarray(shipped))
         assert {name.partition("/")[0] for name, _ in hub.sent} == {
             "minisd.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
@@ -398,7 +397,7 @@ def test_a_cut_connection_is_taken_up_where_it_broke(hub, tmp_path):
     name = "unet/diffusion_pytorch_model.safetensors"
     hub.once[name] = len(hub.files[name]) - 1000
     result = run(tmp_path, endpoint_of(hub))
-    assert "5,054,411 parameters" in result.stdout, result.stderr
+    assert "5,054,411 parameters" in result.out, result.err
     (first, again) = (start for sent, start in hub.sent if sent == name)
     assert first == 0 and again == 10 * 2**20  # the client writes 10 MB at a time
     (stored,) = tmp_path.rglob(name)
@@ -407,12 +406,10 @@ def test_a_cut_connection_is_taken_up_where_it_broke(hub, tmp_path):
 
 
 def test_two_processes_download_into_one_cache(hub, tmp_path):
-    start = [sys.executable, "-c", DESCRIBE]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(start, env=settings(tmp_path, endpoint_of(hub)), **pipes) for _ in range(2)]
+    both = [begin(tmp_path, endpoint_of(hub)) for _ in range(2)]
     for process in both:
-        out, err = process.communicate(timeout=120)
-        assert "5,054,411 parameters" in out, err
+        result = process.finish()
+        assert "5,054,411 parameters" in result.out, result.err
     stored = {path for path in tmp_path.rglob("*.safetensors")}
     assert len(stored) == 3 and not [*tmp_path.rglob("*.incomplete")]
     for path in stored:
