@@ -53,14 +53,26 @@ def manifest(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, bytes]:
+    """The files of `whole`, once they are drawn."""
+    return {}
+
+
 @pytest.fixture
-def whole(run: Run) -> dict[str, bytes]:
+def whole(run: Run, drawn: dict[str, bytes]) -> dict[str, bytes]:
     """The files of an unbroken run of PROMPTS, in the folder "whole"; "prompts.jsonl" holds them."""
     write("prompts.jsonl", PROMPTS)
-    code, lines, err = run("generate", "--prompts", "prompts.jsonl", "--output", "whole", "--batch", "2")
-    assert code == 0 and "7 drawn, 0 already existed" in err
-    assert lines == [f"whole/{file}.png" for file in FILES]
-    return contents("whole")
+    if drawn:
+        Path("whole").mkdir()
+        for name, data in drawn.items():
+            Path("whole", name).write_bytes(data)
+    else:
+        code, lines, err = run("generate", "--prompts", "prompts.jsonl", "--output", "whole", "--batch", "2")
+        assert code == 0 and "7 drawn, 0 already existed" in err
+        assert lines == [f"whole/{file}.png" for file in FILES]
+        drawn.update(contents("whole"))
+    return dict(drawn)
 
 
 def again(run: Run, folder: str, *more: str) -> tuple[int, list[str], str]:

@@ -1,8 +1,11 @@
 """`minisd bench` on the tiny model. Its times are of no interest here: that it measures the same thing twice is."""
 
 import json
+import os
 import re
 import statistics
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,34 +22,52 @@ from minisd.io.checkpoint import SHIPPED
 from minisd.io.configs import to_dict
 
 
-@pytest.mark.timeout(600)
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    for measured in (bench, training):
+        monkeypatch.setattr(measured, "CEILING_SIDE", 512)
+
+
+MEASURED = {
+    "peak memory, step and decode at 192", "matrix product 512³", "text encoder, two prompts",
+    "one guided UNet step at 192", "decode at 192",
+}  # fmt: skip
+
+
 def test_the_command_measures_both_libraries(tmp_path, capsys):
     path = tmp_path / "bench.json"
-    assert main(f"bench --model tiny --steps 2 --repeats 1 --threads 1 --device cpu -o {path}".split()) == 0
+    command = f"bench --model tiny --steps 2 --repeats 1 --threads 1 --device cpu --no-loading -o {path}"
+    assert main(command.split()) == 0
     report = json.loads(path.read_text())
     assert report["picture_difference"] <= 1  # both drew the same picture
     found = {(row["what"], row["library"]): row for row in report["rows"]}
-    for what in ("load, first step included", "text encoder, two prompts", "one guided UNet step at 192",
-                 "decode at 192", "picture 192×192, 2 steps"):  # fmt: skip
+    assert {what for what, _ in found} == {*MEASURED, "picture 192×192, 2 steps"}
+    for what in ("text encoder, two prompts", "one guided UNet step at 192", "decode at 192",
+                 "picture 192×192, 2 steps"):  # fmt: skip
         assert found[what, "minisd"]["seconds"] > 0 and found[what, "diffusers"]["seconds"] > 0
     for library in ("minisd", "diffusers"):
         assert 0.1 < found["peak memory, step and decode at 192", library]["peak_gb"] < 5
-    # importing diffusers' pipeline takes longer than minisd, which imports neither of the two
-    assert found["import minisd", "minisd"]["seconds"] < found["import diffusers", "diffusers"]["seconds"]
     said = capsys.readouterr()
     assert said.out.strip() == str(path) and "ratio" in said.err and "GFLOP/s" in said.err
     assert Image.open(path.with_suffix(".png")).width > 300
 
 
-def test_what_is_not_asked_for_is_not_measured(tmp_path):
+def test_loading_is_measured_and_what_is_not_asked_for_is_not(tmp_path, monkeypatch):
+    """One process stands for those that are started for each loading."""
+    process, started = bench.Process("minisd", bench.Settings(threads=1)), []
+    shared = SimpleNamespace(library="minisd", load=process.load, peak=process.peak, ask=process.ask, close=lambda: 0)
+    monkeypatch.setattr(bench, "Process", lambda name, settings: started.append(name) or shared)
     path = tmp_path / "bench.json"
-    command = f"bench --model tiny --steps 0 --repeats 1 --threads 1 --device cpu --alone --no-loading -o {path}"
+    command = f"bench --model tiny --steps 0 --repeats 1 --threads 1 --device cpu --alone -o {path}"
     assert main(command.split()) == 0
-    found = {row["what"] for row in json.loads(path.read_text())["rows"]}
-    assert found == {
-        "peak memory, step and decode at 192", "matrix product 4096³", "text encoder, two prompts",
-        "one guided UNet step at 192", "decode at 192",
-    }  # fmt: skip
+    process.close()
+    found = {row["what"]: row for row in json.loads(path.read_text())["rows"]}
+    loading = {"import torch", "import minisd", "load, first step included"}
+    loading |= {"load, files not in memory"} if hasattr(os, "posix_fadvise") else set()
+    assert started == ["minisd"] * (4 if hasattr(os, "posix_fadvise") else 3)
+    assert found.keys() == MEASURED | loading and all(found[what]["seconds"] > 0 for what in loading)
+    # importing diffusers' pipeline takes longer than minisd, which imports neither of the two
+    assert found["import minisd"]["seconds"] < bench._import_seconds("diffusers")
     assert Image.open(path.with_suffix(".png")).width > 300
 
 
@@ -136,12 +157,15 @@ def test_the_shipped_report_can_be_shown():
 
 
 def test_the_command_measures_the_trainings(tmp_path, capsys, monkeypatch):
-    settings = training.Settings(steps=1, scenes=16, parts=("autoencoder",))
+    recipes = training.RECIPES
+    settings = training.Settings(steps=1, scenes=8, parts=("autoencoder",))
     monkeypatch.setattr(training, "Settings", lambda **_: settings)
+    half = {name: replace(recipe, batch=recipe.batch // 2, read=recipe.read // 2) for name, recipe in recipes.items()}
+    monkeypatch.setattr(training, "RECIPES", half)
     path = tmp_path / "training.json"
     assert main(f"bench --training --threads 1 -o {path}".split()) == 0
     (row,) = json.loads(path.read_text())["parts"]
-    assert row["samples_per_second"] == pytest.approx(4 / row["seconds_per_step"], rel=0.01)
+    assert row["samples_per_second"] == pytest.approx(2 / row["seconds_per_step"], rel=0.01)
     assert row["gflops"] == pytest.approx(row["gflop_per_sample"] * row["samples_per_second"], rel=0.02)
     assert row["of_ceiling"] == pytest.approx(row["gflops"] / row["ceiling_gflops"], abs=0.002)
     assert sum(row["profile"].values()) == pytest.approx(1, abs=0.01)

@@ -89,7 +89,8 @@ def test_code_of_users_under_mypy(tmp_path):
     for name, code in {**RIGHT, **WRONG}.items():
         (tmp_path / f"{name}.py").write_text(START + code, encoding="utf-8")
     (tmp_path / "mypy.ini").write_text("[mypy]\n")
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file=mypy.ini", "."]
+    options = ["--follow-imports=silent", "--config-file=mypy.ini", f"--cache-dir={os.devnull}"]
+    command = [sys.executable, "-m", "mypy", "--strict", *options, "."]
     environment = os.environ | {"MYPYPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     found = re.findall(r"^(\w+)\.py:(\d+): error: .*\[([\w-]+)\]$", done.stdout, re.MULTILINE)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from forked import module, together
 from PIL import Image
+from small_training import count_lines
 from torch import nn
 
 from minisd import StableDiffusion
@@ -162,8 +163,9 @@ def test_two_processes_make_the_step_of_one(small_model, pictures, tmp_path):
     assert max(losses[0]) - min(losses[0]) > 1e-3
 
 
-def test_commands(small_model, pictures, tmp_path, capsys):
+def test_commands(small_model, pictures, tmp_path, capsys, monkeypatch):
     """Each writes what it says, and `full` a model that loads."""
+    monkeypatch.setattr(loop, "draw_curves", count_lines)
     common = ["--model", str(small_model), "--device", "cpu", "--pictures", str(pictures), "--steps", "2", "--batch"]
     common += ["2", "--precision", "bfloat16", "--checkpointing", "--warmup", "0"]
     classes = ["--class-pictures", str(tmp_path / "class"), "--class-prompt", "a fox", "--class-count", "2"]
