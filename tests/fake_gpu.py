@@ -14,6 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 from unittest import mock
@@ -32,6 +33,19 @@ from minisd.features.more_samplers import Sampler
 from minisd.samplers import SAMPLERS
 
 GPU = "fakegpu:0"
+# Where the sampling loop is asked, and not the networks: as few operators as there can be.
+FEW = replace(
+    TINY,
+    text_encoder=replace(TINY.text_encoder, num_hidden_layers=1),
+    autoencoder=replace(TINY.autoencoder, block_out_channels=(16, 16, 16, 16)),
+    unet=replace(
+        TINY.unet,
+        block_out_channels=(64,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        attention_head_dim=(2,),
+    ),
+)
 
 
 class FakeGPU(fake_tensor.FakeTensorMode):
@@ -143,7 +157,8 @@ def offloaded_with_lora(sd: StableDiffusion) -> list[int]:
             on_cpu = torch.empty(getattr(update, name).shape, dtype=torch.float16)
             setattr(update, name, nn.Parameter(on_cpu, requires_grad=False))
         update.register_forward_hook(lambda module, inputs, output: calls.append(output.device.type))
-    draw(sd, "ddim", prompts=["a fox in the snow"])
+    for _ in sd.denoise("a fox in the snow", num_inference_steps=2, seed=0, sampler="ddim"):
+        pass
     return [len(layers), calls.count("fakegpu")]
 
 
@@ -180,14 +195,17 @@ def waits_between_calls(sd: StableDiffusion, prompt: str = "a fox", *inputs: Any
     return waits.found[reached[0] : reached[-1]]
 
 
-def waits(sd: StableDiffusion) -> dict[str, list[str]]:
-    """The waits inside the sampling loop, by what is drawn; the last one is there to be found."""
+def waits(sd: StableDiffusion, tiny: StableDiffusion) -> dict[str, list[str]]:
+    """The waits inside the sampling loop, by what is drawn; the last one is there to be found.
+
+    `sd` has the fewest blocks: the loop is what differs. `tiny` has a UNet of the common depth, some of it reused.
+    """
     image, mask = torch.zeros(1, 3, 256, 256), torch.ones(1, 1, 256, 256)
     found = {name: waits_between_calls(sd, sampler=name) for name in Sampler.functions}
     found |= {
         "turbo": waits_between_calls(sd, preset="turbo"),
         "scales": waits_between_calls(sd, ["a fox", "a cat"], guidance_scale=[3, 7.5], guidance_rescale=0.5),
-        "feature reuse": waits_between_calls(sd, num_inference_steps=12, feature_reuse=(2, 2)),
+        "feature reuse": waits_between_calls(tiny, num_inference_steps=8, feature_reuse=(2, 2)),
         "prompt editing": waits_between_calls(sd, "a [fox:cat:0.5] AND snow :0.5"),
         "inpainting": waits_between_calls(sd, "a fox", image, mask, sampler="ddpm"),
         "callback": waits_between_calls(sd, callback=lambda index, t, latents: latents / 2),
@@ -249,22 +267,22 @@ def weight_on_cpu(network: nn.Module, key: str) -> Iterator[None]:
 
 
 def scenarios(mode: FakeGPU) -> Iterator[tuple[str, Callable[[], Any]]]:
-    sd, sd2, tiny = build(SD15, mode), build(SD21, mode), build(TINY, mode)
+    sd, sd2, few = build(SD15, mode), build(SD21, mode), build(FEW, mode)
     yield "SD 1.5", lambda: draw(sd)
     yield "SD 2.1", lambda: draw(sd2)
     for sampler in SAMPLERS:
-        yield sampler, partial(draw, tiny, sampler)
+        yield sampler, partial(draw, few, sampler)
     yield "redraw", lambda: redraw(sd)
     yield "steps", lambda: steps(sd)
     yield "record", lambda: record(sd)
-    yield "waits", lambda: waits(tiny)
+    yield "waits", lambda: waits(few, build(TINY, mode))
 
     def planted(plant: Any) -> Any:
         with plant:
             return draw(sd)
 
     yield "offload", lambda: offloaded(build(SD15, mode, offload=True))
-    yield "offload with LoRA", lambda: offloaded_with_lora(build(SD15, mode, offload=True))
+    yield "offload with LoRA", lambda: offloaded_with_lora(build(TINY, mode, offload=True))
 
     text, unet, autoencoder = sd.text_encoder, sd.unet, sd.autoencoder
     position = "text_model.embeddings.position_embedding.weight"

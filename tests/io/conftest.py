@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from checkpoints import SMALL, Parts, compvis_state, make_parts, write_folder
 from torch import Tensor
+
+from minisd import Tokenizer
+
+words = cache(Tokenizer.from_pretrained)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once() -> Iterator[None]:
+    """The words of Stable Diffusion 1, which every single file takes, are read once: no tokenizer ever changes."""
+    with mock.patch.object(Tokenizer, "from_pretrained", words):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -512,13 +512,6 @@ touched = sum(float(p.sum()) for m in (loaded.text_encoder, loaded.autoencoder, 
 assert touched == touched
 print(status() - before, status(), seconds)
 """
-DIFFUSERS = """
-import sys, time
-from diffusers import StableDiffusionPipeline
-start = time.perf_counter()
-StableDiffusionPipeline.from_pretrained(sys.argv[1])
-print(time.perf_counter() - start)
-"""
 
 
 @pytest.mark.full
@@ -526,15 +519,14 @@ def test_peak_memory_of_a_full_size_checkpoint(full_checkpoints):
     """VmHWM of a fresh process, mapped pages and libraries included, after reading every weight."""
     folder, file = full_checkpoints
 
-    def measure(code: str, *arguments: str) -> list[float]:
-        result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    def measure(*arguments: str) -> list[float]:
+        result = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
         return [float(word) for word in result.stdout.split()]
 
     for path, dtype in ((folder, "float32"), (file, "float32"), (folder, "float16")):
         files = path.rglob("*.safetensors") if path.is_dir() else [path]
         size = sum(each.stat().st_size for each in files)
         assert size > 4.2e9
-        loading, whole, seconds = measure(MEASURE, str(path), dtype)
+        loading, whole, seconds = measure(str(path), dtype)
         print(f"{path.name} {dtype}: {seconds:.1f} s, peak {whole / size:.3f} of {size / 1e9:.2f} GB", end="; ")
         assert whole <= 1.1 * size
-    print(f"diffusers: {measure(DIFFUSERS, str(folder))[0]:.1f} s")

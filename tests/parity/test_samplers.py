@@ -122,12 +122,12 @@ def beta_quantile(p: float, a: float, b: float) -> float:
     """scipy.stats.beta.ppf, which diffusers calls and the tests do not install."""
     if p in (0.0, 1.0):
         return p
-    low, high = mpmath.mpf(0), mpmath.mpf(1)
+    low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        below = mpmath.betainc(a, b, 0, middle, regularized=True) < p
+        below = mpmath.fp.betainc(a, b, 0, middle, regularized=True) < p
         low, high = (middle, high) if below else (low, middle)
-    return float(low)
+    return low
 
 
 @pytest.fixture(autouse=True)

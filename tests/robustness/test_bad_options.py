@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from models import write_adapters
 from PIL import Image
 
 from minisd.app import cli
+from minisd.io import checkpoint
 
 PLACES = ["text.txt", "text.txt/deep", "a\0b", "x" * 300]
 TRAINING = {
@@ -132,6 +134,8 @@ def desk(tmp_path_factory, small_model) -> Path:
 def test_bad_options(desk, command, small_model, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     monkeypatch.delenv("MINISD_DEBUG", raising=False)
+    # the same models each time: their configurations and words are read once, their weights for every command
+    monkeypatch.setattr(checkpoint, "open_checkpoint", cache(checkpoint.open_checkpoint))
     files = sorted(desk.rglob("*"))
     words = command.split()
     for name, values in COMMANDS[command].items():
