@@ -428,8 +428,9 @@ def test_files_are_read_by_their_content(tmp_path, parts, state, name, content):
         torch.save(state, path, _use_new_zipfile_serialization=content == "zip")
     assert is_safetensors(path) == (content == "safetensors")
     loaded = load(path, config=SMALL)
+    ours = loaded.unet.state_dict()
     for key, value in parts.unet.state_dict().items():
-        assert torch.equal(loaded.unet.state_dict()[key], value)
+        assert torch.equal(ours[key], value)
     is_v = loaded.config.schedule.prediction_type == "v_prediction"
     assert is_v == (content == "safetensors")
 

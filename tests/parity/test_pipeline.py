@@ -19,11 +19,18 @@ def sd() -> StableDiffusion:
     return StableDiffusion.from_pretrained(device="cpu")
 
 
-@pytest.fixture
-def pipe():
+@pytest.fixture(scope="module")
+def loaded():
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(FOLDER), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def pipe(loaded):
+    own = loaded.scheduler
+    yield loaded
+    loaded.scheduler = own
 
 
 def largest_difference(sd, pipe, prompt, seed, steps, **settings) -> int:

@@ -125,6 +125,8 @@ def test_tokens_and_decoded_text_are_those_of_transformers(tokenizer, reference,
 
 @pytest.mark.parametrize("max_length", [2, 3, 20, 77])
 def test_padded_rows_are_those_of_transformers(tokenizer, reference, texts, max_length):
+    """All ids are compared above; here they are cut and padded, all at the usual length, a part at others."""
+    texts = texts if max_length == 77 else texts[::4]
     expected = reference(
         texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
     ).input_ids
