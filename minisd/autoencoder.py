@@ -18,7 +18,7 @@ EPS = 1e-6  # GroupNorm epsilon of the autoencoder; the UNet's residual blocks u
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Diagonal Gaussian over latents, the encoder's posterior: mean and log-variance, both (n, 4, h/8, w/8).
+    """Diagonal Gaussian over latents, the approximate posterior: mean and log-variance, both (n, 4, h/8, w/8).
 
     Source: Kingma and Welling 2014, "Auto-Encoding Variational Bayes", section 3 and appendix B.
     """

@@ -1,7 +1,7 @@
 """Image editing: inpainting, outpainting and interpolation between noise tensors.
 
 Inpainting hooks into the loop of `generate.sample`: `KeepUnmasked` modifies the state after each step, and
-`with_channels` adds input channels to the UNet.
+`with_channels` feeds the UNet additional input channels.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ class Guidance:
         interval: Part of the run in which guidance is applied, from 0 (noise) to 1 (image); outside of it, only the
             conditional prediction is used.
 
-    Sources: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", equation 6; Lin et al. 2023, "Common Diffusion
-    Noise Schedules and Sample Steps are Flawed", equations 14 to 16; Kynkäänniemi et al. 2024, "Applying Guidance in a
-    Limited Interval Improves Sample and Distribution Quality in Diffusion Models", section 3.
+    Sources: Ho and Salimans 2022, "Classifier-Free Diffusion Guidance", equation 6, where w = s − 1; Lin et al. 2023,
+    "Common Diffusion Noise Schedules and Sample Steps are Flawed", equations 14 to 16; Kynkäänniemi et al. 2024,
+    "Applying Guidance in a Limited Interval …", section 3, where the interval is one of noise levels.
     """
 
     scale: float | tuple[float, ...] = 7.5

@@ -36,7 +36,7 @@ def grid(
 ) -> Image.Image:
     """Arrange PIL images of equal size in a grid, as square as possible by default.
 
-    Captions are wrapped to the image width, in letters that grow with it, and placed below the images. Raises
+    Captions are wrapped to the image width, in a font that scales with it, and placed below the images. Raises
     ValueError if there are no images, if their sizes differ, or if the number of captions differs from that of images.
     """
     if not pictures:

@@ -1,11 +1,11 @@
 """Samplers: turn pure noise into clean latents, one UNet call at a time.
 
-All samplers solve the probability-flow ODE, here in σ-space, where x̄ = x₀ + σ ε (see `schedule.py`),
+Most samplers solve the probability-flow ODE, here in σ-space, where x̄ = x₀ + σ ε (see `schedule.py`),
 
     dx̄/dσ = ε(x̄, σ)          (Song et al. 2021, "DDIM", equation 14; Karras et al. 2022, equation 1)
 
-from the largest σ down to 0; ancestral samplers solve the matching SDE, and LCM jumps straight to a solution. They
-differ in discretization, order and injected noise. Each sampler is a function that returns a `Plan`.
+from the largest σ down to 0 or that of timestep 0; DDPM and ancestral samplers solve the matching SDE, and LCM jumps
+straight to a solution. They differ in discretization, order and noise. Each is a function that returns a `Plan`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def num_calls(self) -> int:
-        """Number of UNet calls: n for n steps, except n + 1 for PNDM and 2n − 1 for Heun."""
+        """Number of UNet calls: n for n steps, except 2n − 1 for Heun and, if n > 1, n + 1 for PNDM."""
         return len(self.timesteps)
 
     def start(self, noise: Tensor, latents: Tensor | None = None) -> State:
@@ -135,7 +135,7 @@ class Plan:
 
 
 def first_order(plan: Plan, state: State, x0: Tensor, epsilon: Tensor, noise: Tensor | None) -> Advanced:
-    """Take a first-order step, as DDPM, DDIM, Euler and Euler ancestral do; s is the standard deviation of new noise.
+    """Take a first-order step, as DDPM, DDIM, Euler and Euler ancestral do; s is the standard deviation of fresh noise.
 
     For s = 0 this is x̄' = x̄ + (σ' − σ) ε, Euler's method for the ODE above.
     Sources: Ho et al. 2020, algorithm 2; Song et al. 2021, equation 12; Karras et al. 2022, algorithm 1.
@@ -307,7 +307,7 @@ LCM_TIMESTEP_SCALING = 10.0  # timestep scaling in the boundary conditions
 def lcm(schedule: Schedule, n: int, start: int = 0) -> Plan:
     """Return a plan for LCM sampling: each call jumps to clean latents, which are then noised to the next level.
 
-    It requires a latent consistency model, or an LCM-LoRA on a regular model, and takes 1 to 8 steps.
+    It requires a latent consistency model, or an LCM-LoRA on a regular model, and works best with 1 to 8 steps.
     Sources: Luo et al. 2023, "Latent Consistency Models", section 4 and algorithm 3; Song et al. 2023, "Consistency
     Models", appendix C, for the boundary conditions.
     """
@@ -349,7 +349,7 @@ class Sampler:
     Args:
         name: Name of the sampler, a key of `functions`.
         spacing: Timestep spacing, "leading", "trailing" or "linspace"; None uses that of the schedule or, if it has
-            none, diffusers' default: "leading" for DDPM, DDIM and PNDM, "linspace" for the others.
+            none, diffusers' default: "leading" for DDPM, DDIM and PNDM, "linspace" for the others. LCM has none.
         karras: Whether to use the noise levels of Karras et al. 2022, which are denser near 0.
         eta: Amount of noise added at each DDIM step, from 0 (deterministic, the default) to 1 (as in DDPM).
 
@@ -378,7 +378,7 @@ class Sampler:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of the sampler's function that are set."""
+        """The options that were set, as keyword arguments of the sampler's function."""
         options = {"spacing": self.spacing, "levels": karras_sigmas if self.karras else None, "eta": self.eta}
         return {name: value for name, value in options.items() if value is not None}
 

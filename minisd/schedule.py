@@ -50,7 +50,7 @@ class Schedule:
         # ᾱ_t = ∏_{s≤t} (1 − β_s)
         alphas_cumprod = np.cumprod(1 - self.betas)
         if self.config.rescale_betas_zero_snr:
-            # √ᾱ' = (√ᾱ − √ᾱ_T) √ᾱ_0 / (√ᾱ_0 − √ᾱ_T)   (Lin et al. 2023, algorithm 1), with 2⁻²⁴ for 0: σ is finite
+            # √ᾱ' = (√ᾱ − √ᾱ_T) √ᾱ_0 / (√ᾱ_0 − √ᾱ_T)   (Lin et al. 2023, algorithm 1), ending at 2⁻²⁴, not 0
             signal = np.sqrt(alphas_cumprod)
             alphas_cumprod = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
             alphas_cumprod[-1] = 2.0**-24
@@ -58,7 +58,7 @@ class Schedule:
 
     @cached_property
     def sigmas(self) -> Table:
-        """Noise-to-signal ratio σ at each timestep, increasing from 0.03 to 14.6 for Stable Diffusion."""
+        """Noise-to-signal amplitude ratio σ at each timestep, increasing from 0.03 to 14.6 for Stable Diffusion."""
         # σ_t = √((1 − ᾱ_t) / ᾱ_t)
         return _frozen(np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod))
 
@@ -73,7 +73,7 @@ class Schedule:
     def timesteps(self, n: int, spacing: str | None = None, rounded: bool = True) -> tuple[float, ...]:
         """Return n of the training timesteps, in decreasing order.
 
-        Only "trailing" and "linspace" include the last timestep, at which latents are nearly pure noise. For n = 1,
+        Only "trailing" and "linspace" always include the last timestep, where latents are nearly pure noise. For n = 1,
         "leading" and "linspace" return the timestep at the clean end (1 and 0).
         Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", table 2.
 

@@ -140,7 +140,7 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), max_length)
 
     def truncated(self, text: str, max_length: int = 77) -> str:
-        """Return the end of the text that `__call__` cuts off to fit into max_length ids."""
+        """Return the part of the text that `__call__` cuts off to fit into max_length ids."""
         return self.decode(self.encode(text)[max_length - 2 :])
 
 

@@ -103,7 +103,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the upsampling path: residual blocks with skip connections as extra input, then upsampling."""
+    """One level of the upsampling path: residual blocks that also take skips, then upsampling except at the top."""
 
     def __init__(self, config: UNetConfig, level: int) -> None:
         super().__init__()
