@@ -371,9 +371,9 @@ class Sampler:
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be between 0 (deterministic) and 1 (as in DDPM), got {self.eta!r}")
         for option, value in self.options.items():
-            names = [name for name, function in self.functions.items() if option in signature(function).parameters]
-            label = getattr(value, "__name__", f"{option}={value!r}")
-            if self.name not in names:
+            if option not in signature(self.functions[self.name]).parameters:
+                names = [name for name, function in self.functions.items() if option in signature(function).parameters]
+                label = getattr(value, "__name__", f"{option}={value!r}")
                 raise ValueError(f"{self.name!r} does not support {label}; supported by: {', '.join(names)}")
 
     @property
