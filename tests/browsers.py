@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Child
 
 CHROMIUM = os.environ.get("MINISD_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -54,7 +55,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for_server(name: str, address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_server(name: str, address: str, server: subprocess.Popen[bytes] | Child, log: Path) -> None:
     """Return once the address answers; fail with the end of the log when the server ends or two minutes pass."""
     for _ in range(240):
         if server.poll() is not None:

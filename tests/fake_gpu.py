@@ -282,7 +282,7 @@ def scenarios(mode: FakeGPU) -> Iterator[tuple[str, Callable[[], Any]]]:
             return draw(sd)
 
     yield "offload", lambda: offloaded(build(SD15, mode, offload=True))
-    yield "offload with LoRA", lambda: offloaded_with_lora(build(TINY, mode, offload=True))
+    yield "offload with LoRA", lambda: offloaded_with_lora(build(SD15, mode, offload=True))
 
     text, unet, autoencoder = sd.text_encoder, sd.unet, sd.autoencoder
     position = "text_model.embeddings.position_embedding.weight"

@@ -1,4 +1,4 @@
-"""Small trainings of each part, for the tests that kill them, resume them, or split them over processes."""
+"""Small training runs of each part, for the tests that kill them, resume them, or split them over processes."""
 
 from dataclasses import replace
 from pathlib import Path

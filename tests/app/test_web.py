@@ -419,7 +419,7 @@ def started(folder: Path, log: Path, *options: str) -> Iterator[str]:
     port = free_port()
     process = Child(module, "minisd", "serve", *options, "--port", str(port), "--device", "cpu", cwd=folder)
     try:
-        wait_for_server("minisd serve", f"http://127.0.0.1:{port}/", process, process.err)  # type: ignore[arg-type]
+        wait_for_server("minisd serve", f"http://127.0.0.1:{port}/", process, process.err)
         yield f"http://127.0.0.1:{port}/"
     finally:
         process.interrupt()

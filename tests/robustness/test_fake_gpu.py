@@ -1,6 +1,6 @@
 """The pipeline on a made-up GPU in float16: no tensor is left on the CPU; and in float16 on the CPU.
 
-Networks are of full size, but where samplers or LoRAs are what is asked.
+Networks are of full size, except where only the sampling loop is tested.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_offloaded_parts_are_on_the_device_one_at_a_time(outcomes):
 
 def test_lora_on_offloaded_parts(outcomes):
     layers, calls = result(outcomes, "offload with LoRA")
-    assert calls == 2 * layers > 200  # two steps, guidance in one batch
+    assert calls == 2 * layers > 400  # two steps, guidance in one batch
 
 
 @pytest.mark.parametrize("name", PLANTS)
