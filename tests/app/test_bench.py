@@ -4,6 +4,7 @@ import json
 import os
 import re
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -28,46 +29,52 @@ def small_products(monkeypatch):
         monkeypatch.setattr(measured, "CEILING_SIDE", 512)
 
 
-MEASURED = {
-    "peak memory, step and decode at 192", "matrix product 512³", "text encoder, two prompts",
-    "one guided UNet step at 192", "decode at 192",
-}  # fmt: skip
+@pytest.fixture(scope="module")
+def process() -> Iterator[bench.Process]:
+    """A process of minisd, which imports torch for some seconds."""
+    shared = bench.Process("minisd", bench.Settings(threads=1))
+    yield shared
+    shared.close()
+
+
+def measured(size: int) -> set[str]:
+    whats = {"peak memory, step and decode", "one guided UNet step", "decode"}
+    return {"matrix product 512³", "text encoder, two prompts", *(f"{what} at {size}" for what in whats)}
 
 
 def test_the_command_measures_both_libraries(tmp_path, capsys):
     path = tmp_path / "bench.json"
-    command = f"bench --model tiny --steps 2 --repeats 1 --threads 1 --device cpu --no-loading -o {path}"
+    command = f"bench --model tiny --size 64 --steps 2 --repeats 1 --threads 1 --device cpu --no-loading -o {path}"
     assert main(command.split()) == 0
     report = json.loads(path.read_text())
     assert report["picture_difference"] <= 1  # both drew the same picture
     found = {(row["what"], row["library"]): row for row in report["rows"]}
-    assert {what for what, _ in found} == {*MEASURED, "picture 192×192, 2 steps"}
-    for what in ("text encoder, two prompts", "one guided UNet step at 192", "decode at 192",
-                 "picture 192×192, 2 steps"):  # fmt: skip
+    assert {what for what, _ in found} == {*measured(64), "picture 64×64, 2 steps"}
+    for what in ("text encoder, two prompts", "one guided UNet step at 64", "decode at 64", "picture 64×64, 2 steps"):
         assert found[what, "minisd"]["seconds"] > 0 and found[what, "diffusers"]["seconds"] > 0
     for library in ("minisd", "diffusers"):
-        assert 0.1 < found["peak memory, step and decode at 192", library]["peak_gb"] < 5
+        assert 0.1 < found["peak memory, step and decode at 64", library]["peak_gb"] < 5
     said = capsys.readouterr()
     assert said.out.strip() == str(path) and "ratio" in said.err and "GFLOP/s" in said.err
     assert Image.open(path.with_suffix(".png")).width > 300
 
 
-def test_loading_is_measured_and_what_is_not_asked_for_is_not(tmp_path, monkeypatch):
-    """One process stands for those that are started for each loading."""
-    process, started = bench.Process("minisd", bench.Settings(threads=1)), []
-    shared = SimpleNamespace(library="minisd", load=process.load, peak=process.peak, ask=process.ask, close=lambda: 0)
+def test_loading_is_measured_and_what_is_not_asked_for_is_not(process, tmp_path, monkeypatch):
+    """One process stands for those that are started for each loading, and minisd's import for torch's alone."""
+    shared, started = SimpleNamespace(library="minisd", close=lambda: 0), []
+    shared.load, shared.peak, shared.ask = process.load, process.peak, process.ask
     monkeypatch.setattr(bench, "Process", lambda name, settings: started.append(name) or shared)
+    seconds = bench._import_seconds
+    monkeypatch.setattr(bench, "_import_seconds", lambda name: {"torch": 7.5}.get(name) or seconds(name))
     path = tmp_path / "bench.json"
     command = f"bench --model tiny --steps 0 --repeats 1 --threads 1 --device cpu --alone -o {path}"
     assert main(command.split()) == 0
-    process.close()
     found = {row["what"]: row for row in json.loads(path.read_text())["rows"]}
     loading = {"import torch", "import minisd", "load, first step included"}
     loading |= {"load, files not in memory"} if hasattr(os, "posix_fadvise") else set()
     assert started == ["minisd"] * (4 if hasattr(os, "posix_fadvise") else 3)
-    assert found.keys() == MEASURED | loading and all(found[what]["seconds"] > 0 for what in loading)
-    # importing diffusers' pipeline takes longer than minisd, which imports neither of the two
-    assert found["import minisd"]["seconds"] < bench._import_seconds("diffusers")
+    assert found.keys() == measured(192) | loading and all(found[what]["seconds"] > 0 for what in loading)
+    assert found["import torch"]["seconds"] == 7.5
     assert Image.open(path.with_suffix(".png")).width > 300
 
 
@@ -119,15 +126,13 @@ def test_short_times_and_slow_rates_keep_four_digits():
     assert (row["seconds"], row["gflops"], row["peak_gb"]) == (120.1234, 8.325e-06, 0.001235)
 
 
-def test_a_process_that_fails_says_why():
-    process = bench.Process("minisd", bench.Settings(threads=1))
+def test_a_process_that_fails_says_why(process):
     with pytest.raises(RuntimeError, match="minisd failed at 'load'.*no model at"):
         process.ask("load", folder="nowhere", device="cpu", dtype="float32", threads=1, compiled=False)
-    process.close()
-    process = bench.Process("neither", bench.Settings(threads=1))
+    other = bench.Process("neither", bench.Settings(threads=1))
     with pytest.raises(RuntimeError, match="the process of neither ended at 'text'.*KeyError"):
-        process.ask("text")
-    process.close()
+        other.ask("text")
+    other.close()
 
 
 @pytest.mark.parametrize("values", [{"sizes": (100,)}, {"repeats": 0}, {"steps": -1}, {"sizes": (0,)}])

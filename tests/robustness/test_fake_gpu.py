@@ -56,7 +56,7 @@ def test_image_to_image(outcomes):
 
 
 def test_steps_stay_on_the_device_in_float32(outcomes):
-    assert result(outcomes, "steps") == 6 * [[[2, 4, 64, 64], "float32", "fakegpu"]]
+    assert result(outcomes, "steps") == 6 * [[[2, 4, 24, 24], "float32", "fakegpu"]]
 
 
 def test_attention_is_recorded_on_the_device(outcomes):
@@ -85,7 +85,7 @@ def test_offloaded_parts_are_on_the_device_one_at_a_time(outcomes):
 
 def test_lora_on_offloaded_parts(outcomes):
     layers, calls = result(outcomes, "offload with LoRA")
-    assert calls == 2 * layers > 400  # two steps, guidance in one batch
+    assert calls == layers > 200  # one step, guidance in one batch
 
 
 @pytest.mark.parametrize("name", PLANTS)
