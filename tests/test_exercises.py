@@ -312,6 +312,27 @@ SLIPS = [
 
 # blank lines in the lessons: notebook, what a learner writes, and words of the message ("yes" for the right line)
 BLANK_SLIPS = [
+    ("11_editing", "skipped = N - int(N * strength); return skipped, clean + plan.sigmas[skipped] * noise", "yes"),
+    ("11_editing", "skipped = int(N * strength); return skipped, clean + plan.sigmas[skipped] * noise", "how many run"),
+    ("11_editing", "skipped = int(N * (1 - strength)); return skipped, clean", "the calls that run are rounded down"),
+    ("11_editing", "skipped = N - int(N * strength); return skipped, clean", "clean has no noise"),
+    ("11_editing", "skipped = N - int(N * strength); return skipped, clean + noise", "that level has, not 1"),
+    (
+        "11_editing",
+        "skipped = N - int(N * strength); return skipped, clean + plan.sigmas[skipped + 1] * noise",
+        "sets out from, not the one it reaches",
+    ),
+    (
+        "11_editing",
+        "skipped = N - int(N * strength); return skipped, clean + plan.sigmas[N - skipped] * noise",
+        "counts the calls from the top",
+    ),
+    (
+        "11_editing",
+        "skipped = N - int(N * strength); level = plan.sigmas[skipped]; "
+        "return skipped, (clean + level * noise) / (level**2 + 1) ** 0.5",
+        "nothing is divided",
+    ),
     ("11_editing", "return small * x + (1 - small) * (clean + plan.sigmas[call + 1] * noise)", "yes"),
     ("11_editing", "return (1 - small) * x + small * (clean + plan.sigmas[call + 1] * noise)", "the other way round"),
     ("11_editing", "return small * x + (1 - small) * clean", "clean has no noise"),
@@ -392,7 +413,8 @@ def test_slip_in_a_blank_line_is_named(name, line, words, capsys):
     """The cell of the blank needs the lesson's first cell of code, and no other."""
     cells = nbformat.read(FOLDER.parent / f"{name}.ipynb", 4).cells
     first, *others = [cell.source for cell in cells if cell.cell_type == "code"]
-    blank = next(source for source in others if "# your line" in source)
+    of_enter = "skipped" in line  # notebook 11 has two blanks
+    blank = next(source for source in others if "# your line" in source and ("def enter" in source) == of_enter)
     namespace: dict = {}
     with torch.enable_grad(), matplotlib.rc_context():
         run([first, re.sub(r"raise NotImplementedError  # your line.*", line, blank)], namespace)
