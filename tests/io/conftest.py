@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from functools import cache
+from hashlib import sha256
+from os import PathLike
 from pathlib import Path
 from unittest import mock
 
@@ -13,14 +15,25 @@ from checkpoints import SMALL, Parts, compvis_state, make_parts, write_folder
 from torch import Tensor
 
 from minisd import Tokenizer
+from minisd.io import checkpoint
 
-words = cache(Tokenizer.from_pretrained)
+words, read = cache(Tokenizer.from_pretrained), checkpoint.read_tokenizer
+words_by_content: dict[tuple[tuple[str, bytes], ...], Tokenizer] = {}
+
+
+def words_of_folder(folder: str | PathLike[str]) -> Tokenizer:
+    files = sorted(Path(folder).iterdir())
+    content = tuple((path.name, sha256(path.read_bytes()).digest()) for path in files)
+    if content not in words_by_content:
+        words_by_content[content] = read(folder)
+    return words_by_content[content]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def read_once() -> Iterator[None]:
-    """The words of Stable Diffusion 1, which every single file takes, are read once: no tokenizer ever changes."""
-    with mock.patch.object(Tokenizer, "from_pretrained", words):
+    """The words of Stable Diffusion 1, and those of the same files, are read once: no tokenizer ever changes."""
+    of_one = mock.patch.object(Tokenizer, "from_pretrained", words)
+    with of_one, mock.patch.object(checkpoint, "read_tokenizer", words_of_folder):
         yield
 
 
