@@ -6,8 +6,11 @@ runs their notebooks.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 
+from minisd import StableDiffusion, figures
 from minisd.lessons.exercises import check, expect
+from minisd.training import scenes
 
 FOLDER = Path(__file__).parents[1] / "notebooks" / "solutions"
 SLOW = {
@@ -352,7 +357,23 @@ BLANK_SLIPS = [
 
 @pytest.fixture(scope="module")
 def prepared() -> Iterator[Callable[[str], tuple[dict, bool]]]:
-    """What the cells in front of a notebook's first exercise define, run once, and whether they left gradients on."""
+    """What the cells in front of a notebook's first exercise define, run once, and whether they left gradients on.
+
+    Here the model draws 64×64 pixels in 4 steps, and four scenes of that size stand for all: no message depends on what
+    is in a picture.
+    """
+    sd, few, whole = figures.load_model(), [scenes.scene(1, i) for i in range(4)], scenes.render
+    sd.unet.config = replace(sd.unet.config, sample_size=8)
+    config, defaults = replace(sd.config, unet=sd.unet.config), replace(sd.defaults, num_inference_steps=4)
+
+    def smaller() -> StableDiffusion:
+        parts = (copy.deepcopy(part) for part in (sd.text_encoder, sd.unet, sd.autoencoder))
+        return StableDiffusion(config, sd.tokenizer, *parts, defaults)
+
+    @cache
+    def render(scene: scenes.Scene) -> np.ndarray:
+        return whole(scene)[::3, ::3] if scene in few else whole(scene)
+
     namespaces: dict[str, tuple[dict, bool]] = {}
 
     def prepare(name: str) -> tuple[dict, bool]:
@@ -365,11 +386,15 @@ def prepared() -> Iterator[Callable[[str], tuple[dict, bool]]]:
         return dict(namespace), gradients
 
     state = np.random.get_state()
-    with torch.random.fork_rng(), matplotlib.rc_context():
+    with torch.random.fork_rng(), matplotlib.rc_context(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "load_model", smaller)
+        patch.setattr(scenes, "scene", lambda seed, index: few[index % 4])
+        patch.setattr(scenes, "render", render)
         yield prepare
     np.random.set_state(state)
 
 
+@cache
 def parts(name: str) -> list[list[str]]:
     """The code before the first exercise; then, for each exercise, its cells up to the check, which is the last one."""
     found: list[list[str]] = [[]]
@@ -379,6 +404,20 @@ def parts(name: str) -> list[list[str]]:
         elif cell.cell_type == "code" and not (found[-1] and "\ncheck(" in found[-1][-1]):
             found[-1].append(cell.source)
     return found
+
+
+@cache
+def lesson(name: str) -> list[str]:
+    """The code of a lesson's cells."""
+    return [cell.source for cell in nbformat.read(FOLDER.parent / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
+
+
+@cache
+def begun(name: str) -> dict:
+    """What a lesson's first cell of code defines."""
+    namespace: dict = {}
+    run(lesson(name)[:1], namespace)
+    return namespace
 
 
 def run(sources: list[str], namespace: dict) -> None:
@@ -411,21 +450,19 @@ def test_slip_is_named(name, exercise, old, new, words, prepared, capsys):
 )
 def test_slip_in_a_blank_line_is_named(name, line, words, capsys):
     """The cell of the blank needs the lesson's first cell of code, and no other."""
-    cells = nbformat.read(FOLDER.parent / f"{name}.ipynb", 4).cells
-    first, *others = [cell.source for cell in cells if cell.cell_type == "code"]
+    _, *others = lesson(name)
     of_enter = "skipped" in line  # notebook 11 has two blanks
     blank = next(source for source in others if "# your line" in source and ("def enter" in source) == of_enter)
-    namespace: dict = {}
     with torch.enable_grad(), matplotlib.rc_context():
-        run([first, re.sub(r"raise NotImplementedError  # your line.*", line, blank)], namespace)
+        namespace = dict(begun(name))
+        run([re.sub(r"raise NotImplementedError  # your line.*", line, blank)], namespace)
     said = capsys.readouterr().out
     assert said.endswith("yes\n") if words == "yes" else "not yet: " in said and words in said, said
 
 
 def said_of_blank(name: str, begins: str, answer: str, namespace: dict, capsys: pytest.CaptureFixture[str]) -> str:
     """What the check says when the one blank line of a lesson returns `answer`; its cell is run from `begins` on."""
-    cells = nbformat.read(FOLDER.parent / f"{name}.ipynb", 4).cells
-    (blank,) = [cell.source for cell in cells if "# your line" in cell.source]
+    (blank,) = [source for source in lesson(name) if "# your line" in source]
     asked = re.sub("raise NotImplementedError  # your line.*", f"return {answer}", blank[blank.index(begins) :])
     capsys.readouterr()
     run([asked], namespace)
