@@ -1,18 +1,21 @@
-"""For notebook 04: the shipped CLIP, and a wheel of colour words."""
+"""For notebook 04: the shipped CLIP, scenes for it to name, and a wheel of colour words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from minisd.io.diffusers_folder import load_text_encoder
 from minisd.training.clip import CLIP
+from minisd.training.scenes import Scene, render, scene
 
 
 def shipped_clip() -> CLIP:
@@ -20,6 +23,29 @@ def shipped_clip() -> CLIP:
     tiny = Path(str(resources.files("minisd"))) / "assets/tiny"
     with torch.random.fork_rng(devices=[]):  # a new text encoder draws weights, which the file's then replace
         return CLIP.load(tiny / "clip", load_text_encoder(tiny / "text_encoder"))
+
+
+def pixels_of(described: Iterable[Scene]) -> Tensor:
+    """Scenes drawn, (n, 3, 192, 192) in [-1, 1]."""
+    drawn = torch.stack([torch.from_numpy(render(one)) for one in described])
+    return rearrange(drawn, "n h w c -> n c h w") / 127.5 - 1
+
+
+def one_thing_each(count: int) -> tuple[list[Scene], list[Scene]]:
+    """The first so many scenes of a stream that show a single thing: those in its own colours, and the recoloured."""
+    alone: list[Scene] = []
+    index = 0
+    while len(alone) < count:
+        described = scene(5, index)
+        alone += [described] * (len(described.things) == 1)
+        index += 1
+    own, recolored = ([one for one in alone if bool(one.things[0].color) == new] for new in (False, True))
+    return own, recolored
+
+
+def recolor(described: Scene, hue: str) -> Scene:
+    """The same scene with its things in another colour; its caption stays."""
+    return replace(described, things=tuple(replace(thing, color=hue) for thing in described.things))
 
 
 def plane(points: Tensor) -> tuple[Tensor, float]:
@@ -56,8 +82,8 @@ def color_wheel(
         axes.scatter([x], [y], s=140, color=[color], edgecolor="black", zorder=2)
         far = math.hypot(x, y) + 0.14 * radius
         side = math.cos(angle)
-        beside = "center" if abs(side) < 0.3 else "left" if side > 0 else "right"
-        above = "center" if beside != "center" else "bottom" if math.sin(angle) > 0 else "top"
+        beside = "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
+        above = "center" if abs(side) > 0.3 else "bottom" if math.sin(angle) > 0 else "top"
         axes.annotate(name, (far * side, far * math.sin(angle)), ha=beside, va=above)
     limits = (-1.7 * radius, 1.7 * radius)
     axes.set(xlim=limits, ylim=limits, aspect="equal", title=title)
