@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import numpy as np
 import pytest
 import torch
 import yaml
-from checkpoints import SMALL, compvis_state, make_parts, randomise, write_folder
+from checkpoints import Parts, compvis_state, make_parts, randomise, write_folder
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
 from models import difference, noise
 from PIL import Image
@@ -37,6 +38,18 @@ from minisd.training.adapting import read_examples
 
 VAE = "diffusion_pytorch_model.safetensors"
 State = dict[str, Tensor]
+
+# One layer a block will do here: test_checkpoint.py reads the names of two.
+SMALL = replace(
+    checkpoints.SMALL,
+    autoencoder=replace(checkpoints.SMALL.autoencoder, layers_per_block=1),
+    unet=replace(checkpoints.SMALL.unet, layers_per_block=1),
+)
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return make_parts(SMALL)
 
 
 @pytest.fixture(scope="module")
