@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minisd.bench.counting import Meter, _Traffic, by_kind, by_level, bytes_moved
 from minisd.config import SD15
+from minisd.features.fast import speed_up
 
 
 class Block(nn.Module):
@@ -74,6 +75,7 @@ def test_bytes_are_those_that_operators_read_and_write():
 def test_a_step_reads_its_weights_at_least_once():
     moved = bytes_moved(SD15)
     assert moved["step"] > 4 * 859e6 and moved["decode"] > 4 * 49e6
+    assert bytes_moved(SD15, speed_up)["decode"] < moved["decode"]  # maps of four times the pixels are never made
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
