@@ -1,7 +1,8 @@
 """A random Stable Diffusion 1.5 of full size, written by diffusers, draws in minisd diffusers' picture.
 
-The pictures have 256×256 pixels, for time's sake. test_unet.py compares the UNet at the 64×64 latents of 512×512;
-`minisd bench`, and the tests with published weights (`real`), compare whole pictures of that size.
+The pictures have 128×128 pixels, for time's sake. test_unet.py compares the UNet at the 64×64 latents of 512×512, and
+test_autoencoder.py the autoencoder at 256×256; `minisd bench`, and the tests with published weights (`real`), compare
+whole pictures of 512×512.
 """
 
 from dataclasses import replace
@@ -16,7 +17,7 @@ from minisd import Sampler, StableDiffusion
 
 pytestmark = pytest.mark.timeout(900)  # minutes of work on two cores
 
-SIDE = 256
+SIDE = 128
 PROMPTS = ["a fox in the snow", "an astronaut riding a horse on the moon"]
 
 
