@@ -320,8 +320,8 @@ def _infer_config(path: Path, header: Mapping[str, TensorInfo], prediction_type:
     return replace(base, unet=replace(base.unet, in_channels=first.shape[1]))
 
 
-class _NoInit(TorchFunctionMode):
-    """Skips parameter initialization, which takes seconds even on the meta device."""
+class NoInit(TorchFunctionMode):
+    """Skips initialization of parameters, which takes seconds even on the meta device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -335,7 +335,7 @@ class _NoInit(TorchFunctionMode):
 def _meta_modules(config: ModelConfig) -> dict[str, Any]:
     """Return the modules on the meta device, by their names in a diffusers folder."""
     autoencoder, unet = config.autoencoder, config.unet
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"), NoInit():
         return {
             "text_encoder": TextEncoder(config.text_encoder),
             "vae": TinyAutoencoder(autoencoder)

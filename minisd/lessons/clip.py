@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from minisd.io.diffusers_folder import load_text_encoder
 from minisd.training.clip import CLIP
-from minisd.training.scenes import Scene, render, scene
+from minisd.training.scenes import Scene, scene
 
 
 def shipped_clip() -> CLIP:
@@ -25,27 +24,11 @@ def shipped_clip() -> CLIP:
         return CLIP.load(tiny / "clip", load_text_encoder(tiny / "text_encoder"))
 
 
-def pixels_of(described: Iterable[Scene]) -> Tensor:
-    """Scenes drawn, (n, 3, 192, 192) in [-1, 1]."""
-    drawn = torch.stack([torch.from_numpy(render(one)) for one in described])
-    return rearrange(drawn, "n h w c -> n c h w") / 127.5 - 1
-
-
-def one_thing_each(count: int) -> tuple[list[Scene], list[Scene]]:
+def one_thing_each(total: int) -> tuple[list[Scene], list[Scene]]:
     """The first so many scenes of a stream that show a single thing: those in its own colours, and the recoloured."""
-    alone: list[Scene] = []
-    index = 0
-    while len(alone) < count:
-        described = scene(5, index)
-        alone += [described] * (len(described.things) == 1)
-        index += 1
+    alone = [one for one in map(partial(scene, 5), range(2 * total)) if len(one.things) == 1][:total]
     own, recolored = ([one for one in alone if bool(one.things[0].color) == new] for new in (False, True))
     return own, recolored
-
-
-def recolor(described: Scene, hue: str) -> Scene:
-    """The same scene with its things in another colour; its caption stays."""
-    return replace(described, things=tuple(replace(thing, color=hue) for thing in described.things))
 
 
 def plane(points: Tensor) -> tuple[Tensor, float]:

@@ -8,6 +8,7 @@ Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural L
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from minisd.config import TextEncoderConfig
 from minisd.features.distributed import world_size
 from minisd.features.textual_inversion import TABLE
 from minisd.io.atomic import save_atomically
+from minisd.io.checkpoint import NoInit
 from minisd.io.configs import read_config, to_dict
 from minisd.io.diffusers_folder import load_text_encoder
 from minisd.text_encoder import TextEncoder
@@ -81,7 +83,7 @@ class CLIP(nn.Module):
         self.text_encoder = TextEncoder(text)
         self.text_projection = nn.Linear(text.hidden_size, image.projection_dim, bias=False)
         self.image_encoder = ImageEncoder(image)
-        self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10)))
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Ids (n, tokens) to unit vectors (n, d): the state at the end-of-text token, projected."""
@@ -111,7 +113,7 @@ class CLIP(nn.Module):
         """Read what `save` wrote, around the text encoder that was trained with it."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         image = ImageEncoderConfig(**config["image"] | {"widths": tuple(config["image"]["widths"])})
-        with torch.device("meta"):
+        with torch.device("meta"), NoInit():
             model = cls(read_config(TextEncoderConfig, config["text"]), image, config["eos"])
         model.text_encoder = text_encoder
         weights = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from minisd.features.validate import check_int
 from minisd.images import to_images
 from minisd.io.atomic import save_atomically
 from minisd.training.backgrounds import SIZE
-from minisd.training.scenes import render, scene
+from minisd.training.scenes import Scene, render, scene
 
 HELD_OUT_SEED = 1_000_003
 
@@ -44,6 +45,11 @@ def render_scenes(folder: Path, count: int, seed: int = 0, **choices: Any) -> No
     save_atomically(write_pixels, folder / "scenes.npy")
     lines = "".join(json.dumps(asdict(one)) + "\n" for one in scenes)
     save_atomically(lambda path: path.write_text(lines, encoding="utf-8"), folder / "scenes.jsonl")
+
+
+def pixels_of(scenes: Iterable[Scene]) -> Tensor:
+    """Draw scenes; (n, 3, 192, 192) in [-1, 1]."""
+    return to_images(np.stack([render(one) for one in scenes]))
 
 
 class Scenes:

@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minisd.blocks import Downsample, ResBlock
-from minisd.images import to_images, to_pixels
+from minisd.images import to_pixels
 from minisd.io.atomic import save_atomically
 from minisd.training.backgrounds import FRAME, TIMES
+from minisd.training.data import pixels_of
 from minisd.training.loop import channels_last, generator
-from minisd.training.scenes import Mixture, Scene, colors, object_names, places, plain_backgrounds, render, scene
+from minisd.training.scenes import Mixture, Scene, colors, object_names, places, plain_backgrounds, scene
 from minisd.training.sprites import entries
 
 WEIGHTS = Path(__file__).parent.parent / "assets" / "judge"
@@ -292,15 +293,14 @@ class JudgeTask:
             scene(TRAINING_SEED + self.seed, position, held_out=position % 4 == 0, mixture=self.mixture)
             for position in positions[local]
         ]
-        images = shrunk(to_images(np.stack([render(one) for one in described])))
+        images = shrunk(pixels_of(described))
         images = roughen(images, generator(self.seed, step, local.start))
         answers = self.model(images.contiguous(memory_format=torch.channels_last))
         return judge_loss(answers, encode(described, self.model.config.vocabulary))
 
     def sheet(self, model: nn.Module) -> Image.Image:
         """Pictures as the judge sees them in training."""
-        pixels = np.stack([render(scene(TRAINING_SEED + self.seed, index)) for index in range(8)])
-        seen = shrunk(to_images(pixels))
+        seen = shrunk(pixels_of(scene(TRAINING_SEED + self.seed, index) for index in range(8)))
         rows = (np.hstack(list(to_pixels(images))) for images in (seen, roughen(seen, generator(self.seed, 0))))
         return Image.fromarray(np.vstack(list(rows)))
 

@@ -123,6 +123,11 @@ def flipped(scene: Scene) -> Scene:
     return replace(scene, things=things, caption=caption, relation=relation, mirrored=not scene.mirrored)
 
 
+def recolored(scene: Scene, color: str) -> Scene:
+    """The same scene with its things in another tint; the caption stays."""
+    return replace(scene, things=tuple(replace(thing, color=color) for thing in scene.things))
+
+
 def pairs(scene: Scene) -> set[tuple[str, str]]:
     """The (colour, object) and (object, place) pairs in a scene."""
     found = {(thing.color, thing.noun) for thing in scene.things if thing.color}
