@@ -525,7 +525,7 @@ def guidance() -> Drawing:
         x, y = start[0] + scale * step[0], start[1] + scale * step[1]
         d.circle(x, y, 6, "", FAINT if scale == 0 else GREEN if scale == 1 else PURPLE)
         d.text(x + 6, y + 22, name, 13, INK, "start")
-    d.text(690, 40, "and on, past all real pictures", 13, FAINT, "end")
+    d.text(690, 40, "and on, past the guess with the prompt", 13, FAINT, "end")
     d.arrow((262, 268), (start[0] - 4, start[1] + 10), color=FAINT, dashed=True)
     d.text(262, 282, "a negative prompt moves this end", 13, FAINT)
     d.text(20, 30, "guess = without + s · (with − without)", 16, INK, "start")
