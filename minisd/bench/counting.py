@@ -87,8 +87,11 @@ def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
     return {x.untyped_storage()._cdata: x.untyped_storage() for x in tensors}
 
 
+MOVE_NOTHING = ("_unsafe_view", "device", "empty", "new_empty")
+
+
 class _Traffic(TorchDispatchMode):
-    """Adds up the bytes of what operators read and write; a view moves nothing."""
+    """Adds up the bytes that operators read and write; views, new memory and questions for the device move none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +100,7 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-        if not operator.is_view and operator.overloadpacket.__name__ != "_unsafe_view":
+        if not operator.is_view and operator.overloadpacket.__name__ not in MOVE_NOTHING:
             # an expanded tensor has more numbers than memory
             self.bytes += sum(min(x.numel() * x.itemsize, x.untyped_storage().nbytes()) for x in tensors)
         return result

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from minisd.autoencoder import Autoencoder
 from minisd.bench.counting import Meter, _Traffic, by_kind, by_level, bytes_moved
-from minisd.config import SD15
-from minisd.features.fast import speed_up
+from minisd.config import SD15, TINY
+from minisd.unet import UNet
 
 
 class Block(nn.Module):
@@ -75,7 +76,24 @@ def test_bytes_are_those_that_operators_read_and_write():
 def test_a_step_reads_its_weights_at_least_once():
     moved = bytes_moved(SD15)
     assert moved["step"] > 4 * 859e6 and moved["decode"] > 4 * 49e6
-    assert bytes_moved(SD15, speed_up)["decode"] < moved["decode"]  # maps of four times the pixels are never made
+
+
+def test_bytes_of_a_change_and_of_questions_for_the_device():
+    changed: list[nn.Module] = []
+    assert bytes_moved(TINY, changed.append) == bytes_moved(TINY)
+    assert [type(network) for network in changed] == [UNet, Autoencoder]
+
+    class Asks(nn.SiLU):
+        def forward(self, x):
+            assert x.device.type == "cpu"
+            return super().forward(x)
+
+    def ask(network):
+        for module in network.modules():
+            if type(module) is nn.SiLU:
+                module.__class__ = Asks
+
+    assert bytes_moved(TINY, ask) == bytes_moved(TINY)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
