@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import resources
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def shipped_clip() -> CLIP:
 
 def one_thing_each(total: int) -> tuple[list[Scene], list[Scene]]:
     """The first so many scenes of a stream that show a single thing: those in its own colours, and the recoloured."""
-    alone = [one for one in map(partial(scene, 5), range(2 * total)) if len(one.things) == 1][:total]
+    singles = (one for one in map(partial(scene, 5), count()) if len(one.things) == 1)
+    alone = list(islice(singles, total))
     own, recolored = ([one for one in alone if bool(one.things[0].color) == new] for new in (False, True))
     return own, recolored
 
