@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minisd.config import TINY
-from minisd.images import to_images
 from minisd.io.atomic import save_atomically
 from minisd.io.diffusers_folder import Defaults, load_autoencoder, load_text_encoder, load_unet
 from minisd.pipeline.stable_diffusion import StableDiffusion
 from minisd.preview import fit_preview
 from minisd.tokenizer import Tokenizer
-from minisd.training.scenes import render, scene
+from minisd.training.data import pixels_of
+from minisd.training.scenes import scene
 from minisd.training.unet import SAMPLING
 
 
@@ -42,7 +42,7 @@ def assemble(vae: Path, text: Path, unet: Path, target: Path, defaults: Defaults
     autoencoder, text_encoder = load_autoencoder(vae / "vae"), load_text_encoder(text / "text_encoder")
     denoiser = load_unet(unet / "unet")
     config = replace(TINY, text_encoder=text_encoder.config, autoencoder=autoencoder.config, unet=denoiser.config)
-    images = to_images(np.stack([render(scene(0, index)) for index in range(64)]))
+    images = pixels_of(scene(0, index) for index in range(64))
     with torch.inference_mode():
         latents = autoencoder.encode(images).mean * autoencoder.config.scaling_factor
     defaults = replace(defaults, preview=fit_preview(latents, images))
