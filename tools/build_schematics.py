@@ -504,28 +504,28 @@ def guidance() -> Drawing:
     """For 09: two answers in a plane, and the line through them."""
     alt = (
         "From a noisy point x two arrows lead to two guesses: one without words, one with the prompt. The line from "
-        "the first through the second goes on: at scale 1 lies the guess with the prompt, at 2 and 3.5 lie points "
+        "the first through the second goes on: at scale 1 lies the guess with the prompt, at 2 and 4 lie points "
         "beyond it. A negative prompt moves the point at which the line begins."
     )
     d = Drawing(760, 300, alt)
     d.circle(60, 236, 6, "", ORANGE)
     d.text(60, 260, "x, noisy", 14)
-    start, words = (300.0, 196.0), (402.0, 160.0)
+    start, words = (300.0, 196.0), (390.0, 164.0)
     d.arrow((66, 234), (start[0] - 6, start[1] + 1), color=FAINT, width=2.2)
     d.arrow((66, 232), (words[0] - 8, words[1] + 3), color=GREEN, width=2.2)
     step = (words[0] - start[0], words[1] - start[1])
-    far = (start[0] + 3.9 * step[0], start[1] + 3.9 * step[1])
+    far = (start[0] + 4.5 * step[0], start[1] + 4.5 * step[1])
     d.arrow(start, far, color=PURPLE, width=2.2, dashed=True)
     for scale, name in (
         (0.0, "s = 0: without words"),
         (1.0, "s = 1: with the prompt"),
         (2.0, "s = 2"),
-        (3.5, "s = 3.5"),
+        (4.0, "s = 4"),
     ):
         x, y = start[0] + scale * step[0], start[1] + scale * step[1]
         d.circle(x, y, 6, "", FAINT if scale == 0 else GREEN if scale == 1 else PURPLE)
         d.text(x + 6, y + 22, name, 13, INK, "start")
-    d.text(690, 40, "and on, past the guess with the prompt", 13, FAINT, "end")
+    d.text(690, 30, "and on, past the guess with the prompt", 13, FAINT, "end")
     d.arrow((262, 268), (start[0] - 4, start[1] + 10), color=FAINT, dashed=True)
     d.text(262, 282, "a negative prompt moves this end", 13, FAINT)
     d.text(20, 30, "guess = without + s · (with − without)", 16, INK, "start")
