@@ -172,11 +172,14 @@ def token_row(
     return sheet
 
 
-def you_are_here(*lit: str) -> Image.Image:
-    """Draw the pipeline with the named `STAGES` highlighted; without names, all are."""
+def you_are_here(*lit: str, from_picture: bool = False) -> Image.Image:
+    """Draw the pipeline with the named `STAGES` highlighted; without names, all are.
+
+    With `from_picture` a picture enters, too: the encoder, the autoencoder's other half, adds its latents to the noise.
+    """
     if unknown := set(lit) - set(STAGES):
         raise ValueError(f"no part is called {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
-    sheet = Image.new("RGB", (880, 132), PAPER)
+    sheet = Image.new("RGB", (880, 204 if from_picture else 132), PAPER)
     draw = ImageDraw.Draw(sheet)
     boxes = {
         "tokenizer": (90, 8, 190, 48),
@@ -185,16 +188,16 @@ def you_are_here(*lit: str) -> Image.Image:
         "unet": (300, 84, 400, 124),
         "sampler": (490, 84, 590, 124),
         "autoencoder": (680, 84, 800, 124),
-    }
+    } | ({"encoder": (90, 156, 190, 196)} if from_picture else {})
     for name, box in boxes.items():
-        on = not lit or name in lit
+        on = not lit or ("autoencoder" if name == "encoder" else name) in lit
         draw.rounded_rectangle(box, 8, SKY if on else "#eeeeee", BLUE if on else "#bbbbbb", 2)
         middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
         draw.text(middle, "UNet" if name == "unet" else name, INK if on else FAINT, _font(14), anchor="mm")
     arrows = [
         ((62, 28), (90, 28), ""),
         ((190, 28), (260, 28), "ids"),
-        ((190, 104), (300, 104), "latents"),
+        ((190, 104), (300, 104), "" if from_picture else "latents"),
         ((400, 104), (490, 104), "prediction"),
         ((590, 104), (680, 104), "latents"),
         ((800, 104), (828, 104), ""),
@@ -210,6 +213,14 @@ def you_are_here(*lit: str) -> Image.Image:
     draw.text((550, 70), "again and again, with less noise each time", FAINT, _font(12), anchor="lm")
     draw.text((4, 28), "prompt", INK, _font(14), anchor="lm")
     draw.text((832, 104), "picture", INK, _font(13), anchor="lm")
+    if from_picture:
+        draw.text((4, 176), "picture", INK, _font(14), anchor="lm")
+        _arrow(draw, (62, 176), (90, 176))
+        draw.line([(190, 176), (220, 176), (220, 104)], FAINT, 2)
+        draw.ellipse((211, 95, 229, 113), PAPER, FAINT, 2)
+        draw.text((220, 104), "+", FAINT, _font(14), anchor="mm")
+        draw.text((263, 94), "latents", FAINT, _font(12), anchor="mm")
+        draw.text((230, 168), "latents of the picture", FAINT, _font(12), anchor="lm")
     return sheet.quantize(32)
 
 

@@ -112,6 +112,15 @@ def test_diagram_lights_the_parts_that_are_named():
         figures.you_are_here("u-net")
 
 
+def test_diagram_of_editing_has_an_encoder_that_is_lit_with_the_autoencoder():
+    def lit(*names: str) -> int:
+        pixels = np.asarray(figures.you_are_here(*names, from_picture=True).convert("RGB")).astype(int)
+        return int((np.abs(pixels[140:] - (0x56, 0xB4, 0xE9)).max(axis=-1) < 8).sum())
+
+    assert lit("noise") == 0 < lit("autoencoder") == lit()
+    assert figures.you_are_here("noise").height < 140 < figures.you_are_here("noise", from_picture=True).height
+
+
 @pytest.mark.parametrize(
     ("picture", "kind"), [(noise(4, 4).resize((128, 128)), "jpeg"), (figures.you_are_here(), "png")]
 )
