@@ -460,6 +460,31 @@ def test_slip_in_a_blank_line_is_named(name, line, words, capsys):
     assert said.endswith("yes\n") if words == "yes" else "not yet: " in said and words in said, said
 
 
+@pytest.mark.parametrize(
+    ("begins", "line", "words"),
+    [
+        ("def fresh_part", "return math.sqrt(smaller**2 - (smaller**2 / sigma) ** 2)", "yes"),
+        ("def fresh_part", "return smaller * math.sqrt(1 - smaller**2 / sigma**2)", "yes"),
+        ("def fresh_part", "return smaller - smaller**2 / sigma", "their squares do"),
+        ("def fresh_part", "return smaller**2 - smaller**4 / sigma**2", "that is the variance"),
+        ("def fresh_part", "return math.sqrt(sigma**2 - smaller**2)", "from σ′ up to σ"),
+        ("def fresh_part", "return smaller", "as if no old noise were kept"),
+        ("def step_2m", "aim = x0 + (x0 - before) / (2 * r); return aim + shrink * (x - aim)", "yes"),
+        ("def step_2m", "return x0 + shrink * (x - x0)", "that is DDIM's"),
+        ("def step_2m", "aim = x0 + (x0 - before) / 2; return aim + shrink * (x - aim)", "farther ahead now"),
+        ("def step_2m", "aim = x0 + (x0 - before) * r / 2; return aim + shrink * (x - aim)", "divide by r"),
+        ("def step_2m", "aim = x0 + (x0 - before) / r; return aim + shrink * (x - aim)", "a half is missing"),
+        ("def step_2m", "aim = x0 + (x0 - before) / (2 * r); return x0 + shrink * (x - aim)", "D in both places"),
+    ],
+)
+def test_slip_in_a_blank_line_of_samplers_is_named(begins, line, words, capsys):
+    blank = next(source for source in lesson("08_samplers") if source.startswith(begins) and "# your line" in source)
+    namespace = begun("08_samplers") | {"predict": None}
+    run([re.sub(r"raise NotImplementedError  # your line.*", line, blank)], namespace)
+    said = capsys.readouterr().out
+    assert said.endswith("yes\n") if words == "yes" else "not yet: " in said and words in said, said
+
+
 def said_of_blank(name: str, begins: str, answer: str, namespace: dict, capsys: pytest.CaptureFixture[str]) -> str:
     """What the check says when the one blank line of a lesson returns `answer`; its cell is run from `begins` on."""
     (blank,) = [source for source in lesson(name) if "# your line" in source]

@@ -593,6 +593,38 @@ def paths() -> Drawing:
     return d
 
 
+def fresh_noise() -> Drawing:
+    """For 08: one step of DDPM and of DDIM, from σ = 5 to 4; lengths are standard deviations."""
+    alt = (
+        "A step from σ = 5 to σ′ = 4. DDPM keeps 3.2 of the old noise and adds 2.4 of fresh noise at a right angle, "
+        "in all 4. DDIM keeps 4 of the old noise."
+    )
+    d = Drawing(760, 236, alt)
+    unit, base = 56.0, 186.0
+    for left, name in ((50.0, "DDPM"), (430.0, "DDIM")):
+        d.text(left, 22, name, 15, anchor="start")
+        d.line([(left, base), (left + 5 * unit, base)], FAINT, 1.4, dashed=True)
+        d.circle(left + 5 * unit, base, 5, "", FAINT)
+        d.text(left + 5 * unit, base + 24, "x̄, σ = 5", 13, FAINT)
+    left = 50.0
+    corner, top = (left + 3.2 * unit, base), (left + 3.2 * unit, base - 2.4 * unit)
+    d.line([(left, base), top], FAINT, 1.8, dashed=True)
+    d.line([(corner[0] - 10, base), (corner[0] - 10, base - 10), (corner[0], base - 10)], FAINT, 1.4)
+    d.arrow((left, base), corner, color=ORANGE, width=2.6)
+    d.arrow(corner, top, color=ORANGE, width=2.6)
+    d.text(left + 1.75 * unit, base + 24, "old noise 3.2", 13)
+    d.text(corner[0] + 10, base - 1.2 * unit, "fresh noise 2.4", 13, anchor="start")
+    d.text(left + 1.5 * unit - 8, base - 1.2 * unit - 16, "in all σ′ = 4", 13, anchor="end")
+    d.text(top[0] + 12, top[1] - 8, "x̄′", 14, anchor="start")
+    d.arrow((430, base), (430 + 4 * unit, base), color=ORANGE, width=2.6)
+    d.text(430 + 2 * unit, base + 24, "old noise 4", 13)
+    d.text(430 + 4 * unit, base - 20, "x̄′", 14)
+    for left in (50.0, 430.0):
+        d.circle(left, base, 6, "", BLUE)
+        d.text(left, base + 24, "x̂₀", 14)
+    return d
+
+
 def remember() -> Drawing:
     """For 08: the guess of DPM++ 2M for a step, from the two before it, in the numbers of the text."""
     alt = (
@@ -837,6 +869,7 @@ SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "transformer-block": block,
     "unet": unet,
     "paths": paths,
+    "fresh-noise": fresh_noise,
     "remember": remember,
     "guidance": guidance,
     "pipeline": pipeline,
