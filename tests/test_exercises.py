@@ -317,6 +317,12 @@ SLIPS = [
 
 # blank lines in the lessons: notebook, what a learner writes, and words of the message ("yes" for the right line)
 BLANK_SLIPS = [
+    ("06_schedule", "return c * x - s * v", "yes"),
+    ("06_schedule", "return (c * x - s * v) / (c**2 + s**2)", "yes"),
+    ("06_schedule", "return s * x + c * v", "that is ε"),
+    ("06_schedule", "return c * x + s * v", "turn back"),
+    ("06_schedule", "return (x - s * v) / c", "if v were the noise"),
+    ("06_schedule", "return x / c", "still in it"),
     ("11_editing", "skipped = N - int(N * strength); return skipped, clean + plan.sigmas[skipped] * noise", "yes"),
     ("11_editing", "skipped = int(N * strength); return skipped, clean + plan.sigmas[skipped] * noise", "how many run"),
     ("11_editing", "skipped = int(N * (1 - strength)); return skipped, clean", "the calls that run are rounded down"),
@@ -446,7 +452,8 @@ def test_slip_is_named(name, exercise, old, new, words, prepared, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "words"), [pytest.param(*row, id=f"{row[0]}-{row[2]}") for row in BLANK_SLIPS]
+    ("name", "line", "words"),
+    [pytest.param(*row, marks=slow(row[0], 0), id=f"{row[0]}-{row[2]}") for row in BLANK_SLIPS],
 )
 def test_slip_in_a_blank_line_is_named(name, line, words, capsys):
     """The cell of the blank needs the lesson's first cell of code, and no other."""

@@ -34,7 +34,7 @@ IMAGES = ("image/png", "image/jpeg")
 LAYERED = LESSONS[10:]  # with a core path, and deeper sections that are folded
 # how many lines each notebook leaves to the reader
 BLANK_LINES = dict.fromkeys([page.stem for page in LESSONS], 1)
-BLANK_LINES |= dict.fromkeys(["02_autoencoder", "03_tokenizer", "07_unet", "11_editing"], 2)
+BLANK_LINES |= dict.fromkeys(["02_autoencoder", "03_tokenizer", "06_schedule", "07_unet", "11_editing"], 2)
 BLANK_LINES["08_samplers"] = 2
 BLANK_LINES |= dict.fromkeys(["04_text_encoder", "14_speed"], 3)
 TWO_LAYERS = ("05_attention", "06_schedule", "07_unet", "08_samplers", "09_guidance")

@@ -1,8 +1,9 @@
 """Draw the schematics of the notebooks: `python tools/build_schematics.py` writes `notebooks/images/*.svg`.
 
 One colour means one thing throughout: blue is an image or its latents, orange is noise, green is text, purple is what
-is learned. The paths of `paths.svg` are computed, from the exact denoiser of two peaks on a line, and the merges of
-`byte-pairs.svg` are learned from notebook 03's toy text; the rest is drawn.
+is learned. The paths of `paths.svg` are computed, from the exact denoiser of two peaks on a line, the angles of
+`circle.svg` are those of the schedule, and the merges of `byte-pairs.svg` are learned from notebook 03's toy text; the
+rest is drawn.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from minisd.figures import BLUE, FAINT, GREEN, INK, ORANGE, PAPER, PURPLE
+from minisd.schedule import Schedule
 
 FOLDER = Path(__file__).parent.parent / "notebooks/images"
 FILL = {BLUE: "#dcecf7", ORANGE: "#fcefd2", GREEN: "#d5f0e6", PURPLE: "#f6e3ee", FAINT: "#f1f1f1", INK: PAPER}
@@ -142,7 +144,7 @@ def diffusion() -> Drawing:
     """For 06: the way to noise and the way back."""
     alt = (
         "Five pictures in a row, from a clear landscape x₀ to pure noise x_T. Arrows above lead right: add a little "
-        "noise, nothing is learned. Arrows below lead left: remove a little noise, which is what the network learns."
+        "noise. Arrows below lead left: remove a little, which the network learns."
     )
     d = Drawing(760, 236, alt)
     levels = (0.0, 0.12, 0.4, 0.8, 1.0)
@@ -673,9 +675,9 @@ def training_step() -> Drawing:
 def simple_loss() -> Drawing:
     """For 06: the same step for any target, without weights and without captions left out."""
     alt = (
-        "A picture is encoded to latents x₀; random noise ε is mixed in, as much as a random time t says. The UNet "
-        "sees the noisy latents x_t, the time and the caption, and guesses the target: ε, x₀, or v, a mixture of both. "
-        "The squared difference is the loss; its gradient changes the UNet's weights."
+        "Noise ε is mixed into the latents x₀ of a picture, as much as a random time t says. The UNet sees this x_t, "
+        "the time and the caption, and guesses the target: ε, x₀ or v. The squared difference is the loss; its "
+        "gradient changes the weights."
     )
     return one_step(alt, "“in the snow”", "‖target − guess‖²", "target: ε, x_0 or v")
 
@@ -714,6 +716,56 @@ def one_step(alt: str, caption: str, loss: str, target: str, note: str = "") -> 
         d.text(644, 130, note, 12, FAINT, "end")
     d.arrow((600, 46), (600, 20), (435, 20), (435, 44), color=PURPLE, dashed=True)
     d.text(518, 10, "gradient", 12, FAINT)
+    return d
+
+
+def circle() -> Drawing:
+    """For 06: x_t on its quarter circle from x₀ to ε, and v along it; the angles are those of the schedule."""
+    alt = (
+        "A quarter circle from the clean picture x₀, on the right, up to the noise ε. The arrow x_t makes the angle φ "
+        "with x₀. The arrow v starts at its tip and runs along the circle, towards the noise."
+    )
+    d = Drawing(760, 396, alt)
+    x0, y0, radius, side = 120.0, 340.0, 260.0, 60
+    levels = Schedule().alphas_cumprod
+
+    def place(angle: float, far: float = radius) -> Point:
+        return x0 + far * math.cos(angle), y0 - far * math.sin(angle)
+
+    def arc(angle: float, far: float) -> list[Point]:
+        return [place(angle * i / 60, far) for i in range(61)]
+
+    d.line(arc(math.pi / 2, radius), FAINT, 2.2)
+    d.arrow((x0, y0), (x0 + radius, y0), color=BLUE, width=2.4)
+    d.arrow((x0, y0), (x0, y0 - radius), color=ORANGE, width=2.4)
+    scene(d, x0 + radius + 14, y0 - side / 2, side, 0, 0)
+    scene(d, x0 - 74, y0 - radius - side / 2, side, 1, 4)
+    d.text(x0 + radius + 14 + side / 2, y0 + 44, "x_0", 16)
+    d.text(x0 - 74 + side / 2, y0 - radius + 46, "ε", 16)
+    for t in (250, 500):
+        angle = math.acos(math.sqrt(levels[t]))
+        x, y = place(angle, radius + 50)
+        scene(d, x - side / 2, y - side / 2, side, 1 - levels[t], 2)
+        d.text(x + side / 2 + 8, y, f"t = {t}, φ = {math.degrees(angle):.0f}°", 14, INK, "start")
+        d.circle(*place(angle), 4, "", INK)
+    tip = place(angle)
+    d.line([tip, (tip[0], y0)], FAINT, 1.6, dashed=True)
+    d.line([tip, (x0, tip[1])], FAINT, 1.6, dashed=True)
+    d.arrow((x0, y0), tip, color=INK, width=2.4)
+    d.arrow(tip, (tip[0] - 110 * math.sin(angle), tip[1] - 110 * math.cos(angle)), color=PURPLE, width=2.4)
+    d.line(arc(angle, 54), INK, 1.4)
+    d.text(x0 + 66, y0 - 30, "φ", 16)
+    d.text(tip[0] - 22, tip[1] + 66, "x_t", 16, INK, "end")
+    d.text(tip[0] - 100, tip[1] - 74, "v", 17, PURPLE)
+    d.text((x0 + tip[0]) / 2, y0 + 18, "√ᾱ = cos φ", 14)
+    d.text(x0 - 10, (y0 + tip[1]) / 2, "√(1−ᾱ)", 14, INK, "end")
+    d.text(x0 - 10, (y0 + tip[1]) / 2 + 20, "= sin φ", 14, INK, "end")
+    for y, name, color, equals in (
+        (226, "x_t", INK, "=    cos φ · x₀ + sin φ · ε"),
+        (256, "v", PURPLE, "= − sin φ · x₀ + cos φ · ε"),
+    ):
+        d.text(524, y, name, 15, color, "start")
+        d.text(548, y, equals, 15, color, "start")
     return d
 
 
@@ -868,6 +920,7 @@ SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "attention": attention,
     "transformer-block": block,
     "unet": unet,
+    "circle": circle,
     "paths": paths,
     "fresh-noise": fresh_noise,
     "remember": remember,
