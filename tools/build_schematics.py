@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from minisd.evaluation.metrics import wilson
 from minisd.figures import BLUE, FAINT, GREEN, INK, ORANGE, PAPER, PURPLE
 from minisd.schedule import Schedule
 
@@ -505,9 +506,8 @@ def unet() -> Drawing:
 def guidance() -> Drawing:
     """For 09: two answers in a plane, and the line through them."""
     alt = (
-        "From a noisy point x two arrows lead to two guesses: one without words, one with the prompt. The line from "
-        "the first through the second goes on: at scale 1 lies the guess with the prompt, at 2 and 4 lie points "
-        "beyond it. A negative prompt moves the point at which the line begins."
+        "From a noisy point x arrows lead to two guesses. The line from the one without words through the one with "
+        "the prompt goes on: scales 0, 1, 2 and 4 lie on it. A negative prompt moves where it begins."
     )
     d = Drawing(760, 300, alt)
     d.circle(60, 236, 6, "", ORANGE)
@@ -624,6 +624,57 @@ def fresh_noise() -> Drawing:
     for left in (50.0, 430.0):
         d.circle(left, base, 6, "", BLUE)
         d.text(left, base + 24, "x̂₀", 14)
+    return d
+
+
+# Section 5 of 09 with COUNT = 48: at each scale pictures with all named colours, those with both objects, glare as a
+# percentage of the values and half its 95% interval; and which share of 100 true scenes the judge reads right
+SCALE_COUNTS = {
+    0: (1, 0, 0.40, 0.24),
+    1: (32, 27, 0.57, 0.31),
+    1.5: (41, 33, 0.99, 0.46),
+    2: (44, 35, 1.29, 0.54),
+    4: (46, 38, 2.53, 0.82),
+    8: (40, 26, 8.06, 2.23),
+    15: (36, 9, 26.44, 3.79),
+}
+TRUE_SCENES = (0.97, 0.75)
+Place = Callable[[float, float], Point]
+
+
+def scale_counts() -> Drawing:
+    """For 09: what 48 prompts gave at seven guidance scales."""
+    alt = "Named colours and objects rise steeply up to scale 4 and fall beyond; glare rises all the way."
+    d = Drawing(760, 290, alt)
+    bottom, height, unit = 226.0, 176.0, 19.6
+
+    def panel(left: float, top: float, ticks: Sequence[int], title: str) -> Place:
+        d.text(left - 6, 22, title, 14, INK, "start")
+        for tick in ticks:
+            y = bottom - height * tick / top
+            d.line([(left, y), (left + 15.4 * unit, y)], "#dddddd", 1)
+            d.text(left - 8, y, f"{tick}", 12, FAINT, "end")
+        for scale in (0, 1, 2, 4, 8, 15):
+            d.text(left + scale * unit, bottom + 16, f"{scale}", 12, FAINT)
+        d.text(left + 7.5 * unit, bottom + 38, "guidance scale s", 13)
+        return lambda scale, value: (left + scale * unit, bottom - height * value / top)
+
+    def curve(at: Place, rows: Sequence[tuple[float, float, float, float]], color: str) -> None:
+        d.line([at(scale, value) for scale, value, _, _ in rows], color, 2)
+        for scale, value, low, high in rows:
+            d.line([at(scale, low), at(scale, high)], color, 1.4)
+            d.circle(*at(scale, value), 4, "", color)
+
+    at = panel(48, 48, (0, 12, 24, 36, 48), "of 48 pictures, those that show …")
+    names = (("all named colours", PURPLE, 8.7, 32), ("both objects", GREEN, 10.2, 25.5))
+    for kind, (name, color, x, y) in enumerate(names):
+        ends = {scale: [48 * share for share in wilson(row[kind], 48)] for scale, row in SCALE_COUNTS.items()}
+        curve(at, [(scale, row[kind], *ends[scale]) for scale, row in SCALE_COUNTS.items()], color)
+        d.line([at(0, 48 * TRUE_SCENES[kind]), at(15.4, 48 * TRUE_SCENES[kind])], color, 1.4, dashed=True)
+        d.text(*at(x, y), name, 13, color, "start")
+    at = panel(436, 32, (0, 10, 20, 30), "glare, % of the values")
+    curve(at, [(s, mean, max(0, mean - half), mean + half) for s, (_, _, mean, half) in SCALE_COUNTS.items()], ORANGE)
+    d.text(42, 282, "dashed: what the judge finds in true scenes", 12, FAINT, "start")
     return d
 
 
@@ -925,6 +976,7 @@ SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "fresh-noise": fresh_noise,
     "remember": remember,
     "guidance": guidance,
+    "scale-counts": scale_counts,
     "pipeline": pipeline,
     "inpainting": inpainting,
     "training-step": training_step,

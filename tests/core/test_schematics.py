@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -37,3 +38,9 @@ def test_a_notebook_shows_it_and_describes_it(name: str) -> None:
     described = f"![{build.SCHEMATICS[name]().alt}](images/{name}.svg)"
     cells = [c for p in sorted(ROOT.glob("notebooks/*.ipynb")) for c in json.loads(p.read_text("utf-8"))["cells"]]
     assert sum(described in "".join(cell["source"]) for cell in cells) >= 1
+
+
+def test_the_counts_of_guidance_are_those_of_the_notebook() -> None:
+    cells = json.loads((ROOT / "notebooks/09_guidance.ipynb").read_text("utf-8"))["cells"]
+    found = re.search(r"^FOUND = (\{.*?\})$", "\n".join("".join(cell["source"]) for cell in cells), re.MULTILINE)
+    assert found and ast.literal_eval(found[1]) == {scale: row[:2] for scale, row in build.SCALE_COUNTS.items()}
