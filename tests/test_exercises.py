@@ -316,6 +316,7 @@ SLIPS = [
 ]
 
 # blank lines in the lessons: notebook, what a learner writes, and words of the message ("yes" for the right line)
+OF_12 = "a, b = (part.sqrt()[:, None, None, None] for part in (alphas_bar[t], 1 - alphas_bar[t])); "
 BLANK_SLIPS = [
     ("06_schedule", "return c * x - s * v", "yes"),
     ("06_schedule", "return (c * x - s * v) / (c**2 + s**2)", "yes"),
@@ -351,6 +352,21 @@ BLANK_SLIPS = [
     ("11_editing", "return small * x + (1 - small) * (clean + noise)", "the level reached has, not 1"),
     ("11_editing", "return small * x + (1 - small) * clean + plan.sigmas[call + 1] * noise", "mind the brackets"),
     ("11_editing", "return clean + plan.sigmas[call + 1] * noise", "x is missing"),
+    ("12_training", OF_12 + "return a * x0 + b * noise, a * noise - b * x0 if predicts_v else noise", "yes"),
+    ("12_training", OF_12 + "x = a * x0 + b * noise; return x, (a * x - x0) / b if predicts_v else noise", "yes"),
+    (
+        "12_training",
+        "a, b = alphas_bar[t] ** 0.5, (1 - alphas_bar[t]) ** 0.5; return a * x0 + b * noise, noise",
+        "the width",
+    ),
+    ("12_training", OF_12 + "return a**2 * x0 + b**2 * noise, noise", "shares of the variance"),
+    ("12_training", OF_12 + "return b * x0 + a * noise, noise", "belongs to the picture"),
+    ("12_training", OF_12 + "return a * x0 + noise, noise", "has a factor, too"),
+    ("12_training", OF_12 + "return a * x0 + b * noise, noise", "the answer is v"),
+    ("12_training", OF_12 + "return a * x0 + b * noise, a * noise - b * x0", "this UNet predicts ε"),
+    ("12_training", OF_12 + "return a * x0 + b * noise, b * x0 - a * noise", "the sign is reversed"),
+    ("12_training", OF_12 + "x = a * x0 + b * noise; return x, a * noise - b * x", "not x_t"),
+    ("12_training", OF_12 + "return a * x0 + b * noise", "expected"),
     ("14_speed", "return 2 * n * c_in * c_out * k * k * h * w", "yes"),
     ("14_speed", "return n * c_in * c_out * k * k * h * w", "are two FLOP"),
     ("14_speed", "return 2 * n * c_in * c_out * k * h * w", "k squared"),

@@ -716,11 +716,10 @@ def training_step() -> Drawing:
     alt = (
         "A picture is encoded to latents x₀; random noise ε is mixed in, as much as a random time t says. The UNet "
         "sees the noisy latents x_t, the time, and the words of the caption, which one time in ten is left empty. It "
-        "guesses v = √ᾱ ε − √(1−ᾱ) x₀. The squared difference from the true v, weighted by w(t), is the loss, and "
+        "guesses v, a mixture of x₀ and ε. The squared difference from the true v, weighted by w(t), is the loss, and "
         "its gradient changes the UNet's weights."
     )
-    target = "v = √ᾱ ε − √(1−ᾱ) x_0"
-    return one_step(alt, "“in the snow”\n(1 in 10: “”)", "w(t) · ‖v − guess‖²", target, "ᾱ depends on t")
+    return one_step(alt, "“in the snow”\n(1 in 10: “”)", "w(t) · ‖v − guess‖²", "v, from t, ε and x_0")
 
 
 def simple_loss() -> Drawing:
@@ -733,8 +732,8 @@ def simple_loss() -> Drawing:
     return one_step(alt, "“in the snow”", "‖target − guess‖²", "target: ε, x_0 or v")
 
 
-def one_step(alt: str, caption: str, loss: str, target: str, note: str = "") -> Drawing:
-    """A step of the UNet's training, with these words in its boxes and this note above the target."""
+def one_step(alt: str, caption: str, loss: str, target: str) -> Drawing:
+    """A step of the UNet's training, with these words in its boxes."""
     d = Drawing(760, 306, alt)
     scene(d, 16, 34, 84, 0, 0, ground=(245, 248, 252))
     d.text(58, 132, "picture", 13)
@@ -763,8 +762,6 @@ def one_step(alt: str, caption: str, loss: str, target: str, note: str = "") -> 
     d.box(560, 46, 184, 60, f"loss\n{loss}", FAINT)
     d.arrow((652, 150), (652, 106))
     d.box(560, 150, 184, 44, target, FAINT, 13)
-    if note:
-        d.text(644, 130, note, 12, FAINT, "end")
     d.arrow((600, 46), (600, 20), (435, 20), (435, 44), color=PURPLE, dashed=True)
     d.text(518, 10, "gradient", 12, FAINT)
     return d
