@@ -144,8 +144,8 @@ def scene(
 def diffusion() -> Drawing:
     """For 06: the way to noise and the way back."""
     alt = (
-        "Five pictures in a row, from a clear landscape x₀ to pure noise x_T. Arrows above lead right: add a little "
-        "noise. Arrows below lead left: remove a little, which the network learns."
+        "Five pictures, from a clear landscape x₀ to pure noise x_T. Arrows right: add a little noise. Arrows left: "
+        "remove a little, with the network's help."
     )
     d = Drawing(760, 236, alt)
     levels = (0.0, 0.12, 0.4, 0.8, 1.0)
@@ -725,9 +725,9 @@ def training_step() -> Drawing:
 def simple_loss() -> Drawing:
     """For 06: the same step for any target, without weights and without captions left out."""
     alt = (
-        "Noise ε is mixed into the latents x₀ of a picture, as much as a random time t says. The UNet sees this x_t, "
-        "the time and the caption, and guesses the target: ε, x₀ or v. The squared difference is the loss; its "
-        "gradient changes the weights."
+        "The latents x₀ of a picture, noise ε and a random t make x_t. The UNet sees x_t, t and the caption, and "
+        "guesses the target: ε, x₀ or v; t says how they mix in v. The squared difference is the loss; its gradient "
+        "changes the weights."
     )
     return one_step(alt, "“in the snow”", "‖target − guess‖²", "target: ε, x_0 or v")
 
@@ -752,6 +752,7 @@ def one_step(alt: str, caption: str, loss: str, target: str) -> Drawing:
     d.box(350, 146, 74, 44, "random t", FAINT, 13)
     d.arrow((362, 146), (305, 88))
     d.arrow((402, 146), (402, 108))
+    d.arrow((424, 168), (560, 168))
     d.box(380, 44, 110, 64, "UNet", PURPLE, 17)
     d.box(16, 250, 150, 44, caption, GREEN, 12)
     d.arrow((166, 272), (196, 272), color=GREEN)
@@ -770,8 +771,8 @@ def one_step(alt: str, caption: str, loss: str, target: str) -> Drawing:
 def circle() -> Drawing:
     """For 06: x_t on its quarter circle from x₀ to ε, and v along it; the angles are those of the schedule."""
     alt = (
-        "A quarter circle from the clean picture x₀, on the right, up to the noise ε. The arrow x_t makes the angle φ "
-        "with x₀. The arrow v starts at its tip and runs along the circle, towards the noise."
+        "A quarter circle from the clean picture x₀ up to the noise ε. The arrow x_t makes the angle φ with x₀; v "
+        "starts at its tip, along the circle, towards the noise."
     )
     d = Drawing(760, 396, alt)
     x0, y0, radius, side = 120.0, 340.0, 260.0, 60
