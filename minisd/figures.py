@@ -173,22 +173,16 @@ def token_row(
 
 
 def you_are_here(*lit: str, from_picture: bool = False) -> Image.Image:
-    """Draw the pipeline with the named `STAGES` highlighted; without names, all are.
-
-    With `from_picture` a picture enters, too: the encoder, the autoencoder's other half, adds its latents to the noise.
-    """
+    """Draw the pipeline with the named `STAGES` (or all) lit; with `from_picture`, a picture enters as well."""
     if unknown := set(lit) - set(STAGES):
         raise ValueError(f"no part is called {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     sheet = Image.new("RGB", (880, 204 if from_picture else 132), PAPER)
     draw = ImageDraw.Draw(sheet)
-    boxes = {
-        "tokenizer": (90, 8, 190, 48),
-        "text encoder": (260, 8, 370, 48),
-        "noise": (90, 84, 190, 124),
-        "unet": (300, 84, 400, 124),
-        "sampler": (490, 84, 590, 124),
-        "autoencoder": (680, 84, 800, 124),
-    } | ({"encoder": (90, 156, 190, 196)} if from_picture else {})
+    top = {"tokenizer": (90, 190), "text encoder": (260, 370)}
+    bottom = {"noise": (90, 190), "unet": (300, 400), "sampler": (490, 590), "autoencoder": (680, 800)}
+    boxes = {name: (left, 8, right, 48) for name, (left, right) in top.items()}
+    boxes |= {name: (left, 84, right, 124) for name, (left, right) in bottom.items()}
+    boxes |= {"encoder": (90, 156, 190, 196)} if from_picture else {}
     for name, box in boxes.items():
         on = not lit or ("autoencoder" if name == "encoder" else name) in lit
         draw.rounded_rectangle(box, 8, SKY if on else "#eeeeee", BLUE if on else "#bbbbbb", 2)
@@ -201,7 +195,7 @@ def you_are_here(*lit: str, from_picture: bool = False) -> Image.Image:
         ((400, 104), (490, 104), "prediction"),
         ((590, 104), (680, 104), "latents"),
         ((800, 104), (828, 104), ""),
-    ]
+    ] + [((62, 176), (90, 176), "")] * from_picture
     for start, end, label in arrows:
         _arrow(draw, start, end)
         draw.text(((start[0] + end[0]) / 2 - 3, start[1] - 10), label, FAINT, _font(12), anchor="mm")
@@ -215,7 +209,6 @@ def you_are_here(*lit: str, from_picture: bool = False) -> Image.Image:
     draw.text((832, 104), "picture", INK, _font(13), anchor="lm")
     if from_picture:
         draw.text((4, 176), "picture", INK, _font(14), anchor="lm")
-        _arrow(draw, (62, 176), (90, 176))
         draw.line([(190, 176), (220, 176), (220, 104)], FAINT, 2)
         draw.ellipse((211, 95, 229, 113), PAPER, FAINT, 2)
         draw.text((220, 104), "+", FAINT, _font(14), anchor="mm")
