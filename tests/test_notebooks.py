@@ -35,8 +35,8 @@ LAYERED = LESSONS[10:]  # with a core path, and deeper sections that are folded
 # how many lines each notebook leaves to the reader
 BLANK_LINES = dict.fromkeys([page.stem for page in LESSONS], 1)
 BLANK_LINES |= dict.fromkeys(["02_autoencoder", "03_tokenizer", "06_schedule", "07_unet", "11_editing"], 2)
-BLANK_LINES["08_samplers"] = 2
-BLANK_LINES |= dict.fromkeys(["04_text_encoder", "14_speed"], 3)
+BLANK_LINES |= dict.fromkeys(["08_samplers", "14_speed"], 2)
+BLANK_LINES["04_text_encoder"] = 3
 TWO_LAYERS = ("05_attention", "06_schedule", "07_unet", "08_samplers", "09_guidance")
 ANY_MODEL = ("05_attention.ipynb", "07_unet.ipynb")  # 00: test_browser.py; all of them: notebook_models.py
 
