@@ -1,9 +1,9 @@
 """Draw the schematics of the notebooks: `python tools/build_schematics.py` writes `notebooks/images/*.svg`.
 
 One colour means one thing throughout: blue is an image or its latents, orange is noise, green is text, purple is what
-is learned. The paths of `paths.svg` are computed, from the exact denoiser of two peaks on a line, the angles of
-`circle.svg` are those of the schedule, and the merges of `byte-pairs.svg` are learned from notebook 03's toy text; the
-rest is drawn.
+is learned. The paths of `paths.svg` are computed, from the exact denoiser of two peaks on a line, those of
+`lost-on-the-way.svg` from that of four clusters, the angles of `circle.svg` are those of the schedule, and the merges
+of `byte-pairs.svg` are learned from notebook 03's toy text; the rest is drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -506,8 +507,8 @@ def unet() -> Drawing:
 def guidance() -> Drawing:
     """For 09: two answers in a plane, and the line through them."""
     alt = (
-        "From a noisy point x arrows lead to two guesses. The line from the one without words through the one with "
-        "the prompt goes on: scales 0, 1, 2 and 4 lie on it. A negative prompt moves where it begins."
+        "From a noisy x arrows lead to two guesses, on a line that goes on beyond them: scales 0, 1, 2, 4. A negative "
+        "prompt moves its start."
     )
     d = Drawing(760, 300, alt)
     d.circle(60, 236, 6, "", ORANGE)
@@ -678,6 +679,63 @@ def scale_counts() -> Drawing:
     return d
 
 
+CLUSTERS, SPREAD = torch.tensor([[-1.5, 0.7], [-0.1, -0.9], [1.4, -0.5], [0.9, 0.9]]), 0.35  # the toy of 09
+
+
+@cache
+def guided_walks(scale: float) -> tuple[torch.Tensor, list[float]]:
+    """Walk the 4,000 points of 09, section 3, towards "bird": where they are at every noise level, and the levels."""
+    levels = [*torch.logspace(math.log10(15), math.log10(0.02), 60).tolist(), 0.0]
+
+    def noise(x: torch.Tensor, sigma: float, count: int) -> torch.Tensor:
+        pull, variance = CLUSTERS[:count] - x[:, None], SPREAD**2 + sigma**2
+        weight = (-pull.square().sum(-1) / (2 * variance)).softmax(1)
+        return -sigma * (weight[..., None] * pull).sum(1) / variance
+
+    seen = [levels[0] * torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))]
+    for sigma, smaller in pairwise(levels):
+        empty, words = noise(seen[-1], sigma, 4), noise(seen[-1], sigma, 2)
+        seen.append(seen[-1] + (smaller - sigma) * (empty + scale * (words - empty)))
+    return torch.stack(seen), levels
+
+
+def lost_on_the_way() -> Drawing:
+    """For 09: the first ten of the toy's points that glide at scale 1 and not at 7."""
+    alt = (
+        "Ten walks: at scale 1 they end among the gliding birds; at 7 they are driven left while σ > 1, and end near "
+        "the branch."
+    )
+    d = Drawing(760, 320, alt)
+    walks = {scale: guided_walks(scale) for scale in (1, 7)}
+    glide = {s: torch.cdist(x[-1], CLUSTERS[:2]).argmin(1) == 1 for s, (x, _) in walks.items()}
+    chosen = (glide[1] & ~glide[7]).nonzero()[:10, 0].tolist()
+    low, high, unit = torch.tensor([-4.4, -2.9]), torch.tensor([2.8, 2.6]), 49.0
+    for (scale, (x, levels)), left in zip(walks.items(), (12.0, 395.0), strict=True):
+
+        def at(point: torch.Tensor, left: float = left) -> Point:
+            return left + unit * float(point[0] - low[0]), 28 + unit * float(high[1] - point[1])
+
+        d.rectangle(left, 28, *(unit * (high - low)).tolist(), "none", "#dddddd")
+        d.text(left + unit * 3.6, 14, f"s = {scale}", 15)
+        for center, name in zip(CLUSTERS, ("branch", "gliding", "planes", "planes"), strict=True):
+            across, down = at(center)
+            color, lower = (FAINT, 0) if name == "planes" else (BLUE, 2 * SPREAD * unit + 11)
+            d.circle(across, down, 2 * SPREAD * unit, "", color)
+            d.text(across, down + lower, name, 12, color)
+        one = sum(level > 1 for level in levels)  # the first level that is not above 1
+        for k in chosen:
+            path = x[:, k]
+            enters = int(((path < low) | (path > high)).any(1).nonzero()[-1])  # the last point outside the panel
+            outer, inner = path[enters], path[enters + 1]
+            edge = outer + (inner - outer) * ((outer.clamp(low, high) - outer) / (inner - outer)).max()
+            d.line([at(point) for point in (edge, *path[enters + 1 : one + 1])], ORANGE, 1.4)
+            d.line([at(point) for point in path[one:]], BLUE, 1.8)
+            d.circle(*at(path[one]), 2.5, "", INK)
+    d.text(12, 310, "orange: while σ > 1", 12, ORANGE, "start")
+    d.text(152, 310, "blue: from there on", 12, BLUE, "start")
+    return d
+
+
 def remember() -> Drawing:
     """For 08: the guess of DPM++ 2M for a step, from the two before it, in the numbers of the text."""
     alt = (
@@ -715,9 +773,9 @@ def training_step() -> Drawing:
     """For 12: one step of the UNet's training."""
     alt = (
         "A picture is encoded to latents x₀; random noise ε is mixed in, as much as a random time t says. The UNet "
-        "sees the noisy latents x_t, the time, and the words of the caption, which one time in ten is left empty. It "
-        "guesses v, a mixture of x₀ and ε. The squared difference from the true v, weighted by w(t), is the loss, and "
-        "its gradient changes the UNet's weights."
+        "sees the noisy latents x_t, the time, and the words of the caption, which is blanked one time in ten. It "
+        "guesses v. The squared difference from the true v, weighted by w(t), is the loss; its gradient changes the "
+        "weights."
     )
     return one_step(alt, "“in the snow”\n(1 in 10: “”)", "w(t) · ‖v − guess‖²", "v, from t, ε and x_0")
 
@@ -975,6 +1033,7 @@ SCHEMATICS: dict[str, Callable[[], Drawing]] = {
     "remember": remember,
     "guidance": guidance,
     "scale-counts": scale_counts,
+    "lost-on-the-way": lost_on_the_way,
     "pipeline": pipeline,
     "inpainting": inpainting,
     "training-step": training_step,
