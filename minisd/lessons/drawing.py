@@ -65,11 +65,23 @@ def _draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]
     axes.annotate("", end, start, arrowprops=style)
 
 
-def plot_losses(losses: Sequence[Mapping[str, float]], name: str, alt: str, width: int = 10) -> None:
-    """Show what a training run wrote down under a name at every step, in grey, and its mean over `width` steps."""
+def plot_losses(
+    losses: Sequence[Mapping[str, float]],
+    name: str,
+    alt: str,
+    width: int = 10,
+    levels: Mapping[str, float] | None = None,
+) -> None:
+    """Show what a training run wrote down under a name at every step, in grey, and its mean over `width` steps.
+
+    Dashed lines mark the named `levels`.
+    """
     values = np.array([line[name] for line in losses])
     figure, axes = plt.subplots(figsize=(5, 2))
     axes.plot(values, color="0.8")
     axes.plot(np.arange(width - 1, len(values)), np.convolve(values, np.ones(width) / width, "valid"))
+    for label, level in (levels or {}).items():
+        axes.axhline(level, color="0.3", linestyle="dashed", linewidth=1)
+        axes.text(len(values), level, label, ha="right", va="bottom")
     axes.set(xlabel="step", ylabel=name)
     show(plot_picture(figure, 16), alt=alt)
