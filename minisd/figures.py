@@ -178,11 +178,10 @@ def you_are_here(*lit: str, from_picture: bool = False) -> Image.Image:
         raise ValueError(f"no part is called {', '.join(sorted(unknown))}; choose from {', '.join(STAGES)}")
     sheet = Image.new("RGB", (880, 204 if from_picture else 132), PAPER)
     draw = ImageDraw.Draw(sheet)
-    top = {"tokenizer": (90, 190), "text encoder": (260, 370)}
-    bottom = {"noise": (90, 190), "unet": (300, 400), "sampler": (490, 590), "autoencoder": (680, 800)}
-    boxes = {name: (left, 8, right, 48) for name, (left, right) in top.items()}
-    boxes |= {name: (left, 84, right, 124) for name, (left, right) in bottom.items()}
-    boxes |= {"encoder": (90, 156, 190, 196)} if from_picture else {}
+    rows = {8: {"tokenizer": (90, 190), "text encoder": (260, 370)}}
+    rows[156] = {"encoder": (90, 190)} if from_picture else {}
+    rows[84] = {"noise": (90, 190), "unet": (300, 400), "sampler": (490, 590), "autoencoder": (680, 800)}
+    boxes = {name: (left, y, right, y + 40) for y, row in rows.items() for name, (left, right) in row.items()}
     for name, box in boxes.items():
         on = not lit or ("autoencoder" if name == "encoder" else name) in lit
         draw.rounded_rectangle(box, 8, SKY if on else "#eeeeee", BLUE if on else "#bbbbbb", 2)

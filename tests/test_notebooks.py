@@ -181,7 +181,7 @@ def core_path(cells: list[NotebookNode]) -> list[NotebookNode]:
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_core_path_is_short(path):
-    """At most 25 cells and 1,500 words before questions and exercises: 35 to 50 minutes.
+    """At most 25 cells and 1,500 words before questions and exercises: 35 to 55 minutes.
 
     Formulas count as nothing, or as one word within a line; folded answers are not counted.
     """

@@ -538,9 +538,8 @@ def guidance() -> Drawing:
 def paths() -> Drawing:
     """For 08: the same start, with and without fresh noise, over the density that narrows to two peaks."""
     alt = (
-        "A wide grey band parts into two narrow ones, the data. Smooth blue paths lead from noise to data. "
-        "A jagged orange one gets fresh noise at every step: it starts where a blue one does, and ends in the other "
-        "peak."
+        "A grey band parts into two, the data. Smooth blue paths lead there from noise. A jagged orange one, with "
+        "fresh noise, starts where a blue one does and ends in the other peak."
     )
     d = Drawing(760, 354, alt)
     left, right, middle, scale = 50.0, 710.0, 184.0, 52.0
@@ -599,8 +598,8 @@ def paths() -> Drawing:
 def fresh_noise() -> Drawing:
     """For 08: one step of DDPM and of DDIM, from σ = 5 to 4; lengths are standard deviations."""
     alt = (
-        "A step from σ = 5 to σ′ = 4. DDPM keeps 3.2 of the old noise and adds 2.4 of fresh noise at a right angle, "
-        "in all 4. DDIM keeps 4 of the old noise."
+        "A step from σ = 5 to 4. DDPM: 3.2 of old noise and, at a right angle, 2.4 of fresh noise, in all 4. "
+        "DDIM: 4 of old noise."
     )
     d = Drawing(760, 236, alt)
     unit, base = 56.0, 186.0
@@ -738,10 +737,7 @@ def lost_on_the_way() -> Drawing:
 
 def remember() -> Drawing:
     """For 08: the guess of DPM++ 2M for a step, from the two before it, in the numbers of the text."""
-    alt = (
-        "The guess rises from 0.6 at σ = 4 to 0.8 at σ = 2. The line through both gives D = 0.9 half-way to σ = 1; "
-        "DDIM keeps 0.8."
-    )
+    alt = "The guess rises from 0.6 at σ = 4 to 0.8 at σ = 2; the line through both gives D = 0.9 half-way to 1."
     d = Drawing(760, 262, alt)
     at = {4: 130.0, 2: 350.0, 1: 570.0}
 

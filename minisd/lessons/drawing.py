@@ -24,7 +24,8 @@ def draw_u(maps: Mapping[str, Tensor], popped: Sequence[tuple[str, str]], width:
         popped: For each skip the station that takes it and the one that made it; the innermost of each row first.
         width: Of the figure, in inches.
     """
-    names, depths = list(maps), [_depth(one, maps) for one in maps.values()]
+    names, sides = list(maps), [one.shape[-1] for one in maps.values()]
+    depths = [math.log2(max(sides) / side) for side in sides]  # how often each has been halved
     y, half = [-2.15 * depth for depth in depths], [0.41 * 0.9**depth for depth in depths]
     wires = Counter(y[names.index(skip)] for _, skip in popped)
     top, bottom = 0.65 + 0.27 * wires[0], min(y) - 1.25
@@ -47,11 +48,6 @@ def draw_u(maps: Mapping[str, Tensor], popped: Sequence[tuple[str, str]], width:
     return plot_picture(figure, 32)
 
 
-def _depth(one: Tensor, maps: Mapping[str, Tensor]) -> float:
-    """How often the side of a map has been halved."""
-    return math.log2(max(other.shape[-1] for other in maps.values()) / one.shape[-1])
-
-
 def _draw_map(axes: Axes, name: str, one: Tensor, place: tuple[float, float], half: float) -> None:
     (x, y), flat = place, one.flatten(1)
     face = one[(flat.amax(1) - flat.amin(1)).argmax()]
@@ -65,22 +61,13 @@ def _draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]
     axes.annotate("", end, start, arrowprops=style)
 
 
-def plot_losses(
-    losses: Sequence[Mapping[str, float]],
-    name: str,
-    alt: str,
-    width: int = 10,
-    levels: Mapping[str, float] | None = None,
-) -> None:
-    """Show what a training run wrote down under a name at every step, in grey, and its mean over `width` steps.
-
-    Dashed lines mark the named `levels`.
-    """
-    values = np.array([line[name] for line in losses])
+def plot_losses(lines: Sequence[Mapping[str, float]], name: str, alt: str, levels: Mapping[str, float]) -> None:
+    """Show a training run's `name` at every step, in grey, its mean over ten steps, and dashed lines at `levels`."""
+    values = np.array([line[name] for line in lines])
     figure, axes = plt.subplots(figsize=(5, 2))
     axes.plot(values, color="0.8")
-    axes.plot(np.arange(width - 1, len(values)), np.convolve(values, np.ones(width) / width, "valid"))
-    for label, level in (levels or {}).items():
+    axes.plot(np.arange(9, len(values)), np.convolve(values, np.ones(10) / 10, "valid"))
+    for label, level in levels.items():
         axes.axhline(level, color="0.3", linestyle="dashed", linewidth=1)
         axes.text(len(values), level, label, ha="right", va="bottom")
     axes.set(xlabel="step", ylabel=name)
