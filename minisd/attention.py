@@ -96,7 +96,7 @@ class SpatialTransformer(nn.Module):
 
     x (n, channels, h, w), context (n, tokens, context_dim) -> (n, channels, h, w). The projections are linear layers
     if `linear` (Stable Diffusion 2), and the equivalent 1×1 convolutions otherwise (Stable Diffusion 1).
-    Source: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", appendix E.2.1.
+    Source: Rombach et al. 2022, appendix E.2.1; the MLP comes last, as in the released code.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ class ScheduleConfig:
     prediction_type: str = "epsilon"
     timestep_spacing: str | None = None  # if None, each sampler uses its own default
     steps_offset: int = 1  # added to timesteps with "leading" spacing
-    set_alpha_to_one: bool | None = False  # DDIM and PNDM end at σ = 0 (True) or that of timestep 0; None: DDIM at 0
+    set_alpha_to_one: bool | None = False  # end at σ = 0 (True) or that of timestep 0; None: DDIM True, PNDM False
     rescale_betas_zero_snr: bool = False  # for v-prediction: rescale ᾱ to (nearly) 0 at the last timestep
 
 

@@ -135,8 +135,10 @@ def generate(
         seeds: One random seed per prompt; 0, 1, 2, … by default.
 
     Raises:
-        ValueError: If the number of seeds differs from the number of prompts.
+        ValueError: If there are no prompts, or the number of seeds differs from the number of prompts.
     """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"expected a list of prompts, got {prompts!r}")
     seeds = range(len(prompts)) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ValueError(f"expected one seed per prompt, got {len(seeds)} seeds for {len(prompts)} prompts")

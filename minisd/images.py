@@ -37,7 +37,7 @@ def grid(
     """Arrange PIL images of equal size in a grid, as square as possible by default.
 
     Captions are wrapped to the image width, in a font that scales with it, and placed below the images. Raises
-    ValueError if there are no images, if their sizes differ, or if the number of captions differs from that of images.
+    ValueError if there are no images, if their sizes differ, or if there are not as many captions as images.
     """
     if not pictures:
         raise ValueError("a grid requires at least one image")

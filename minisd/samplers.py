@@ -5,7 +5,7 @@ Most samplers solve the probability-flow ODE, here in σ-space, where x̄ = x₀
     dx̄/dσ = ε(x̄, σ)          (Song et al. 2021, "DDIM", equation 14; Karras et al. 2022, equation 1)
 
 from the largest σ down to 0 or that of timestep 0; DDPM and ancestral samplers solve the matching SDE, and LCM jumps
-straight to a solution. They differ in discretization, order and noise. Each is a function that returns a `Plan`.
+to the end of the ODE's path. They differ in discretization, order and noise. Each is a function that returns a `Plan`.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def euler_a(schedule: Schedule, n: int, start: int = 0, spacing: str | None = No
 
 
 def heun(schedule: Schedule, n: int, start: int = 0, spacing: str | None = None, levels: Levels = None) -> Plan:
-    """Return a plan for Heun's method: an Euler step, repeated with the mean of the slopes at both of its ends.
+    """Return a plan for Heun's method: an Euler step, redone with the mean of the slopes at its two ends.
 
     Even-numbered calls predict and odd-numbered calls correct; the last step, to σ = 0, is a plain Euler step.
     Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 1.
@@ -283,7 +283,7 @@ def dpmpp_2m(schedule: Schedule, n: int, start: int = 0, spacing: str | None = N
         # x̄' = D + (σ'/σ) (x̄ − D)
         return target + (sigmas[i + 1] / sigmas[i]) * (state.sample - target), (x0,)
 
-    if levels is not None:  # diffusers' convention: over the entire schedule, whatever the spacing
+    if levels is not None:  # diffusers' convention: over the entire schedule, regardless of spacing
         sigmas = levels(float(schedule.sigmas[-1]), float(schedule.sigmas[0]), n)
         timesteps = tuple(float(round(schedule.timestep_at(sigma))) for sigma in sigmas)
     else:
@@ -308,8 +308,8 @@ def lcm(schedule: Schedule, n: int, start: int = 0) -> Plan:
     """Return a plan for LCM sampling: each call jumps to clean latents, which are then noised to the next level.
 
     It requires a latent consistency model, or an LCM-LoRA on a regular model, and works best with 1 to 8 steps.
-    Sources: Luo et al. 2023, "Latent Consistency Models", section 4 and algorithm 3; Song et al. 2023, "Consistency
-    Models", appendix C, for the boundary conditions.
+    Sources: Luo et al. 2023, "Latent Consistency Models", section 4, algorithm 3 and the released code; Song et al.
+    2023, "Consistency Models", appendix C, for the boundary conditions, there with σ_d as a factor of c_out.
     """
 
     def advance(plan: Plan, state: State, x0: Tensor, epsilon: Tensor, noise: Tensor | None) -> Advanced:

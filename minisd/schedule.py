@@ -73,8 +73,8 @@ class Schedule:
     def timesteps(self, n: int, spacing: str | None = None, rounded: bool = True) -> tuple[float, ...]:
         """Return n of the training timesteps, in decreasing order.
 
-        Only "trailing" and "linspace" always include the last timestep, where latents are nearly pure noise. For n = 1,
-        "leading" and "linspace" return the timestep at the clean end (1 and 0).
+        "trailing", and "linspace" for n > 1, include the last timestep, where latents are nearly pure noise. For n = 1,
+        "leading" and "linspace" return a timestep at the clean end (`steps_offset` and 0).
         Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", table 2.
 
         Args:

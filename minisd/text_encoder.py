@@ -94,7 +94,7 @@ class TextEncoder(nn.Module):
 
     @property
     def token_embedding(self) -> nn.Embedding:
-        """Token embedding table. A zero row marks a token that was never trained."""
+        """Token embedding table. In the bundled tiny model, a zero row marks a token that was never trained."""
         return self.text_model["embeddings"].token_embedding  # type: ignore[return-value]
 
     def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
@@ -102,7 +102,7 @@ class TextEncoder(nn.Module):
 
         Args:
             ids: Token ids, (n, tokens), at most 77 tokens.
-            clip_skip: Layer to take the output of, counted from the end: 1 is the last, 2 the penultimate.
+            clip_skip: Which layer's output to use, counted from the end: 1 is the last, 2 the penultimate.
 
         Returns:
             Text embeddings, (n, tokens, width), after the final LayerNorm.

@@ -1,7 +1,7 @@
 """The CLIP tokenizer: byte-level byte-pair encoding (BPE) of prompts to 77 token ids.
 
 Text is normalized and split into words, and each word is represented as a sequence of symbols, one per UTF-8 byte.
-Adjacent symbols are then merged, highest-ranked pair first, by a list of merges learned from captions. The vocabulary
+Adjacent symbols are then merged, highest-priority pair first, by CLIP's published list of merges. The vocabulary
 follows from the merges: 256 byte symbols, 256 with an end-of-word marker, one token per merge, and two special tokens.
 Sources: Sennrich et al. 2016 (arXiv 1508.07909); Radford et al. 2021 (arXiv 2103.00020), whose merges are bundled (MIT,
 assets/licenses/CLIP-MIT.txt): lines 2 to 48,895 of bpe_simple_vocab_16e6.txt in the PyPI package clip-anytorch.
@@ -55,7 +55,7 @@ def split_words(text: str) -> list[str]:
 
 
 class Tokenizer:
-    """CLIP tokenizer. It is immutable and can be shared between threads.
+    """CLIP tokenizer. It is never modified after construction and can be shared between threads.
 
     Args:
         vocabulary: Mapping from tokens to ids, which are contiguous from 0.

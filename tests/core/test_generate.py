@@ -25,6 +25,12 @@ def test_number_of_seeds_must_match_prompts(model, seeds):
         generate(model, ["a fox", "a house"], num_inference_steps=2, seeds=seeds)
 
 
+@pytest.mark.parametrize("prompts", ["a fox", [], ()])
+def test_prompts_are_a_list(model, prompts):
+    with pytest.raises(ValueError, match="expected a list of prompts, got "):
+        generate(model, prompts, num_inference_steps=2)
+
+
 @pytest.mark.parametrize(("scale", "rows"), [(1.0, [1, 1]), (0.0, [2, 2]), (4.0, [2, 2])])
 def test_guidance_scale_of_one_calls_the_unet_once_per_image(model, monkeypatch, scale, rows):
     seen, forward = [], model.unet.forward
