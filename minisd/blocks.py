@@ -38,7 +38,7 @@ class ResBlock(nn.Module):
 class Downsample(nn.Module):
     """2× downsampling by a convolution of stride 2. (n, c, h, w) -> (n, c, h/2, w/2).
 
-    The UNet pads all sides (`padding=1`; odd sides round up), the autoencoder right and bottom (`padding=0`; down).
+    The UNet pads all sides (`padding=1`, h/2 rounded up), the autoencoder right and bottom (`padding=0`, rounded down).
     """
 
     def __init__(self, channels: int, padding: int) -> None:

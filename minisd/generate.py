@@ -135,7 +135,7 @@ def generate(
         seeds: One random seed per prompt; 0, 1, 2, … by default.
 
     Raises:
-        ValueError: If there are no prompts, or the number of seeds differs from the number of prompts.
+        ValueError: If `prompts` is a string or empty, or the number of seeds differs from the number of prompts.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"expected a list of prompts, got {prompts!r}")

@@ -467,6 +467,13 @@ def test_slip_is_named(name, exercise, old, new, words, prepared, capsys):
     assert said.startswith("not yet: ") and words in said, said
 
 
+def assert_said(words: str, blank: str, line: str, namespace: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    """Run the cell of a blank with a line in its place; its check has to say `words`."""
+    run([re.sub(r"raise NotImplementedError  # your line.*", line, blank)], namespace)
+    said = capsys.readouterr().out
+    assert said.endswith("yes\n") if words == "yes" else "not yet: " in said and words in said, said
+
+
 @pytest.mark.parametrize(
     ("name", "line", "words"),
     [pytest.param(*row, marks=slow(row[0], 0), id=f"{row[0]}-{row[2]}") for row in BLANK_SLIPS],
@@ -477,10 +484,7 @@ def test_slip_in_a_blank_line_is_named(name, line, words, capsys):
     of_enter = "skipped" in line  # notebook 11 has two blanks
     blank = next(source for source in others if "# your line" in source and ("def enter" in source) == of_enter)
     with torch.enable_grad(), matplotlib.rc_context():
-        namespace = dict(begun(name))
-        run([re.sub(r"raise NotImplementedError  # your line.*", line, blank)], namespace)
-    said = capsys.readouterr().out
-    assert said.endswith("yes\n") if words == "yes" else "not yet: " in said and words in said, said
+        assert_said(words, blank, line, dict(begun(name)), capsys)
 
 
 @pytest.mark.parametrize(
@@ -502,10 +506,7 @@ def test_slip_in_a_blank_line_is_named(name, line, words, capsys):
 )
 def test_slip_in_a_blank_line_of_samplers_is_named(begins, line, words, capsys):
     blank = next(source for source in lesson("08_samplers") if source.startswith(begins) and "# your line" in source)
-    namespace = begun("08_samplers") | {"predict": None}
-    run([re.sub(r"raise NotImplementedError  # your line.*", line, blank)], namespace)
-    said = capsys.readouterr().out
-    assert said.endswith("yes\n") if words == "yes" else "not yet: " in said and words in said, said
+    assert_said(words, blank, line, begun("08_samplers") | {"predict": None}, capsys)
 
 
 def said_of_blank(name: str, begins: str, answer: str, namespace: dict, capsys: pytest.CaptureFixture[str]) -> str:
